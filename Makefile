@@ -1,0 +1,77 @@
+# Every target sets up what it needs: on a machine with git, Python >= 3.11, g++, make and a package index, each of
+# `make quickstart` and `make test` is the only command. PYTHON=... chooses the interpreter of .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CXX ?= g++
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/cpu-py311.txt
+STAMP := $(VENV)/.installed
+CPP_SOURCES := $(wildcard cpp/src/*.cpp)
+CPP_HEADERS := $(wildcard cpp/include/aer/*.hpp)
+CPP_TESTS := $(wildcard cpp/tests/*.cpp)
+BINDINGS := $(wildcard cpp/bindings/*.cpp cpp/bindings/*.hpp)
+IMPORT_LAYER_TEST := $(wildcard tests/unit/test_import_layers.py)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: help install quickstart smollm2 test test-slow test-gpu test-cpp lint wheel clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## .venv with pinned dependencies and the C++ extension (nothing to do when it is current)
+
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(CPP_SOURCES) $(CPP_HEADERS) $(BINDINGS)
+	@bash tools/bootstrap.sh "$(VENV)" "$(PYTHON)" "$(CXX)"
+	@echo "install: packages into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --constraint $(CONSTRAINTS) setuptools wheel pybind11
+	@$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[test]'
+	@touch $@
+	@echo "install: done"
+
+quickstart: install ## train the small base policy with AER on 2 cores and draw the picture
+	@bash examples/quickstart/run.sh
+
+smollm2: install ## three AER steps of SmolLM2-135M-Instruct with TP=2
+	@bash examples/smollm2/run.sh
+
+test: install $(if $(LINT),,lint) ## lint, then the fast tests
+	@$(PYTEST) -m "not slow and not gpu and not sglang"
+
+test-slow: install ## the tests that take minutes
+	@$(PYTEST) -m "slow and not gpu and not sglang"
+
+test-gpu: install ## the tests that need a CUDA device
+	@$(PYTEST) -m gpu
+
+lint: install ## ruff, mypy, import layers
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(if $(IMPORT_LAYER_TEST),$(PYTEST) $(IMPORT_LAYER_TEST))
+
+test-cpp: build/cpp/tests-asan build/cpp/tests-tsan ## the C++ tests under ASan + UBSan and under TSan
+	@build/cpp/tests-asan
+	@build/cpp/tests-tsan
+
+build/cpp/tests-asan: SANITIZE := address,undefined
+build/cpp/tests-tsan: SANITIZE := thread
+build/cpp/tests-%: $(CPP_SOURCES) $(CPP_HEADERS) $(CPP_TESTS)
+	@echo '#include <doctest/doctest.h>' | $(CXX) -E -x c++ $(DOCTEST_FLAGS) - >/dev/null 2>&1 \
+	  || { echo "test-cpp: doctest/doctest.h not found; install doctest-dev or set DOCTEST_FLAGS=-I..." >&2; exit 1; }
+	@mkdir -p build/cpp
+	@$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wpedantic -Werror -ffp-contract=off -fno-omit-frame-pointer \
+	  -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -Icpp/include $(DOCTEST_FLAGS) $(CPP_SOURCES) $(CPP_TESTS) -pthread -o $@
+
+wheel: install ## wheel and sdist in dist/
+	@mkdir -p build
+	@$(BIN)/python -m build --outdir dist . >build/wheel.log 2>&1 || { tail -n 20 build/wheel.log >&2; exit 1; }
+	@ls dist
+
+clean: ## remove what was built (not .venv, not runs/)
+	@rm -rf build dist ./*.egg-info aer_megatron/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -f $(STAMP)
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,263 @@
+"""The policy in training: scores batches, takes optimizer steps, hands out its weights.
+
+    Experience --score--> PolicyScores          (forward only)
+    TrainBatch --train--> StepStats             (num_minibatches optimizer steps)
+    SupervisedBatch --train_supervised--> StepStats
+
+Every rank calls every method with the same arguments and gets the same result. Micro-batches run through
+Megatron-Core's own forward-backward schedules. This file does NOT know where batches come from or where weights go.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from aer_megatron.actor.model import build_model
+from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_distributed
+from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
+from aer_megatron.algo.batching import (
+    MicroBatch,
+    PackedSequences,
+    micro_batch_indices,
+    minibatch_indices,
+    pad_micro_batch,
+)
+from aer_megatron.algo.loss import LossOutput, PolicyLossOptions, policy_loss, supervised_loss
+from aer_megatron.config import Config, OptimizerSection
+from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.parallel.exchange import all_sum, all_sum_disjoint
+from aer_megatron.parallel.topology import Topology
+from aer_megatron.types import Experience, PolicyScores, StepStats, SupervisedBatch, TrainBatch
+
+# maps one micro-batch's scores [2, t] to its loss; tensors of the micro-batch are looked up by its packed places
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
+
+
+class Actor:
+    """A sharded policy with its optimizer. ``num_updates`` counts optimizer steps taken, resumed ones included."""
+
+    def __init__(
+        self,
+        arch: ModelArchitecture,
+        config: Config,
+        topology: Topology,
+        *,
+        device: torch.device,
+        optimizer: OptimizerSection,
+        num_updates_planned: int,
+    ) -> None:
+        self.arch = arch
+        self.topology = topology
+        self.device = device
+        self.num_updates = 0
+        self._config = config
+        self._schedule = functools.partial(learning_rate, num_steps=num_updates_planned, options=optimizer)
+        self.model = build_model(arch, config, topology).to(device)
+        self.ddp = wrap_distributed(self.model)
+        self.optimizer = build_optimizer(self.ddp, optimizer, config.model.dtype)
+        self.model.config.finalize_model_grads_func = _finalize_without_scaling
+        self.model.config.grad_scale_func = self.optimizer.scale_loss if config.model.dtype == "bf16" else None
+
+    def load_hf_weights(self, get: Callable[[str], Tensor]) -> None:
+        """Copies Hugging Face tensors in and resets the optimizer's main parameters to them."""
+        load_hf_weights(self.model, self.arch, self.topology, get)
+        self.optimizer.reload_model_params()
+
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, whole tensor) on every rank; all ranks must exhaust it together."""
+        yield from iter_hf_weights(self.model, self.arch, self.topology)
+
+    @torch.no_grad()
+    def score(self, experience: Experience) -> PolicyScores:
+        """Returns log-probability and exact entropy of every response token under the current weights."""
+        scores_2T = torch.zeros(2, experience.num_response_tokens, dtype=torch.float32, device=self.device)
+
+        def collect(output_2t: Tensor, micro: MicroBatch) -> None:
+            if self.topology.writes_results:
+                scores_2T[:, torch.from_numpy(micro.packed_t).to(self.device)] = output_2t
+
+        micros = self._micro_batches(experience, np.arange(experience.num_sequences, dtype=np.int64))
+        self._forward_only(micros, collect)
+        result = all_sum_disjoint(scores_2T).cpu().numpy()
+        return PolicyScores(logprob_T=result[0], token_entropy_T=result[1])
+
+    def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats:
+        """Returns the sums of ``num_minibatches`` policy updates; the weights have moved when it returns.
+
+        ``entropy_gradient`` says whether the rule in force ever needs the entropy's gradient; it is never inferred
+        from a coefficient that happens to be zero.
+        """
+        experience = batch.experience
+        parts = minibatch_indices(experience.num_sequences, self._config.algo.num_minibatches, seed)
+        return self._updates(
+            [self._policy_update(batch, indices, entropy_gradient=entropy_gradient) for indices in parts]
+        )
+
+    def train_supervised(self, batch: SupervisedBatch) -> StepStats:
+        """Returns the sums of one supervised update over the response tokens of ``batch``."""
+        normalizer = float(batch.response_length_B.sum())
+
+        def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
+            del entropy_t, micro
+            return supervised_loss(logprob_t, normalizer=normalizer)
+
+        indices = np.arange(batch.num_sequences, dtype=np.int64)
+        return self._updates([(self._micro_batches(batch, indices), loss)])
+
+    def _policy_update(
+        self, batch: TrainBatch, indices_b: np.ndarray[Any, Any], *, entropy_gradient: bool
+    ) -> tuple[list[MicroBatch], LossFunction]:
+        algo = self._config.algo
+        options = PolicyLossOptions(clip_low=algo.clip_low, clip_high=algo.clip_high, dual_clip=algo.dual_clip)
+        normalizer = float(batch.experience.response_length_B[indices_b].sum())
+
+        def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
+            return policy_loss(
+                logprob_t,
+                entropy_t if entropy_gradient else entropy_t.detach(),
+                old_logprob_T=self._float_tensor(batch.old_logprob_T[micro.packed_t]),
+                advantage_T=self._float_tensor(batch.advantage_B[micro.sequence_t]),
+                entropy_weight_T=self._float_tensor(batch.entropy_weight_B[micro.sequence_t]),
+                normalizer=normalizer,
+                options=options,
+            )
+
+        return self._micro_batches(batch.experience, indices_b), loss
+
+    def _updates(self, updates: Sequence[tuple[list[MicroBatch], LossFunction]]) -> StepStats:
+        totals: dict[str, tuple[float, float]] = {}
+        norms, rate = [], 0.0
+        for micros, loss in updates:
+            sums = self._forward_backward(micros, loss)
+            rate = self._schedule(self.num_updates)
+            norms.append(self._optimizer_step(rate))
+            for name, (total, count) in sums.items():
+                before = totals.get(name, (0.0, 0.0))
+                totals[name] = (before[0] + total, before[1] + count)
+        return StepStats(sums=totals, grad_norm=float(np.mean(norms)), learning_rate=rate)
+
+    def _optimizer_step(self, rate: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded or not math.isfinite(grad_norm):
+            raise RuntimeError(
+                f"optimizer step {self.num_updates} has a gradient norm of {grad_norm}: the update would destroy the "
+                "weights; resume from the last checkpoint with a lower optimizer.lr or algo.entropy.alpha_max"
+            )
+        self.num_updates += 1
+        return float(grad_norm)
+
+    def _forward_backward(self, micros: list[MicroBatch], loss: LossFunction) -> dict[str, tuple[float, float]]:
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def finish(output_2t: Tensor, *, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+            result = loss(output_2t[0], output_2t[1], micro)
+            num_tokens = torch.tensor(len(micro.row_t), dtype=torch.int, device=self.device)
+            return result.loss, num_tokens, dict(result.sums)
+
+        self.ddp.train()
+        collected = get_forward_backward_func()(
+            forward_step_func=functools.partial(self._forward_step, finish=finish),
+            data_iterator=iter(micros),
+            model=self.ddp,
+            num_microbatches=len(micros),
+            seq_length=micros[0].sequence_length,
+            micro_batch_size=self._config.parallel.micro_batch_size,
+            forward_only=False,
+        )
+        return self._sum_over_ranks(collected, names=loss_names(collected))
+
+    def _forward_only(self, micros: list[MicroBatch], collect: Callable[[Tensor, MicroBatch], None]) -> None:
+        def finish(output_2t: Tensor, *, micro: MicroBatch, non_loss_data: bool) -> None:
+            del non_loss_data
+            collect(output_2t, micro)
+
+        self.ddp.eval()
+        get_forward_backward_func()(
+            forward_step_func=functools.partial(self._forward_step, finish=finish),
+            data_iterator=iter(micros),
+            model=self.ddp,
+            num_microbatches=len(micros),
+            seq_length=micros[0].sequence_length,
+            micro_batch_size=self._config.parallel.micro_batch_size,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+    def _forward_step(
+        self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module, *, finish: Callable[..., Any]
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        micro = next(data_iterator)
+        tokens_bS = torch.from_numpy(micro.tokens_bS).to(self.device)
+        position_bS = torch.arange(micro.sequence_length, device=self.device).expand_as(tokens_bS)
+        output = model(
+            tokens_bS,
+            position_bS,
+            None,  # causal attention alone: padding is on the right
+            labels=torch.from_numpy(micro.label_t).to(self.device),
+            loss_mask=torch.from_numpy(micro.row_t).to(self.device),
+        )
+        return output, functools.partial(finish, micro=micro)
+
+    def _micro_batches(self, sequences: PackedSequences, indices_b: np.ndarray[Any, Any]) -> list[MicroBatch]:
+        parts = micro_batch_indices(
+            indices_b,
+            sequences.prompt_length_B + sequences.response_length_B,
+            dp_rank=self.topology.dp_rank,
+            dp_size=self.topology.dp,
+            micro_batch_size=self._config.parallel.micro_batch_size,
+        )
+        multiple = self.topology.tp if self._config.parallel.sequence_parallel else 1
+        return [pad_micro_batch(sequences, part, pad_multiple=multiple) for part in parts]
+
+    def _sum_over_ranks(self, collected: list[dict[str, Any]], names: list[str]) -> dict[str, tuple[float, float]]:
+        """Adds (sum, count) pairs over micro-batches and replicas; one rank speaks for each replica."""
+        local = np.zeros((len(STAT_NAMES), 2), dtype=np.float64)
+        if self.topology.writes_results:
+            for sums in collected:
+                for name in names:
+                    total, count = sums[name]
+                    local[STAT_NAMES.index(name)] += (float(total), float(count))
+        summed = all_sum(local, device=self.device)
+        return {name: (row[0], row[1]) for name, row in zip(STAT_NAMES, summed.tolist(), strict=True) if row[1]}
+
+    def _float_tensor(self, values: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
+
+
+# the order in which statistics travel between ranks, so that stages without a loss know the layout
+STAT_NAMES = (
+    "policy_loss",
+    "entropy_bonus",
+    "supervised_loss",
+    "token_entropy",
+    "ratio",
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "approx_kl",
+)
+
+
+def loss_names(collected: list[dict[str, Any]]) -> list[str]:
+    """Returns the statistics that a loss reported, checked against the wire order."""
+    names = sorted({name for sums in collected for name in sums})
+    assert set(names) <= set(STAT_NAMES), names
+    return names
+
+
+def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
+    """Megatron's gradient reduction without its division by tokens: the loss carries the global normaliser."""
+    del num_tokens
+    finalize_model_grads(model, None, **kwargs)

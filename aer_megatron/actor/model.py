@@ -1,0 +1,213 @@
+"""The policy as a Megatron-Core GPTModel that returns log-probabilities and entropies instead of logits.
+
+    tokens [b, S] -> decoder -> hidden [S, b, H] -> rows that carry loss [t, H] -> head -> (logprob_t, token_entropy_t)
+
+Only rows of response tokens enter the language-model head. Shape suffixes: b sequences of a micro-batch, S padded
+length, t response tokens, H hidden size, W vocabulary shard.
+
+This file does NOT know losses, optimizers or files. Version differences of Megatron-Core are absorbed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from aer_megatron.actor.layers import decoder_spec
+from aer_megatron.config import Config
+from aer_megatron.convert.architecture import ModelArchitecture, padded_vocab_size
+from aer_megatron.convert.mapping import tp_axis
+from aer_megatron.parallel.fused_head import fused_linear_logprob_entropy
+from aer_megatron.parallel.topology import Topology
+from aer_megatron.parallel.vocab import vocab_parallel_logprob_entropy
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeadOptions:
+    """How the head turns hidden rows into log-probabilities and entropies."""
+
+    form: Literal["fused", "logits"]
+    vocab_size: int  # real ids; padded rows beyond it never count
+    temperature: float
+    tp_group: Any  # None: the head is whole
+
+
+class PolicyModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose last stage returns float32 [2, t]: log-probability and exact entropy (nats) of each label.
+
+    ``labels`` is int64 [t]; ``loss_mask`` carries the int64 [t] flat positions b * S + s of the rows to score (the
+    arguments keep GPTModel's names because Megatron's wrappers forward them by name).
+    """
+
+    def __init__(self, *, head: HeadOptions, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.head = head
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        hidden_tH = self._select_rows(hidden_states, kwargs["loss_mask"])
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight_WH = self.output_layer.weight if weight is None else weight
+        head = self.head
+        options = {"tp_group": head.tp_group, "vocab_size": head.vocab_size, "temperature": head.temperature}
+        if head.form == "fused":
+            scores = fused_linear_logprob_entropy(hidden_tH, weight_WH, kwargs["labels"], **options)
+        else:
+            scores = vocab_parallel_logprob_entropy(self._logits(hidden_tH, weight_WH), kwargs["labels"], **options)
+        return torch.stack((scores.logprob_T, scores.entropy_T))
+
+    def _select_rows(self, hidden_SbH: Tensor, row_t: Tensor) -> Tensor:
+        if self.config.sequence_parallel:
+            # the head's backward adds d_hidden over the ranks, so this backward must only split
+            hidden_SbH = gather_from_sequence_parallel_region(hidden_SbH, tensor_parallel_output_grad=False)
+        length, num_sequences, width = hidden_SbH.shape
+        place_t = (row_t % length) * num_sequences + row_t // length
+        return hidden_SbH.reshape(-1, width).index_select(0, place_t)
+
+    def _logits(self, hidden_tH: Tensor, weight_WH: Tensor) -> Tensor:
+        return linear_with_grad_accumulation_and_async_allreduce(
+            input=hidden_tH,
+            weight=weight_WH,
+            bias=None,
+            gradient_accumulation_fusion=self.config.gradient_accumulation_fusion,
+            allreduce_dgrad=self.head.tp_group is not None,
+            sequence_parallel=False,
+            tp_group=self.head.tp_group,
+        )
+
+
+def transformer_config(arch: ModelArchitecture, config: Config) -> TransformerConfig:
+    """Returns Megatron's configuration of the architecture; ``[megatron]`` entries of the run file win.
+
+    Raises:
+        ValueError: a ``[megatron]`` key that TransformerConfig does not have, or one that is decided elsewhere.
+    """
+    dtype = TORCH_DTYPES[config.model.dtype]
+    fields: dict[str, Any] = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.padded_heads,
+        "num_query_groups": arch.padded_kv_heads,
+        "kv_channels": arch.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": arch.norm_eps,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "tensor_model_parallel_size": config.parallel.tp,
+        "pipeline_model_parallel_size": config.parallel.pp,
+        "sequence_parallel": config.parallel.sequence_parallel,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": config.model.dtype == "bf16",
+        "autocast_dtype": dtype,
+        "perform_initialization": False,  # weights always come from a checkpoint
+        "variable_seq_lengths": config.parallel.pp > 1,
+        "moe_token_dispatcher_type": "alltoall",  # the one that takes variable lengths
+        "calculate_per_token_loss": True,  # the loss carries the global normaliser already: nothing divides it again
+    }
+    return TransformerConfig(**fields | _checked_passthrough(config.megatron, fields))
+
+
+def _checked_passthrough(table: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    fixed = {"num_layers", "hidden_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+             "sequence_parallel", "params_dtype", "bf16", "calculate_per_token_loss"}  # fmt: skip
+    for key in table:
+        if key not in known:
+            raise ValueError(f"megatron.{key}: TransformerConfig of this Megatron-Core has no such field; remove it")
+        if key in fixed:
+            raise ValueError(
+                f"megatron.{key}={table[key]!r} is decided elsewhere ({decided[key]!r} from the model's config.json, "
+                "[model] or [parallel]); set it there"
+            )
+        if key in ("fp8", "fp4") and table[key]:
+            raise ValueError(
+                f"megatron.{key}={table[key]!r} needs TransformerEngine layers; without them Megatron-Core ignores it "
+                "without a word, so it is refused here"
+            )
+    return dict(table)
+
+
+def build_model(arch: ModelArchitecture, config: Config, topology: Topology) -> PolicyModel:
+    """Returns this rank's pipeline stage of the policy, without meaningful weights (load_hf_weights brings them)."""
+    megatron_config = transformer_config(arch, config)
+    num_layers = get_num_layers_to_build(megatron_config, pp_rank=topology.pp_rank)
+    head = HeadOptions(
+        form=config.model.head,
+        vocab_size=arch.vocab_size,
+        temperature=config.rollout.temperature,
+        tp_group=topology.tp_group,
+    )
+    model = PolicyModel(
+        head=head,
+        config=megatron_config,
+        transformer_layer_spec=decoder_spec(megatron_config, arch, num_layers),
+        vocab_size=padded_vocab_size(arch.vocab_size, topology.tp, divisible_by=config.model.vocab_multiple),
+        max_sequence_length=arch.max_positions,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=arch.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=arch.rope_theta,
+        **_rope_scaling(arch),
+    )
+    _mark_tensor_parallel(model, arch)
+    return model
+
+
+def global_name(model: PolicyModel, name: str) -> str:
+    """Returns the parameter's name with its stage-local layer number replaced by the global one."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def _mark_tensor_parallel(model: PolicyModel, arch: ModelArchitecture) -> None:
+    """Marks split parameters as Megatron's initialisation would have done.
+
+    Without initialisation Megatron-Core leaves the marks out, and its gradient norm then takes every shard but the
+    first rank's for a duplicate and drops it.
+    """
+    for name, parameter in model.named_parameters():
+        axis = tp_axis(arch, global_name(model, name))
+        parameter.tensor_model_parallel = axis is not None
+        parameter.partition_dim = -1 if axis is None else axis
+        parameter.partition_stride = 1
+
+
+def _rope_scaling(arch: ModelArchitecture) -> dict[str, Any]:
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return {}
+    kind = scaling.get("rope_type", scaling.get("type"))
+    # Megatron hard-codes Llama 3's other three constants
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if kind == "llama3" and all(scaling.get(key) == value for key, value in llama3.items()):
+        return {"rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
+    raise ValueError(f"rope_scaling={dict(scaling)} of config.json is not supported; supported: none, llama3")

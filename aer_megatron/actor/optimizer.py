@@ -1,0 +1,55 @@
+"""Megatron-Core's distributed AdamW and the learning-rate schedule as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel
+from aer_megatron.config import OptimizerSection
+
+
+def learning_rate(step: int, num_steps: int, options: OptimizerSection) -> float:
+    """Returns the learning rate of optimizer step ``step`` (from 0) of ``num_steps``: warm-up, then the decay."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.decay == "constant":
+        return options.lr
+    span = max(1, num_steps - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / span)
+    share = 1.0 - progress if options.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return options.min_lr + (options.lr - options.min_lr) * share
+
+
+def wrap_distributed(model: PolicyModel) -> DistributedDataParallel:
+    """Returns the model under Megatron's data parallelism, gradients kept and added in fp32."""
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=True,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = DistributedDataParallel(config=model.config, ddp_config=options, module=model)
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(model: DistributedDataParallel, options: OptimizerSection, dtype: str) -> Any:
+    """Returns Megatron's distributed optimizer over ``model``; clip_grad = 0 still measures the norm."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.beta1,
+        adam_beta2=options.beta2,
+        adam_eps=options.eps,
+        bf16=dtype == "bf16",
+        params_dtype=TORCH_DTYPES[dtype],
+        use_distributed_optimizer=True,
+        clip_grad=options.clip_grad or math.inf,
+    )
+    return get_megatron_optimizer(config, [model])

@@ -1,0 +1,99 @@
+"""Log-probability and entropy of a token distribution on one whole (unsharded) vocabulary, in float64.
+
+This is the oracle of every sharded, in-place or fused form in `parallel/`, written for clarity: it allocates
+freely, uses no autograd and takes another route (log_softmax, then sums over p log p) than the forms it
+checks.
+
+Shape suffixes: T tokens, V vocabulary (padding included), K histogram bins.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogprobEntropy(NamedTuple):
+    """Per-token statistics of p = softmax(logits / temperature) over the vocabulary; entropies are in nats.
+
+    `logprob_T` and `entropy_T` carry gradients where the logits do. `top1_prob_T` (the largest probability)
+    and `sum_sq_prob_T` (sum of p^2, the collision probability) never do, and are None unless they were asked
+    for.
+    """
+
+    logprob_T: Tensor
+    entropy_T: Tensor
+    top1_prob_T: Tensor | None = None
+    sum_sq_prob_T: Tensor | None = None
+
+
+def _log_probabilities(logits_TV: Tensor, temperature: float, vocab_size: int) -> Tensor:
+    real_TV = logits_TV[:, :vocab_size].detach().double()
+    # The row's maximum goes first: large logits would lose digits in the division.
+    return torch.log_softmax((real_TV - real_TV.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
+
+
+def logprob_entropy(logits_TV: Tensor, labels_T: Tensor, *, temperature: float, vocab_size: int) -> LogprobEntropy:
+    """Return all four statistics in float64, without gradient.
+
+    Args:
+        logits_TV: [T, V], any floating dtype. Columns from `vocab_size` on are padding and take no part.
+        labels_T: [T] int64 in [0, vocab_size).
+        temperature: the logits are divided by it.
+        vocab_size: number of real columns, at most V.
+    """
+    logp_TV = _log_probabilities(logits_TV, temperature, vocab_size)
+    prob_TV = logp_TV.exp()
+    p_logp_TV = torch.where(prob_TV > 0, prob_TV * logp_TV, 0.0)  # lim p log p = 0 as p -> 0
+    return LogprobEntropy(
+        logprob_T=logp_TV.gather(1, labels_T[:, None]).squeeze(1),
+        entropy_T=-p_logp_TV.sum(dim=-1),
+        top1_prob_T=prob_TV.amax(dim=-1),
+        sum_sq_prob_T=prob_TV.square().sum(dim=-1),
+    )
+
+
+def logprob_entropy_gradient(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    grad_logprob_T: Tensor,
+    grad_entropy_T: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+) -> Tensor:
+    """Return d(sum grad_logprob * logprob + grad_entropy * entropy) / d logits, [T, V] float64.
+
+    With p = softmax(logits / temperature), dL/dlogits = (g_logp (1[y] - p) - g_H p (log p + H)) /
+    temperature, where terms with p = 0 are 0 and padding columns get 0. See `logprob_entropy` for the
+    arguments.
+    """
+    logp_TV = _log_probabilities(logits_TV, temperature, vocab_size)
+    prob_TV = logp_TV.exp()
+    p_logp_TV = torch.where(prob_TV > 0, prob_TV * logp_TV, 0.0)
+    entropy_T1 = -p_logp_TV.sum(dim=-1, keepdim=True)
+    one_hot_TV = torch.zeros_like(prob_TV).scatter_(1, labels_T[:, None], 1.0)
+    grad_TV = grad_logprob_T.double()[:, None] * (one_hot_TV - prob_TV)
+    grad_TV -= grad_entropy_T.double()[:, None] * (p_logp_TV + prob_TV * entropy_T1)
+    padding = logits_TV.shape[1] - vocab_size
+    return torch.nn.functional.pad(grad_TV / temperature, (0, padding))
+
+
+def entropy_histogram(entropy_T: Tensor, edges_K1: Tensor) -> Tensor:
+    """Return how many entropies fall into each of K bins, [K] int64: counts add over ranks and micro-batches.
+
+    Args:
+        entropy_T: [T] entropies in nats.
+        edges_K1: [K + 1] ascending bin edges. Bin k is [edges[k], edges[k + 1]); values below the first edge
+            are counted in the first bin and values from the last edge on in the last bin.
+
+    Raises:
+        ValueError: fewer than two edges, or edges that do not ascend.
+    """
+    if edges_K1.numel() < 2 or not bool((edges_K1.diff() > 0).all()):
+        raise ValueError(f"edges_K1={edges_K1.tolist()} must be at least two ascending values")
+    inner_edges = edges_K1[1:-1].to(entropy_T)
+    bins_T = torch.bucketize(entropy_T.detach(), inner_edges, right=True)
+    return torch.bincount(bins_T, minlength=edges_K1.numel() - 1)

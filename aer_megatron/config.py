@@ -1,0 +1,389 @@
+"""The run's configuration: the only home of defaults.
+
+A run file is TOML; dotted overrides come from the command line (``--algo.entropy.kind=none``); an unknown key is an
+error that names the nearest known one. Every section is a frozen pydantic model; the resolved run is dumped as JSON.
+
+``[megatron]`` passes through to Megatron-Core's TransformerConfig unchanged.
+
+This file does NOT read the environment, touch torch or know ranks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A frozen table of the run file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunSection(Section):
+    name: str = Field("run", description="label of the run in reports")
+    output_dir: str = Field("runs/run", description="folder that receives metrics, reports and checkpoints")
+    seed: int = Field(0, ge=0, description="seeds data order, rollouts and initialisation")
+    num_steps: int = Field(100, ge=1, description="policy updates' rollout batches")
+    eval_every: int = Field(0, ge=0, description="evaluate every k steps (step 0 included); 0 = never")
+    checkpoint_every: int = Field(0, ge=0, description="write a checkpoint every k steps; 0 = only at the end")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    resume: bool = Field(True, description="continue from the newest checkpoint in output_dir, if there is one")
+
+
+class ModelSection(Section):
+    path: str = Field(description="Hugging Face folder: config.json, tokenizer, *.safetensors")
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="training precision of weights and activations")
+    head: Literal["fused", "logits"] = Field(
+        "fused", description="fused: logits never exist beyond a chunk of tokens; logits: the whole logits once"
+    )
+    vocab_multiple: int = Field(
+        1, ge=1, description="each rank's vocabulary shard is padded to a multiple of this; 128 on GPUs"
+    )
+
+
+class ParallelSection(Section):
+    tp: int = Field(1, ge=1, description="tensor-parallel size")
+    pp: int = Field(1, ge=1, description="pipeline-parallel size")
+    sequence_parallel: bool = Field(False, description="shard norms and dropout along the sequence over tp")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per micro-batch and data-parallel rank")
+
+
+class OptimizerSection(Section):
+    lr: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, in optimizer steps")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="schedule after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a linear or cosine decay")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad: float = Field(1.0, ge=0, description="global gradient-norm bound; 0 = no clipping")
+
+
+class SourceSection(Section):
+    """Where problems come from: exactly one of ``path`` and ``task``."""
+
+    path: str | None = Field(None, description='JSONL or Parquet file of {"problem"|"prompt", "answer", ...}')
+    task: str | None = Field(None, description='procedural set: "countdown" or "reasoning_gym:NAME"')
+    size: int = Field(10_000, ge=1, description="items of a procedural set")
+    seed: int = Field(0, ge=0, description="seed of a procedural set")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of a procedural set")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.path is None) == (self.task is None):
+            raise ValueError("exactly one of path and task must be given: a file, or a procedural set")
+        return self
+
+
+class DataSection(Section):
+    train: SourceSection
+    eval: SourceSection | None = None
+    template: Literal["plain", "chat"] = Field("chat", description="plain text, or the tokenizer's chat template")
+    instruction: str = Field("{problem}", description="text put to the model; {problem} is replaced")
+    system: str | None = Field(None, description="system message of the chat template")
+    verifier: str = Field("math", description="verifier of records that name none")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are bad records")
+    on_bad_record: Literal["error", "skip"] = "error"
+
+
+class RolloutSection(Section):
+    engine: Literal["embedded"] = Field("embedded", description="embedded = in-process generation on every rank")
+    prompts_per_step: int = Field(64, ge=1, description="P, prompts of a rollout batch over all ranks")
+    group_size: int = Field(8, ge=1, description="G, rollouts per prompt")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 = off")
+    max_new_tokens: int = Field(1024, ge=1)
+    max_batch_size: int = Field(256, ge=1, description="sequences decoded together by the embedded engine")
+    dynamic_sampling: bool = Field(False, description="drop groups solved always or never and sample more prompts")
+    max_refills: int = Field(4, ge=0, description="extra rollout rounds that dynamic sampling may take in a step")
+    logprob_gate: float = Field(
+        0.0, ge=0, description="stop at step 0 if the rollout/train log-probability difference exceeds this; 0 = off"
+    )
+
+
+class RewardSection(Section):
+    num_workers: int = Field(1, ge=1, description="verifier processes per rank")
+    timeout_s: float = Field(5.0, gt=0, description="hard limit for one answer; the worker is killed beyond it")
+
+
+class EntropySection(Section):
+    """Entropy rule; formulas and provenance in docs/aer.md and algo/controller.py."""
+
+    kind: Literal["aer", "fixed", "skywork", "none"] = "aer"
+    shadow: bool = Field(False, description="log what the controller would do; the loss uses coefficient 0")
+    # difficulty-aware allocation
+    difficulty: Literal["linear_deficit", "threshold", "complement"] = "linear_deficit"
+    rho: float = Field(0.5, gt=0, le=1, description="accuracy from which a prompt counts as easy")
+    source: Literal["group", "ledger"] = Field("group", description="accuracy from this step's group or the ledger")
+    normalize: Literal["none", "mean"] = Field("none", description="mean: divide d by its batch mean")
+    # initial-anchored target
+    tau: float = Field(0.4, gt=0, description="target entropy as a fraction of the initial entropy")
+    # dynamic global coefficient
+    update: Literal["proportional", "sign", "pi"] = "proportional"
+    eta: float = Field(1e-3, gt=0, description="gain of the integral (nat^-1 per step)")
+    k_p: float = Field(0.0, ge=0, description="proportional gain of the pi update (nat^-1)")
+    alpha_max: float = Field(0.05, gt=0, description="hard upper bound of the coefficient")
+    max_change: float = Field(0.0, ge=0, description="largest change of alpha in one step; 0 = no rate limit")
+    difficulty_floor: float = Field(0.02, ge=0, description="mean d below which the integrator freezes (anti-windup)")
+    alarm_low: float = Field(0.5, ge=0, description="collapse alarm below this fraction of the target; 0 = off")
+    alarm_high: float = Field(
+        1.5, ge=0, description="explosion alarm above this multiple of the initial entropy; 0 = off"
+    )
+    # baselines
+    coefficient: float = Field(1e-3, ge=0, description="constant coefficient of kind = fixed")
+    skywork_target: float = Field(0.2, gt=0, description="entropy target of kind = skywork, nats")
+    skywork_delta: float = Field(1e-4, gt=0, description="coefficient step of kind = skywork")
+    skywork_max: float = Field(0.005, gt=0, description="upper bound of the coefficient of kind = skywork")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.alarm_high and self.tau >= self.alarm_high:
+            raise ValueError(
+                f"tau={self.tau} puts the target at or above the explosion alarm alarm_high={self.alarm_high} * H_0; "
+                "raise alarm_high or set it to 0"
+            )
+        if self.update == "pi" and self.k_p == 0:
+            raise ValueError(
+                'k_p=0 makes update="pi" the same as "proportional"; set k_p (0.3 holds the quick start) or name that'
+            )
+        return self
+
+
+class LedgerSection(Section):
+    decay: float = Field(0.9, gt=0, le=1, description="weight that a prompt's evidence keeps per step of age")
+    prior_success: float = Field(1.0, gt=0, description="a0 of the Beta posterior")
+    prior_failure: float = Field(1.0, gt=0, description="b0 of the Beta posterior")
+
+
+class AlgoSection(Section):
+    num_minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch")
+    divide_by_std: bool = Field(True, description="False: Dr.GRPO's advantage (no division by the group's std)")
+    std_epsilon: float = Field(1e-6, gt=0)
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped below 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="ratio clipped above 1 + clip_high (Clip-Higher: 0.28)")
+    dual_clip: float = Field(0.0, ge=0, description="lower bound c > 1 on negative-advantage ratios; 0 = off")
+    entropy: EntropySection = EntropySection()
+    ledger: LedgerSection = LedgerSection()
+
+
+class EvalSection(Section):
+    num_prompts: int = Field(64, ge=1, description="prompts of the evaluation set")
+    num_samples: int = Field(32, ge=1, description="samples per prompt, for the unbiased pass@k")
+    k: tuple[int, ...] = Field((1, 8, 32), description="pass@k reported")
+    temperature: float = Field(1.0, gt=0)
+
+
+class SftSection(Section):
+    """The supervised stage: ``--stage=sft`` trains the model of ``sft.init`` and writes ``model.path``."""
+
+    init: str | None = Field(
+        None, description="Hugging Face folder to start from; without *.safetensors: random weights by run.seed"
+    )
+    source: SourceSection | None = Field(
+        None, description="problems with a response, or a task that can solve itself"
+    )
+    num_steps: int = Field(1000, ge=1)
+    batch_size: int = Field(64, ge=1, description="sequences per optimizer step over all ranks")
+    optimizer: OptimizerSection = OptimizerSection(lr=1e-3, warmup_steps=50, decay="cosine")
+
+
+class ReportSection(Section):
+    progress: bool = Field(True, description="live display on rank 0")
+    tensorboard: bool = True
+    picture: bool = Field(True, description="write report.png at the end")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    megatron: dict[str, Any] = Field(default_factory=dict, description="passed to Megatron-Core's TransformerConfig")
+    optimizer: OptimizerSection = OptimizerSection()
+    data: DataSection
+    rollout: RolloutSection = RolloutSection()
+    rewards: RewardSection = RewardSection()
+    algo: AlgoSection = AlgoSection()
+    eval: EvalSection = EvalSection()
+    sft: SftSection = SftSection()
+    report: ReportSection = ReportSection()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        sequences = self.rollout.prompts_per_step * self.rollout.group_size
+        if sequences % self.algo.num_minibatches:
+            raise ValueError(
+                f"algo.num_minibatches={self.algo.num_minibatches} must divide rollout.prompts_per_step * "
+                f"rollout.group_size = {sequences}; use one of {_divisors(sequences)[:8]}"
+            )
+        if self.parallel.sequence_parallel and self.parallel.tp == 1:
+            raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1; set it to false")
+        if max(self.eval.k) > self.eval.num_samples:
+            raise ValueError(
+                f"eval.k={list(self.eval.k)} asks for pass@{max(self.eval.k)} from eval.num_samples="
+                f"{self.eval.num_samples} samples; raise eval.num_samples or drop that k"
+            )
+        if self.run.eval_every and self.data.eval is None:
+            raise ValueError(f"run.eval_every={self.run.eval_every} needs a [data.eval] source; add one or set 0")
+        if self.algo.dual_clip and self.algo.dual_clip <= 1:
+            raise ValueError(f"algo.dual_clip={self.algo.dual_clip} must be greater than 1 (usual: 3), or 0 for off")
+        if self.rollout.group_size == 1 and self.algo.divide_by_std:
+            raise ValueError("rollout.group_size=1 leaves no group to compare with; use at least 2")
+        return self
+
+    def check_world_size(self, world_size: int) -> int:
+        """Returns the data-parallel size of ``world_size`` ranks.
+
+        Raises:
+            ValueError: if the sizes do not fit, naming the options and the remedy.
+        """
+        model_parallel = self.parallel.tp * self.parallel.pp
+        if world_size % model_parallel:
+            raise ValueError(
+                f"parallel.tp={self.parallel.tp} * parallel.pp={self.parallel.pp} = {model_parallel} must divide the "
+                f"number of ranks {world_size}; launch a multiple of {model_parallel} ranks or lower tp/pp"
+            )
+        dp = world_size // model_parallel
+        if self.sft.batch_size % dp:
+            raise ValueError(
+                f"sft.batch_size={self.sft.batch_size} must be a multiple of the data-parallel size {dp}; "
+                f"use {-(-self.sft.batch_size // dp) * dp}"
+            )
+        per_step = self.rollout.prompts_per_step * self.rollout.group_size // self.algo.num_minibatches
+        if per_step % dp:
+            raise ValueError(
+                f"a mini-batch of {per_step} sequences must be a multiple of the data-parallel size {dp}; change "
+                "rollout.prompts_per_step, rollout.group_size or algo.num_minibatches"
+            )
+        return dp
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Returns the run configuration of a TOML file with ``key.sub=value`` overrides applied on top.
+
+    Values of overrides are TOML literals; what does not parse as one is taken as a string.
+
+    Raises:
+        ValueError: the file is missing or malformed, a key is unknown (the nearest one is named) or a value is out
+            of its range; the message starts with the dotted option.
+    """
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"run file {path} does not exist; give the path of a TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"run file {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(table, override)
+    return config_from_table(table)
+
+
+def config_from_table(table: Mapping[str, Any]) -> Config:
+    """Returns the validated configuration of a nested mapping; errors as in ``load_config``."""
+    _reject_unknown(table, Config, prefix="")
+    try:
+        return Config.model_validate(dict(table))
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def config_digest(sections: Mapping[str, Any]) -> str:
+    """Returns 16 hex digits that change with any value of ``sections`` (JSON-serialisable)."""
+    text = json.dumps(sections, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe_options() -> Iterator[tuple[str, str, str, str]]:
+    """Yields (dotted key, type, default, description) of every option, in file order."""
+    yield from _describe(Config, prefix="")
+
+
+def _describe(
+    section: type[BaseModel], prefix: str, given: BaseModel | None = None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the options of a section; ``given`` holds its defaults where the parent sets its own."""
+    for name, info in section.model_fields.items():
+        value = getattr(given, name) if given is not None else info.get_default(call_default_factory=True)
+        nested = _nested_section(info.annotation)
+        if nested is not None:
+            yield from _describe(nested, f"{prefix}{name}.", value if isinstance(value, BaseModel) else None)
+            continue
+        default = "required" if given is None and info.is_required() else json.dumps(value, default=str)
+        kind = str(info.annotation).replace("typing.", "")
+        kind = info.annotation.__name__ if isinstance(info.annotation, type) and "[" not in kind else kind
+        yield f"{prefix}{name}", kind, default, info.description or ""
+
+
+def _nested_section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _reject_unknown(table: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in table.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            raise ValueError(_unknown_key_message(f"{prefix}{key}", prefix, section))
+        nested = _nested_section(field.annotation)
+        if nested is not None and isinstance(value, Mapping):
+            _reject_unknown(value, nested, f"{prefix}{key}.")
+
+
+def _unknown_key_message(key: str, prefix: str, section: type[BaseModel]) -> str:
+    here = [f"{prefix}{name}" for name in section.model_fields]
+    everywhere = [option for option, *_ in describe_options()]
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.6) or difflib.get_close_matches(
+        key, everywhere, n=1, cutoff=0.6
+    )
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [option for option in everywhere if option.rsplit(".", 1)[-1] == leaf]
+    nearest = next(iter(near or same_leaf), None)
+    hint = f"did you mean {nearest}?" if nearest else f"known here: {', '.join(sorted(here))}"
+    return f"unknown option {key}: {hint}"
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.removeprefix("--").partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} must look like section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.split(".")
+    node = table
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent} is a value, not a table")
+        node = child
+    node[leaf] = value
+
+
+def _explain(item: Mapping[str, Any]) -> str:
+    location = ".".join(str(part) for part in item["loc"])
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"option {location} is required: {message.lower()}"
+    if item["type"] == "value_error":
+        return f"{location}: {message}" if location else message
+    return f"option {location}={item['input']!r} is not valid: {message}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

@@ -1,0 +1,271 @@
+"""Hugging Face tensors <-> shards of Megatron parameters: pure tensor functions driven by families.py.
+
+    HF tensors --hf_to_shard(name, tp_rank)--> one rank's shard --shards_to_hf(name, all ranks')--> HF tensors
+
+Layouts that differ (G query groups of h = heads_per_group query heads, d = head_dim):
+    linear_qkv   rows are [G, (h query heads, 1 key head, 1 value head), d]; a rank holds an equal block of
+    rows. linear_fc1   every rank holds [its gate rows; its up rows]. vocabulary   rows are padded with zeros
+    to the padded vocabulary.
+Layer and expert indices in names are global. The functions work on any device and keep dtype and device.
+
+This file does NOT call collectives, touch files or build models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.families import FAMILIES, HFTensor, Row
+
+Indices = dict[str, int]
+
+
+def megatron_names(
+    arch: ModelArchitecture, layers: range, first_stage: bool, last_stage: bool, te_spec: bool = False
+) -> list[str]:
+    """Parameter names, with global indices, of the pipeline stage that holds ``layers``.
+
+    ``te_spec`` gives TransformerEngine's names (norms fused into linears, grouped experts). A tied last stage
+    that is not also the first holds its own copy of the embedding as output_layer.weight.
+    """
+    experts = range(arch.moe.num_experts) if arch.moe else range(0)
+    names: list[str] = []
+    for row in FAMILIES[arch.family].rows:
+        template = row.te if te_spec and row.te else row.megatron
+        shared = row.when_tied is not None and arch.tied_embeddings and first_stage
+        here = {"layer": True, "first": first_stage, "last": last_stage and not shared}
+        if here[row.stage]:
+            names += [template.format(**indices) for indices in _indices(template, layers, experts)]
+    return names
+
+
+def hf_names(arch: ModelArchitecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor of the Hugging Face checkpoint of ``arch``."""
+    whole = megatron_names(arch, range(arch.num_layers), first_stage=True, last_stage=True)
+    return {name: shape for parameter in whole for name, shape in hf_tensors_of(arch, parameter).items()}
+
+
+def hf_tensors_of(arch: ModelArchitecture, megatron_name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Hugging Face tensors behind a parameter; a tied head names the embedding."""
+    row, indices = find_row(arch, megatron_name)
+    return {tensor.name.format(**indices): _shape(arch, tensor) for tensor in _sources(arch, row)}
+
+
+def tp_axis(arch: ModelArchitecture, megatron_name: str) -> int | None:
+    """The axis along which ranks hold different parts of a parameter; None = every rank holds all of it."""
+    return find_row(arch, megatron_name)[0].tp_axis
+
+
+def shard_shape(
+    arch: ModelArchitecture, megatron_name: str, *, tp_size: int, padded_vocab: int
+) -> tuple[int, ...]:
+    """The shape of one rank's shard of a parameter. Raises ValueError where tp_size does not divide it."""
+    row, _ = find_row(arch, megatron_name)
+    shapes = [_shape(arch, tensor) for tensor in _sources(arch, row)]
+    whole = list(shapes[0])
+    if row.kind == "vocab":
+        whole[0] = padded_vocab
+    elif row.kind == "qkv":
+        whole[0] = arch.padded_kv_heads * _group_rows(arch)
+    elif row.kind == "attention_out":
+        whole[1] = arch.padded_heads * arch.head_dim
+    elif row.kind == "gate_up":
+        whole[0] = sum(shape[0] for shape in shapes)
+    if row.tp_axis is not None:
+        # gate and up are split apart from one another: each half must be divisible
+        unit = tp_size * (2 if row.kind == "gate_up" else 1)
+        if whole[row.tp_axis] % unit:
+            raise ValueError(
+                f"tp={tp_size} does not divide axis {row.tp_axis} of {megatron_name} {tuple(whole)};"
+                " use a size that check_parallel accepts"
+            )
+        whole[row.tp_axis] //= tp_size
+    return tuple(whole)
+
+
+def hf_to_shard(
+    arch: ModelArchitecture,
+    megatron_name: str,
+    get: Callable[[str], Tensor],
+    *,
+    tp_rank: int,
+    tp_size: int,
+    padded_vocab: int,
+) -> Tensor:
+    """Rank ``tp_rank``'s shard of a parameter, contiguous; ``get`` returns the whole HF tensor of a name.
+
+    For experts pass the rank and size of the expert-tensor-parallel group. The result may share memory with
+    what ``get`` returned: copy it into the parameter. Raises ValueError for an unknown name or a tensor of
+    another shape.
+    """
+    if not 0 <= tp_rank < tp_size:
+        raise ValueError(f"tp_rank={tp_rank} must be in [0, {tp_size})")
+    row, _ = find_row(arch, megatron_name)
+    shape = shard_shape(arch, megatron_name, tp_size=tp_size, padded_vocab=padded_vocab)
+    tensors = []
+    for hf_name, hf_shape in hf_tensors_of(arch, megatron_name).items():
+        tensor = get(hf_name)
+        _check_shape(hf_name, tensor, hf_shape)
+        tensors.append(tensor)
+    if row.kind == "qkv":
+        return _qkv_shard(arch, tensors, tp_rank, shape[0])
+    if row.kind == "gate_up":
+        half = shape[0] // 2
+        return torch.cat([_padded_slice(tensor, 0, tp_rank, half) for tensor in tensors])
+    if row.tp_axis is None:
+        return tensors[0].contiguous()
+    return _padded_slice(tensors[0], row.tp_axis, tp_rank, shape[row.tp_axis])
+
+
+def shards_to_hf(
+    arch: ModelArchitecture, megatron_name: str, shards: Sequence[Tensor]
+) -> list[tuple[str, Tensor]]:
+    """(HF name, whole tensor) pairs from all tensor-parallel ranks' shards in rank order, padding dropped.
+
+    A parameter that is not split takes one shard or one per rank (the first is used). A tied head's copy
+    gives an empty list: the embedding is its checkpoint. Results may share memory with the shards. Raises
+    ValueError for an unknown name or a shard of another shape.
+    """
+    row, indices = find_row(arch, megatron_name)
+    if not shards:
+        raise ValueError(f"{megatron_name}: no shards given; pass one tensor per tensor-parallel rank")
+    if row.when_tied and arch.tied_embeddings:
+        return []
+    padded_vocab = shards[0].shape[0] * len(shards)
+    if row.kind == "vocab" and padded_vocab < arch.vocab_size:
+        raise ValueError(f"{megatron_name}: {padded_vocab} rows in all, the vocabulary has {arch.vocab_size}")
+    shape = shard_shape(arch, megatron_name, tp_size=len(shards), padded_vocab=padded_vocab)
+    for rank, shard in enumerate(shards):
+        _check_shape(f"{megatron_name} of tp rank {rank}", shard, shape)
+    names = [tensor.name.format(**indices) for tensor in row.hf]
+    if row.kind == "qkv":
+        return list(zip(names, _qkv_parts(arch, shards), strict=True))
+    if row.kind == "gate_up":
+        halves = [shard.chunk(2) for shard in shards]
+        return [(name, torch.cat([half[part] for half in halves])) for part, name in enumerate(names)]
+    whole = shards[0] if row.tp_axis is None else torch.cat(list(shards), dim=row.tp_axis)
+    for axis, size in enumerate(_shape(arch, row.hf[0])):
+        whole = whole.narrow(axis, 0, size)  # drops padded vocabulary rows and padded heads
+    return [(names[0], whole.contiguous())]
+
+
+def check_hf_tensors(
+    arch: ModelArchitecture, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], Tensor]
+) -> None:
+    """Returns nothing; raises ValueError naming the tensors that are missing, unexpected or of another shape.
+
+    Tolerated: rotary inv_freq buffers of old checkpoints, and an lm_head.weight in a tied checkpoint if it
+    equals the embedding (a different one means that config.json is wrong about tying).
+    """
+    expected = hf_names(arch)
+    extra = [name for name in shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    for row in FAMILIES[arch.family].rows:
+        if row.when_tied and arch.tied_embeddings and row.hf[0].name in extra:
+            extra.remove(row.hf[0].name)
+            if not torch.equal(get(row.hf[0].name), get(row.when_tied.name)):
+                raise ValueError(
+                    f"{row.hf[0].name} differs from {row.when_tied.name}, yet config.json has"
+                    " tie_word_embeddings=true; set it to false"
+                )
+    missing = [name for name in expected if name not in shapes]
+    wrong = [
+        f"{name} {tuple(shapes[name])} (expected {shape})"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    found = [("missing", missing), ("unexpected", extra), ("of another shape", wrong)]
+    problems = [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
+    if problems:
+        raise ValueError(
+            f"the checkpoint's tensors do not fit {arch.family} of config.json: " + "; ".join(problems)
+        )
+
+
+def find_row(arch: ModelArchitecture, megatron_name: str) -> tuple[Row, Indices]:
+    """The table row of a parameter and the indices in its name ({"i": layer, "e": expert}, where present)."""
+    for row in FAMILIES[arch.family].rows:
+        for pattern in row.patterns:
+            match = pattern.fullmatch(megatron_name)
+            if match:
+                indices = {key: int(value) for key, value in match.groupdict().items()}
+                _check_range(megatron_name, indices, arch)
+                return row, indices
+    raise ValueError(f"{megatron_name} is not a parameter of a {arch.family} model; see convert/families.py")
+
+
+def _check_range(megatron_name: str, indices: Indices, arch: ModelArchitecture) -> None:
+    limits = {"i": arch.num_layers, "e": arch.moe.num_experts if arch.moe else 0}
+    for key, value in indices.items():
+        if value >= limits[key]:
+            what = "layer" if key == "i" else "expert"
+            raise ValueError(f"{megatron_name}: {what} {value} is out of range, the model has {limits[key]}")
+
+
+def _indices(template: str, layers: range, experts: range) -> Iterator[Indices]:
+    if "{i}" not in template:
+        yield {}
+        return
+    for layer in layers:
+        if "{e}" in template:
+            yield from ({"i": layer, "e": expert} for expert in experts)
+        else:
+            yield {"i": layer}
+
+
+def _sources(arch: ModelArchitecture, row: Row) -> tuple[HFTensor, ...]:
+    return (row.when_tied,) if row.when_tied and arch.tied_embeddings else row.hf
+
+
+def _shape(arch: ModelArchitecture, tensor: HFTensor) -> tuple[int, ...]:
+    return tuple(arch.dim(name) for name in tensor.dims.split())
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = 4
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+
+
+def _group_rows(arch: ModelArchitecture) -> int:
+    return (arch.heads_per_group + 2) * arch.head_dim
+
+
+def _padded_slice(tensor: Tensor, axis: int, rank: int, size: int) -> Tensor:
+    """Elements [rank * size, (rank + 1) * size) along ``axis``, zeros beyond the tensor's end."""
+    start = min(rank * size, tensor.shape[axis])
+    part = tensor.narrow(axis, start, min(size, tensor.shape[axis] - start))
+    missing = size - part.shape[axis]
+    if not missing:
+        return part.contiguous()
+    padding = list(part.shape)
+    padding[axis] = missing
+    return torch.cat([part, part.new_zeros(padding)], dim=axis)
+
+
+def _qkv_shard(arch: ModelArchitecture, tensors: Sequence[Tensor], rank: int, rows: int) -> Tensor:
+    """Rows [rank * rows, (rank + 1) * rows) of the interleaved matrix, from the groups that they touch."""
+    group_rows = _group_rows(arch)
+    start = rank * rows
+    first, end = start // group_rows, -(-(start + rows) // group_rows)
+    parts = []
+    for tensor in tensors:
+        grouped = tensor.view(arch.num_kv_heads, -1, *tensor.shape[1:])
+        parts.append(_padded_slice(grouped[first:], 0, 0, end - first))
+    interleaved = torch.cat(parts, dim=1).flatten(0, 1)
+    return interleaved.narrow(0, start - first * group_rows, rows).contiguous()
+
+
+def _qkv_parts(arch: ModelArchitecture, shards: Sequence[Tensor]) -> list[Tensor]:
+    """The [query, key, value] tensors, padded groups dropped, of the interleaved matrix."""
+    whole = torch.cat(list(shards))
+    grouped = whole.view(arch.padded_kv_heads, _group_rows(arch), *whole.shape[1:])[: arch.num_kv_heads]
+    sizes = [arch.heads_per_group * arch.head_dim, arch.head_dim, arch.head_dim]
+    return [part.flatten(0, 1).contiguous() for part in grouped.split_with_sizes(sizes, dim=1)]

@@ -1,0 +1,241 @@
+"""Records become prompts (token ids), and a cursor hands them out in seeded, resumable epochs.
+
+This file does NOT keep the cursor's state anywhere: the checkpoint stores ``PromptCursor.state_dict()``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from aer_megatron.config import DataSection
+from aer_megatron.data.sources import Record
+from aer_megatron.types import Prompt
+
+_PLACEHOLDER = "{problem}"
+_ORDER_STREAM = 0
+_TEMPLATE_SLACK = 16  # tokens by which a text's join with its template may exceed the sum of the two
+
+
+class PromptEncoder:
+    """Turns a problem text into the ids put to the model, by ``data.template`` and ``data.instruction``.
+
+    Raises:
+        ValueError: the instruction has no {problem}, or the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
+        if _PLACEHOLDER not in data.instruction:
+            raise ValueError(f"data.instruction={data.instruction!r} must contain {_PLACEHOLDER}; add it")
+        if data.template == "chat" and not tokenizer.chat_template:
+            raise ValueError(
+                "data.template='chat' needs a tokenizer with a chat template and this one has none; "
+                "use data.template='plain'"
+            )
+        if data.template == "plain" and data.system is not None:
+            raise ValueError(
+                "data.system belongs to data.template='chat'; put the text into data.instruction"
+            )
+        self._tokenizer = tokenizer
+        self._data = data
+        self._num_template_tokens: int | None = None
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the ids are those of the problem text and nothing else."""
+        return self._data.template == "plain" and self._data.instruction == _PLACEHOLDER
+
+    def encode(self, problem: str) -> tuple[int, ...]:
+        """Returns the prompt's token ids, generation prompt included for a chat template."""
+        return self.encode_many([problem])[0]
+
+    def encode_many(self, problems: Sequence[str]) -> list[tuple[int, ...]]:
+        """Returns the token ids of every problem's prompt; many at once cost far less than one by one."""
+        if not problems:
+            return []
+        # replace, not format: problems and instructions are full of LaTeX braces
+        texts = [self._data.instruction.replace(_PLACEHOLDER, problem) for problem in problems]
+        if self._data.template == "plain":
+            encoded: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        else:
+            system = [] if self._data.system is None else [{"role": "system", "content": self._data.system}]
+            encoded = self._tokenizer.apply_chat_template(
+                [[*system, {"role": "user", "content": text}] for text in texts],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        return [tuple(ids) for ids in encoded]
+
+    def max_tokens(self, problem: str) -> int:
+        """Returns a bound on the prompt's tokens without tokenising: no text has more tokens than bytes."""
+        num_bytes = len(problem.encode())
+        if self._data.template == "plain":
+            return num_bytes + len(self._data.instruction.encode()) - len(_PLACEHOLDER)
+        if self._num_template_tokens is None:
+            self._num_template_tokens = len(self.encode(""))
+        return num_bytes + self._num_template_tokens + _TEMPLATE_SLACK
+
+
+class PromptSet(Sequence[Prompt]):
+    """The prompts of a set of records, tokenised on first use and kept.
+
+    Prompts longer than ``data.max_prompt_tokens`` are bad records. No text has more tokens than bytes, so
+    only texts with that many bytes are tokenised here: a set of 17,000 prompts opens at once, and a long
+    prompt still fails before the first step.
+
+    Raises:
+        ValueError: a prompt is too long or empty with ``data.on_bad_record="error"``, or no prompt is left.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, data: DataSection
+    ) -> None:
+        self._encoder = PromptEncoder(tokenizer, data)
+        self._max_tokens = data.max_prompt_tokens
+        self._prompts: dict[int, Prompt] = {}
+        self._records = self._drop_bad(records, skip=data.on_bad_record == "skip")
+        self.num_skipped = len(records) - len(self._records)
+        if not self._records:
+            raise ValueError(
+                f"no prompts are left of {len(records)} records; raise "
+                f"data.max_prompt_tokens={self._max_tokens} "
+                f"or give a source with records"
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns the prompt at ``index``, or a list of prompts for a slice."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if index not in self._prompts:
+            record = self._records[index]
+            self._prompts[index] = self._to_prompt(record, self._encoder.encode(record.problem))
+        return self._prompts[index]
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The records of the prompts, in the same order."""
+        return self._records
+
+    @property
+    def verifiers(self) -> frozenset[str]:
+        """Names of the verifiers that the prompts ask for."""
+        return frozenset(record.verifier for record in self._records)
+
+    def fingerprint(self) -> int:
+        """Returns an unsigned 64-bit hash of the ordered prompt ids: another data set has another one."""
+        ids = np.fromiter((record.id for record in self._records), dtype=np.uint64, count=len(self))
+        return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+    def _drop_bad(self, records: Sequence[Record], *, skip: bool) -> tuple[Record, ...]:
+        doubtful = [
+            i
+            for i, record in enumerate(records)
+            if self._encoder.max_tokens(record.problem) > self._max_tokens
+        ]
+        encoded = dict(
+            zip(doubtful, self._encoder.encode_many([records[i].problem for i in doubtful]), strict=True)
+        )
+        kept: list[Record] = []
+        for index, record in enumerate(records):
+            if index in encoded:
+                try:
+                    self._prompts[len(kept)] = self._to_prompt(record, encoded[index])
+                except ValueError:
+                    if not skip:
+                        raise
+                    continue
+            kept.append(record)
+        return tuple(kept)
+
+    def _to_prompt(self, record: Record, token_ids: tuple[int, ...]) -> Prompt:
+        if not 0 < len(token_ids) <= self._max_tokens:
+            raise ValueError(
+                f"the prompt of record id {record.id} ({record.problem[:60]!r}) has {len(token_ids)} tokens; "
+                f"the rule "
+                f"is 1 .. data.max_prompt_tokens={self._max_tokens}; raise that, or set "
+                f"data.on_bad_record='skip'"
+            )
+        return Prompt(record.id, record.problem, token_ids, record.answer, record.verifier, record.metadata)
+
+
+class PromptCursor:
+    """Hands out prompts epoch by epoch, each epoch a new permutation that depends on (seed, epoch) only.
+
+    The state is four integers, so a resumed run continues with exactly the prompts it would have had.
+    """
+
+    def __init__(self, prompts: PromptSet, seed: int) -> None:
+        self._prompts = prompts
+        self._seed = seed
+        self._fingerprint = prompts.fingerprint()
+        self._epoch = 0
+        self._position = 0
+        self._order = epoch_order(seed, 0, len(prompts))
+
+    def next_prompts(self, count: int) -> list[Prompt]:
+        """Returns the next ``count`` prompts, going on into further epochs where one ends."""
+        return [self._prompts[int(index)] for index in self._next_indices(count)]
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the state: ``{"epoch", "position", "seed", "fingerprint"}``, non-negative integers."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues from ``state``.
+
+        Raises:
+            ValueError: the state is of another data set or seed.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                f"the checkpoint's data cursor (fingerprint {state['fingerprint']:016x}) is of another data "
+                f"set than "
+                f"data.train ({self._fingerprint:016x}, {len(self._prompts)} prompts); restore the data or "
+                f"start a "
+                f"new run.output_dir"
+            )
+        if state["seed"] != self._seed:
+            raise ValueError(
+                f"the checkpoint's data order has seed {state['seed']} and this run run.seed={self._seed}; "
+                f"set run.seed={state['seed']} or start a new run.output_dir"
+            )
+        if not 0 <= state["position"] < len(self._prompts) or state["epoch"] < 0:
+            raise ValueError(f"the checkpoint's data cursor {dict(state)} is out of range; it is damaged")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = epoch_order(self._seed, self._epoch, len(self._prompts))
+
+    def _next_indices(self, count: int) -> list[int]:
+        indices: list[int] = []
+        while len(indices) < count:
+            taken = self._order[self._position : self._position + count - len(indices)]
+            indices.extend(taken.tolist())
+            self._position += len(taken)
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = epoch_order(self._seed, self._epoch, len(self._prompts))
+        return indices
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    """Returns the permutation of ``range(size)`` that (seed, epoch) stands for, int64 [size]."""
+    return seeded_generator(seed, _ORDER_STREAM, epoch).permutation(size)
+
+
+def seeded_generator(seed: int, stream: int, index: int) -> np.random.Generator:
+    """Returns the random generator of (seed, stream, index); different triples give independent streams."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(stream, index)))

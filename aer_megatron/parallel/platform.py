@@ -1,0 +1,181 @@
+"""The device under Megatron-Core: CUDA as it is, or the CPU over gloo.
+
+Megatron-Core hard-codes ``device="cuda"`` in factory calls, ``torch.cuda`` for streams and random state, and tensor
+type names. ``install_platform`` redirects those to the CPU, once, when no CUDA device is present, so that the unmodified
+library trains over gloo and the code above this module has no "if cpu". With a CUDA device it changes nothing.
+
+It is called by train.py and by tests, never on import. This file does NOT know models, groups or configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What the run stands on. Example on a laptop: ``Platform("cpu", "gloo", rank=0, world_size=2, local_rank=0)``."""
+
+    device_type: str
+    backend: str
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.device_type, self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
+
+
+def install_platform() -> Platform:
+    """Returns the platform of this process and prepares torch for it; idempotent.
+
+    Ranks come from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); without it the process is rank 0 of 1.
+    """
+    rank, world_size, local_rank = read_ranks()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        return Platform("cuda", "nccl", rank, world_size, local_rank)
+    _redirect_cuda_to_cpu()
+    return Platform("cpu", "gloo", rank, world_size, local_rank)
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """Returns (rank, world size, local rank) of torchrun's environment; (0, 1, 0) without it."""
+    return (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
+
+
+def initialize_process_group(platform: Platform, *, init_method: str | None = None, timeout_s: float = 600.0) -> None:
+    """Joins the default process group of ``platform``; a single process without torchrun gets a private one."""
+    import datetime
+
+    if torch.distributed.is_initialized():
+        return
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if init_method is None and "MASTER_ADDR" not in os.environ:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    torch.distributed.init_process_group(
+        platform.backend, init_method=init_method, rank=platform.rank, world_size=platform.world_size, timeout=timeout
+    )
+
+
+# Everything below exists only where no CUDA device is present.
+
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float16: "torch.cuda.HalfTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+}
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Maps a CUDA device argument to the CPU in every torch call."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DistributedOptimizer compares the type's name with its CUDA spelling
+            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event where everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def wait_stream(self, stream: Any) -> None:
+        del stream
+
+    def wait_event(self, event: Any) -> None:
+        del event
+
+    def record(self, stream: Any = None) -> None:
+        del stream
+
+    def record_event(self, event: Any = None) -> _NullStream:
+        del event
+        return self
+
+    def wait(self, stream: Any = None) -> None:
+        del stream
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _null_stream_context(stream: Any) -> Iterator[None]:
+    del stream
+    yield
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    del device, graph_safe
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    del device, clone, graph_safe
+    return torch.get_rng_state()
+
+
+@functools.cache
+def _redirect_cuda_to_cpu() -> None:
+    """Installs the redirection for the life of the process (cached: a second call does nothing)."""
+    _CpuForCuda().__enter__()
+    cuda = torch.cuda
+    null = _NullStream()
+    replacements: dict[str, Any] = {
+        "current_device": lambda: torch.device("cpu"),
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "Stream": _NullStream,
+        "Event": _NullStream,
+        "current_stream": lambda device=None: null,
+        "default_stream": lambda device=None: null,
+        "stream": _null_stream_context,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "manual_seed": torch.manual_seed,
+    }
+    for name, replacement in replacements.items():
+        setattr(cuda, name, replacement)
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
+
+    # imported after the redirection: the module reads torch.cuda while it is imported
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = _get_rng_state
+    megatron_random._set_cuda_rng_state = _set_rng_state

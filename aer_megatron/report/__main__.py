@@ -1,0 +1,39 @@
+"""``python -m aer_megatron.report RUN [RUN ...]``: draws one run, or several over one another."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from aer_megatron.report.picture import PICTURE_FILE, draw_comparison, draw_report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 2 where a folder is not a run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m aer_megatron.report",
+        description="Draw reward, pass@k, entropy and coefficient of one run, or of several over each other.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder that holds metrics.jsonl")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"picture to write; without it RUN/{PICTURE_FILE}, or comparison.png here for several runs",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.output is None and len(options.runs) == 1:
+            path = draw_report(options.runs[0])
+        else:
+            path = draw_comparison(options.runs, options.output or Path("comparison.png"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

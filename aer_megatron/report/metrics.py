@@ -1,0 +1,216 @@
+"""Every metric name of a run, with its unit and meaning: the only file that spells one.
+
+A name is an attribute of ``Metric``, which is a ``str``: ``{Metric.REWARD_MEAN: 0.4}``. Two families take a
+suffix: ``pass_at(8)`` is ``eval/pass@8`` and ``reason_count("no_answer")`` is ``rewards/reason/no_answer``.
+
+Everything that depends on the machine rather than on the seed is under ``time/``: drop those keys and two
+runs of the same configuration are equal byte for byte.
+
+This file does NOT compute or store values. docs/metrics.md is generated from it
+(tools/write_metrics_docs.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+MACHINE_PREFIX = "time/"
+
+_LABEL = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Metric(StrEnum):
+    """A metric name with ``unit`` and ``meaning``; unit ``text`` is a string, ``flag`` true or false."""
+
+    unit: str
+    meaning: str
+
+    def __new__(cls, name: str, unit: str, meaning: str) -> Metric:
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.unit = unit
+        member.meaning = meaning
+        return member
+
+    STEP = "step", "steps", "rollout batches before this one; step 0 is the initial policy"
+
+    REWARD_MEAN = "reward/mean", "reward", "mean reward of the step's rollouts, before any filtering"
+    REWARD_SOLVED_ALL = (
+        "reward/solved_all",
+        "share",
+        "groups in which every rollout is right: their advantage is 0",
+    )
+    REWARD_SOLVED_NONE = (
+        "reward/solved_none",
+        "share",
+        "groups in which no rollout is right: their advantage is 0",
+    )
+
+    ENTROPY_TOKEN_MEAN = (
+        "entropy/token_mean",
+        "nats",
+        "H: exact full-vocabulary entropy at the rollout temperature, mean over the step's response tokens",
+    )
+    ENTROPY_INITIAL = "entropy/initial", "nats", "H_0: token_mean of the first step's rollouts; measured once"
+    ENTROPY_TARGET = "entropy/target", "nats", "H* = tau * H_0"
+
+    AER_ALPHA = "aer/alpha", "1", "the controller's global coefficient after this step's update"
+    AER_COEFFICIENT = "aer/coefficient", "1", "the coefficient that the loss used (0 in shadow mode)"
+    AER_DIFFICULTY_MEAN = (
+        "aer/difficulty_mean",
+        "1",
+        "mean over prompts of d(q) before normalisation: 0 easy, 1 hard",
+    )
+    AER_HELD = (
+        "aer/held",
+        "flag",
+        "alpha kept its last value: the entropy statistic was missing or not finite",
+    )
+    AER_FROZEN = "aer/frozen", "flag", "the integral was frozen: mean d below its floor (anti-windup)"
+    AER_REASON = "aer/reason", "text", "one sentence: what the controller did, and why"
+    AER_ALARM = (
+        "aer/alarm",
+        "text",
+        "entropy collapse or explosion, with step, H, H* and alpha; null when all is well",
+    )
+
+    LOSS_TOTAL = "loss/total", "nats", "what is minimised: policy loss minus entropy bonus"
+    LOSS_POLICY = "loss/policy", "1", "clipped surrogate, token mean over the global batch"
+    LOSS_ENTROPY_BONUS = (
+        "loss/entropy_bonus",
+        "nats",
+        "alpha * d weighted entropy, same normaliser as loss/policy",
+    )
+    LOSS_SUPERVISED = "loss/supervised", "nats", "cross-entropy per response token of the supervised stage"
+
+    TRAIN_GRAD_NORM = (
+        "train/grad_norm",
+        "1",
+        "global gradient norm before clipping, mean over the mini-batches",
+    )
+    TRAIN_LR = "train/lr", "1", "learning rate of the last optimizer step"
+    TRAIN_CLIP_LOW = "train/clip_low", "share", "response tokens whose ratio was cut below 1 - clip_low"
+    TRAIN_CLIP_HIGH = "train/clip_high", "share", "response tokens whose ratio was cut above 1 + clip_high"
+    TRAIN_APPROX_KL = "train/approx_kl", "nats", "k3 estimate of KL(old || new), mean over response tokens"
+
+    ROLLOUT_LOGPROB_DIFF_MAX = (
+        "rollout/logprob_diff_max",
+        "nats",
+        "largest |rollout engine - trainer| log-probability of a sampled token",
+    )
+    ROLLOUT_LOGPROB_DIFF_MEAN = (
+        "rollout/logprob_diff_mean",
+        "nats",
+        "mean of that difference over response tokens",
+    )
+    ROLLOUT_RESPONSE_LENGTH_MEAN = "rollout/response_length_mean", "tokens", "mean response length"
+    ROLLOUT_TRUNCATED_SHARE = "rollout/truncated_share", "share", "responses cut at rollout.max_new_tokens"
+    ROLLOUT_PROMPT_TOKENS = "rollout/prompt_tokens", "tokens", "prompt tokens of the step, once per rollout"
+    ROLLOUT_RESPONSE_TOKENS = "rollout/response_tokens", "tokens", "response tokens of the step"
+    ROLLOUT_GROUPS_DROPPED = "rollout/groups_dropped", "groups", "groups that dynamic sampling removed"
+    ROLLOUT_REFILLS = "rollout/refills", "rounds", "extra rollout rounds that dynamic sampling took"
+
+    DATA_SKIPPED_RECORDS = (
+        "data/skipped_records",
+        "records",
+        "bad records skipped so far (on_bad_record = skip)",
+    )
+
+    EVAL_RESPONSE_LENGTH_MEAN = (
+        "eval/response_length_mean",
+        "tokens",
+        "mean response length of the evaluation",
+    )
+
+    TIME_STEP = "time/step_s", "s", "wall time since the previous line"
+    TIME_ROLLOUT = "time/rollout_s", "s", "generation"
+    TIME_REWARD = "time/reward_s", "s", "verification"
+    TIME_SCORE = "time/score_s", "s", "forward pass for log-probabilities and entropies"
+    TIME_TRAIN = "time/train_s", "s", "forward-backward passes and optimizer steps"
+    TIME_SYNC = "time/sync_s", "s", "weights from trainer to rollout engine"
+    TIME_EVAL = "time/eval_s", "s", "evaluation"
+    TIME_CHECKPOINT = "time/checkpoint_s", "s", "checkpoint written since the previous line"
+    TIME_TOKENS_PER_S = (
+        "time/tokens_per_s",
+        "tokens/s",
+        "the step's tokens over time/step_s, all ranks together",
+    )
+    TIME_PEAK_RSS_GB = (
+        "time/peak_rss_gb",
+        "GB",
+        "largest resident memory of rank 0 so far (1 GB = 10^9 bytes)",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Names that share a prefix: ``prefix`` followed by what ``suffix`` matches."""
+
+    prefix: str
+    suffix: re.Pattern[str]
+    placeholder: str
+    unit: str
+    meaning: str
+
+    def matches(self, name: str) -> bool:
+        return name.startswith(self.prefix) and bool(self.suffix.fullmatch(name.removeprefix(self.prefix)))
+
+
+PASS_AT = Family(
+    "eval/pass@",
+    re.compile(r"[1-9]\d*"),
+    "K",
+    "share",
+    "unbiased pass@k of the evaluation set, at evaluation steps",
+)
+REASON = Family("rewards/reason/", _LABEL, "LABEL", "rollouts", "rollouts whose verdict carries this reason")
+FAMILIES = (PASS_AT, REASON)
+
+
+def pass_at(k: int) -> str:
+    """Returns the name of pass@k, for example ``eval/pass@8``.
+
+    Raises:
+        ValueError: ``k`` is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"pass@{k} is not defined; k must be at least 1")
+    return f"{PASS_AT.prefix}{k}"
+
+
+def reason_count(label: str) -> str:
+    """Returns the name that counts verdicts with reason ``label``, for example ``rewards/reason/no_answer``.
+
+    Raises:
+        ValueError: ``label`` is not a snake_case label.
+    """
+    if not _LABEL.fullmatch(label):
+        raise ValueError(f"verdict reason {label!r} must be a snake_case label such as no_answer; rename it")
+    return f"{REASON.prefix}{label}"
+
+
+def pass_k(name: str) -> int | None:
+    """Returns k of the metric ``eval/pass@k``, None for any other name."""
+    return int(name.removeprefix(PASS_AT.prefix)) if PASS_AT.matches(name) else None
+
+
+def unit_of(name: str) -> str:
+    """Returns the unit of a metric.
+
+    Raises:
+        ValueError: no such metric; the message names the nearest one.
+    """
+    if name in _UNITS:
+        return _UNITS[name]
+    for family in FAMILIES:
+        if family.matches(name):
+            return family.unit
+    known = [*_UNITS, *(family.prefix + family.placeholder for family in FAMILIES)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    raise ValueError(f"unknown metric {name!r}: nearest is {near[0]!r}; new names go into report/metrics.py")
+
+
+_UNITS = {str(metric): metric.unit for metric in Metric}

@@ -1,0 +1,228 @@
+"""metrics.jsonl and run.json: the record of a run that survives it.
+
+One line of metrics.jsonl is one JSON object: ``step`` first, ``time/*`` last, names in alphabetical order
+between. Floats are written in full (``repr``), so reading gives back the same bits. NaN and infinities are
+written as null, because JSON has no word for them.
+
+This file does NOT compute metrics; names come from metrics.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aer_megatron.config import Config, config_digest
+from aer_megatron.report.metrics import MACHINE_PREFIX, Metric, unit_of
+
+METRICS_FILE = "metrics.jsonl"
+MANIFEST_FILE = "run.json"
+
+MetricValue = float | str | bool | None
+
+
+class MetricsWriter:
+    """Appends one line per step to ``folder``/metrics.jsonl; the folder is made if it is missing.
+
+    Lines of an earlier launch stay; call ``truncate_from(resume_step)`` before the first ``write``.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder) / METRICS_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._last_step = -1
+        for step, _ in _split_lines(self.path):
+            self._last_step = step
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Appends one step and hands it to the operating system before it returns.
+
+        Raises:
+            ValueError: ``step`` is missing or not beyond the last line's, a name is unknown, or a value has
+            no
+                place in the file.
+        """
+        record = normalize(metrics)
+        step = record[Metric.STEP]
+        if not isinstance(step, int) or step <= self._last_step:
+            raise ValueError(
+                f"{Metric.STEP}={step} must be an integer above {self._last_step}, the last step in "
+                f"{self.path}; truncate the file at the resume step first"
+            )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._last_step = step
+
+    def truncate_from(self, resume_step: int) -> None:
+        """Drops the lines of ``resume_step`` and later, and a half-written last line, in one atomic rename.
+
+        Raises:
+            ValueError: a line before the last one is not a JSON object with a step.
+        """
+        kept = [(step, line) for step, line in _split_lines(self.path) if step < resume_step]
+        self._last_step = kept[-1][0] if kept else -1
+        if self.path.exists():
+            _replace_file(self.path, "".join(f"{line}\n" for _, line in kept))
+
+
+def normalize(metrics: Mapping[str, Any]) -> dict[str, MetricValue]:
+    """Returns the metrics in file order with plain Python values; what is not finite becomes None.
+
+    Raises:
+        ValueError: ``step`` is missing, a name is unknown, or a value does not fit the metric's unit.
+    """
+    if Metric.STEP not in metrics:
+        raise ValueError(f"metrics without {str(Metric.STEP)!r} cannot be recorded; add it")
+    names = sorted((str(name) for name in metrics), key=_file_order)
+    return {name: _plain(name, metrics[name]) for name in names}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, MetricValue]]:
+    """Returns the records of a metrics.jsonl in file order; a half-written last line is left out.
+
+    Raises:
+        ValueError: the file is missing, or a line before the last one is malformed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a run that has made a step")
+    return [json.loads(line) for _, line in _split_lines(path)]
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str | None]:
+    """Returns the installed version of each distribution, None where it is not installed."""
+    return {name: _version(name) for name in names}
+
+
+def write_run_manifest(
+    folder: str | Path,
+    config: Config,
+    versions: Mapping[str, str | None],
+    *,
+    command: Sequence[str],
+    num_ranks: int,
+) -> Path:
+    """Returns the path of run.json: the resolved configuration and what it takes to repeat the run.
+
+    ``command`` is the module and its arguments, ``("aer_megatron.train", "run.toml")``: ``sys.argv[0]``
+    would be a path of this machine.
+    """
+    resolved = config.model_dump(mode="json")
+    manifest = {
+        "name": config.run.name,
+        "command": list(command),
+        "num_ranks": num_ranks,
+        "config_digest": config_digest(resolved),
+        "git": source_commit(Path(__file__)),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": dict(versions),
+        "config": resolved,
+    }
+    path = Path(folder) / MANIFEST_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace_file(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def read_run_manifest(folder: str | Path) -> dict[str, Any]:
+    """Returns the content of ``folder``/run.json, an empty mapping where there is none."""
+    path = Path(folder) / MANIFEST_FILE
+    if not path.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def source_commit(file: Path) -> dict[str, Any] | None:
+    """Returns ``{"commit", "modified"}`` of the git repository that tracks ``file``, None where none does.
+
+    An installed package may lie inside an unrelated repository (a virtual environment in a project folder),
+    so being below a repository is not enough: git must track the file.
+    """
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    commit = _git(file.parent, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changes = _git(file.parent, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit, "modified": bool(changes)}
+
+
+def _file_order(name: str) -> tuple[int, str]:
+    if name == Metric.STEP:
+        return 0, name
+    return (2 if name.startswith(MACHINE_PREFIX) else 1), name
+
+
+def _plain(name: str, value: Any) -> MetricValue:
+    unit = unit_of(name)
+    if value is None:
+        return None
+    if unit == "text":
+        if isinstance(value, str):
+            return value
+    elif unit == "flag":
+        if isinstance(value, (bool, np.bool_)):
+            return bool(value)
+    elif isinstance(value, Integral):
+        return int(value)
+    elif isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    raise ValueError(f"metric {name}={value!r} of type {type(value).__name__} does not fit its unit {unit!r}")
+
+
+def _split_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (step, line without its end) of every whole line."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, raw in enumerate(lines, start=1):
+        if number == len(lines) and not raw:
+            return
+        try:
+            line = raw.decode("utf-8")
+            step = int(json.loads(line)[Metric.STEP])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                return  # a process killed while it wrote leaves part of a line and no line end
+            raise ValueError(
+                f"{path}, line {number} is not a metrics record ({error}); repair or remove it"
+            ) from None
+        yield step, line
+
+
+def _replace_file(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,232 @@
+"""The engine that needs no server: generation in the trainer's own process with a transformers model.
+
+The model is built from a Hugging Face configuration; its weights arrive only through ``update_weights`` in
+Hugging Face names, the path that also feeds servers. New weights are staged beside the old ones and swapped
+in whole, so a failed update leaves the old policy in service (memory: twice the model while an update is
+staged, once otherwise).
+
+This file does NOT read weights from disk and knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from aer_megatron.rollout.decode import decode_batch
+from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.types import Completion, VersionSpan
+
+
+class EmbeddedEngine:
+    """A ``RolloutEngine`` in this process; see ``rollout/engine.py`` for the contract.
+
+    A completion is a function of its request, the options and the weights: batch neighbours and their order
+    change it only through the rounding of the logits.
+
+    Args:
+        hf_config: configuration of a causal language model with full attention; it is copied.
+        dtype: of the weights and activations; log-probabilities are fp32 in any case.
+        device: where the model lives.
+        max_batch_size: sequences decoded together.
+        checksum: tensor -> 64-bit checksum, the one that the weight transport compares.
+
+    Raises:
+        ValueError: the configuration has layers other than full attention, or ``max_batch_size`` < 1.
+    """
+
+    def __init__(
+        self,
+        hf_config: PretrainedConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_batch_size: int,
+        checksum: Callable[[Tensor], int],
+    ) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"rollout.max_batch_size={max_batch_size} must be at least 1; raise it")
+        _require_full_attention(hf_config)
+        self._max_batch_size = max_batch_size
+        self._checksum = checksum
+        self._model: Any = _build_model(hf_config, dtype, device)
+        self._parameters, self._aliases = _parameters_and_aliases(self._model)
+        self._max_positions: int | None = getattr(hf_config, "max_position_embeddings", None)
+        self._vocab_size: int = hf_config.vocab_size
+        self._staged: dict[str, Tensor] | None = None
+        self._policy_version = -1
+
+    @property
+    def policy_version(self) -> int:
+        """Returns the version of the weights in use; -1 before the first update."""
+        return self._policy_version
+
+    def generate(self, requests: Sequence[GenerateRequest], options: SamplingOptions) -> list[Completion]:
+        """Returns one completion per request, in order, each with one version span.
+
+        Raises:
+            ValueError: a token id outside the vocabulary, or a request longer than the model's positions.
+            RuntimeError: no weights yet, closed, or non-finite logits.
+        """
+        if self._model is None:
+            raise RuntimeError("the embedded engine is closed; make a new one")
+        if self._policy_version < 0:
+            raise RuntimeError("the embedded engine has no weights yet; call update_weights first")
+        self._check(requests, options)
+        # Similar lengths waste few slots on padding; equal prompts side by side share a prefill.
+        prompts = [request.prompt_ids for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), prompts[i]))
+        completions: dict[int, Completion] = {}
+        for start in range(0, len(order), self._max_batch_size):
+            batch = order[start : start + self._max_batch_size]
+            decoded = decode_batch(
+                self._model, [requests[i] for i in batch], options, max_positions=self._max_positions
+            )
+            for i, (token_ids, logprobs, reason) in zip(batch, decoded, strict=True):
+                span = VersionSpan(self._policy_version, 0, len(token_ids))
+                completions[i] = Completion(token_ids, logprobs, reason, (span,))
+        return [completions[i] for i in range(len(requests))]
+
+    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Mapping[str, int]:
+        """Returns the checksums of the weights now in use: ``stage_weights``, then ``commit_weights``."""
+        checksums = self.stage_weights(tensors)
+        self.commit_weights(version)
+        return checksums
+
+    def stage_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        """Returns the checksum of every staged tensor by name; generation still uses the old weights.
+
+        Tensors are copied, so the caller may change them afterwards. A tied output matrix may be left out.
+
+        Raises:
+            ValueError: an unknown, missing or repeated name, another shape or dtype, or a tied output matrix
+                that differs from the embedding. Nothing stays staged.
+            RuntimeError: the engine is closed.
+        """
+        if self._model is None:
+            raise RuntimeError("the embedded engine is closed; make a new one")
+        self._staged = None
+        staged: dict[str, Tensor] = {}
+        checksums: dict[str, int] = {}
+        for name, tensor in tensors:
+            self._check_tensor(name, tensor, repeated=name in checksums)
+            if name in self._aliases:
+                checksums[name] = self._checksum(tensor)
+                continue
+            target = self._parameters[name]
+            staged[name] = torch.empty_like(target, requires_grad=False).copy_(tensor.detach())
+            checksums[name] = self._checksum(staged[name])
+        missing = [name for name in self._parameters if name not in staged]
+        if missing:
+            raise ValueError(
+                f"weight update lacks {len(missing)} of {len(self._parameters)} tensors, first "
+                f"{missing[0]!r}; send every parameter of the model"
+            )
+        for alias, name in self._aliases.items():
+            if alias in checksums and checksums[alias] != checksums[name]:
+                raise ValueError(
+                    f"weight {alias!r} differs from {name!r}, but the configuration ties them; send "
+                    f"equal tensors or set tie_word_embeddings to false"
+                )
+        self._staged = staged
+        return checksums
+
+    def commit_weights(self, version: int) -> None:
+        """Puts the staged weights into service as policy ``version``.
+
+        Raises:
+            ValueError: a negative version.
+            RuntimeError: nothing is staged.
+        """
+        if version < 0:
+            raise ValueError(f"policy version {version} must not be negative; count from 0")
+        if self._staged is None:
+            raise RuntimeError("no weights are staged; call stage_weights first")
+        for name, tensor in self._staged.items():
+            self._parameters[name].data = tensor
+        self._staged = None
+        self._policy_version = version
+
+    def discard_weights(self) -> None:
+        """Drops the staged weights, if any; the old ones stay in service."""
+        self._staged = None
+
+    def close(self) -> None:
+        """Releases the model; calling it twice is harmless."""
+        self._model = None
+        self._parameters = {}
+        self._staged = None
+
+    def _check(self, requests: Sequence[GenerateRequest], options: SamplingOptions) -> None:
+        outside = [token for token in options.stop_token_ids if not 0 <= token < self._vocab_size]
+        if outside:
+            raise ValueError(
+                f"stop token {outside[0]} must lie in the vocabulary 0..{self._vocab_size - 1}; drop it"
+            )
+        for index, request in enumerate(requests):
+            if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab_size:
+                raise ValueError(
+                    f"request {index}: prompt ids must lie in the vocabulary 0..{self._vocab_size - 1}, got "
+                    f"{min(request.prompt_ids)}..{max(request.prompt_ids)}; use the model's own tokenizer"
+                )
+            length = len(request.prompt_ids) + request.max_new_tokens
+            if self._max_positions is not None and length > self._max_positions:
+                raise ValueError(
+                    f"request {index}: {len(request.prompt_ids)} prompt tokens + rollout.max_new_tokens="
+                    f"{request.max_new_tokens} must not exceed the model's {self._max_positions} positions; "
+                    f"lower rollout.max_new_tokens or data.max_prompt_tokens"
+                )
+
+    def _check_tensor(self, name: str, tensor: Tensor, *, repeated: bool) -> None:
+        target = self._parameters.get(self._aliases.get(name, name))
+        if target is None:
+            raise ValueError(f"weight {name!r} is not a parameter of the model; send Hugging Face names")
+        if repeated:
+            raise ValueError(f"weight {name!r} was sent twice in one update; send each tensor once")
+        if tensor.shape != target.shape:
+            raise ValueError(
+                f"weight {name!r} has shape {tuple(tensor.shape)}, the model's is {tuple(target.shape)}; "
+                f"send the unsharded tensor of this configuration"
+            )
+        if tensor.dtype != target.dtype:
+            raise ValueError(
+                f"weight {name!r} has dtype {tensor.dtype}, the engine's is {target.dtype}; build the "
+                f"engine with the training dtype (model.dtype)"
+            )
+
+
+def _require_full_attention(hf_config: PretrainedConfig) -> None:
+    kinds = set(getattr(hf_config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"the embedded engine decodes models with full attention only, this one has {sorted(kinds)}; "
+            f"use another model or a server engine"
+        )
+
+
+def _build_model(hf_config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    # transformers draws initial weights and may write into the configuration: keep both inside.
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.random.fork_rng(devices=[]):
+        model = build(copy.deepcopy(hf_config), dtype=dtype, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def _parameters_and_aliases(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Parameter], dict[str, str]]:
+    """Returns the parameters by name, and for every second name of a tied parameter its first name."""
+    parameters: dict[str, torch.nn.Parameter] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_name.setdefault(id(parameter), name)
+        if first == name:
+            parameters[name] = parameter
+        else:
+            aliases[name] = first
+    return parameters, aliases

@@ -1,0 +1,82 @@
+"""Weight transport to an engine in the same process, verified tensor by tensor.
+
+The engine stages the new weights beside the old ones; they go into service only after the checksum of every
+tensor sent equals the checksum of what the engine staged. A failure at any point leaves the old weights
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+class StagingEngine(Protocol):
+    """What the transport needs of an engine; the embedded engine has it."""
+
+    @property
+    def policy_version(self) -> int: ...
+
+    def stage_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, int]: ...
+
+    def commit_weights(self, version: int) -> None: ...
+
+    def discard_weights(self) -> None: ...
+
+
+class InProcessSync:
+    """Publishes policy weights to an engine of this process.
+
+    Args:
+        engine: receives the weights.
+        checksum: the function that the engine uses too (``sync.checksum.tensor_checksum``).
+    """
+
+    def __init__(self, engine: StagingEngine, *, checksum: Callable[[Tensor], int]) -> None:
+        self._engine = engine
+        self._checksum = checksum
+
+    def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Puts the tensors into service as policy ``version``; they are streamed, one at a time.
+
+        Memory: the engine holds its old and its new weights until this returns.
+
+        Raises:
+            ValueError: the engine refuses a name, shape or dtype.
+            RuntimeError: the engine holds something else than what was sent (the first such tensor is named),
+                or reports another version. In every case but the last the old weights are still in service,
+                whole.
+        """
+        sent: dict[str, int] = {}
+        try:
+            held = self._engine.stage_weights(self._metered(named_tensors, sent))
+            self._verify(sent, held)
+            self._engine.commit_weights(version)
+        finally:
+            self._engine.discard_weights()
+        if self._engine.policy_version != version:
+            raise RuntimeError(
+                f"weight sync: the engine reports policy version {self._engine.policy_version} after version "
+                f"{version} was committed; restart the engine"
+            )
+
+    def _metered(
+        self, named_tensors: Iterable[tuple[str, Tensor]], sent: dict[str, int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named_tensors:
+            sent[name] = self._checksum(tensor)
+            yield name, tensor
+
+    def _verify(self, sent: Mapping[str, int], held: Mapping[str, int]) -> None:
+        for name, value in sent.items():
+            if held.get(name) != value:
+                found = f"{held[name]:#018x}" if name in held else "nothing"
+                raise RuntimeError(
+                    f"weight sync: tensor {name!r} was sent with checksum {value:#018x} but the engine holds "
+                    f"{found}; policy version {self._engine.policy_version} stays in service"
+                )
+        extra = [name for name in held if name not in sent]
+        if extra:
+            raise RuntimeError(f"weight sync: the engine reports tensor {extra[0]!r}, which was never sent")

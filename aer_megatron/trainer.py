@@ -1,0 +1,316 @@
+"""THE loop: GRPO with adaptive entropy regularization, one rollout batch per step.
+
+    prompts -> rollouts -> rewards -> (everything on every rank) Experience
+        -> score: old log-probabilities and exact entropies under the policy that sampled
+        -> assess: advantages, difficulty, the controller's observation -> controller update
+        -> train: one or more optimizer steps -> publish the weights
+
+Two values come back from a step to the next: ``controller_state`` and ``policy_version``; both are local variables of
+``Trainer.run``. What persists beside them (data cursor, ledger, weights) belongs to the part that owns it.
+
+This file decides when and in which order. It does NOT know torch, ranks, files or how any part works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from aer_megatron._C import DifficultyLedger
+from aer_megatron.algo import controller
+from aer_megatron.algo.advantage import AdvantageResult, group_advantages
+from aer_megatron.algo.controller import ControllerState, Decision, Observation
+from aer_megatron.algo.difficulty import (
+    difficulty,
+    difficulty_accuracy,
+    group_token_entropy,
+    normalize_difficulty,
+    update_ledger,
+)
+from aer_megatron.algo.experience import (
+    join_experiences,
+    logprob_difference,
+    mixed_groups,
+    num_groups,
+    select_groups,
+)
+from aer_megatron.algo.passk import pass_at_k
+from aer_megatron.config import Config
+from aer_megatron.report.metrics import Metric, pass_at, reason_count
+from aer_megatron.report.reporter import StepReporter
+from aer_megatron.report.timer import PhaseTimer
+from aer_megatron.types import (
+    Experience,
+    Float64Array,
+    PolicyScores,
+    Prompt,
+    RolloutGroup,
+    ScoredGroup,
+    StepStats,
+    TrainBatch,
+)
+
+
+class PromptSource(Protocol):
+    def next_prompts(self, count: int) -> list[Prompt]: ...
+    def state_dict(self) -> dict[str, int]: ...
+
+
+class Collector(Protocol):
+    def collect(self, prompts_P: Sequence[Prompt], *, step: int, refill: int) -> list[RolloutGroup]: ...
+
+
+class Policy(Protocol):
+    def score(self, experience: Experience) -> PolicyScores: ...
+    def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats: ...
+    def hf_weights(self) -> Iterator[tuple[str, Any]]: ...
+
+
+class WeightSync(Protocol):
+    def publish(self, named_tensors: Iterator[tuple[str, Any]], version: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands between two steps: what a checkpoint holds beside weights, optimizer and ledger."""
+
+    next_step: int
+    policy_version: int
+    controller_state: ControllerState
+    cursor: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What train.py chose for this run."""
+
+    prompts: PromptSource
+    eval_prompts: Sequence[Prompt]
+    collector: Collector
+    eval_collector: Collector
+    score_groups: Callable[[list[RolloutGroup]], list[ScoredGroup]]
+    gather: Callable[[list[ScoredGroup]], tuple[Experience, dict[str, int]]]
+    policy: Policy
+    weight_sync: WeightSync
+    ledger: DifficultyLedger
+    save: Callable[[Progress], None]
+    reporter: StepReporter
+    timer: PhaseTimer
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The rollout batch of a step with what dynamic sampling did to it."""
+
+    experience: Experience
+    reasons: Mapping[str, int]
+    reward_mean: float
+    num_dropped: int
+    num_refills: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What the batch says before the update: advantages, where the bonus goes, what the controller sees."""
+
+    advantages: AdvantageResult
+    difficulty_P: Float64Array  # before normalisation
+    allocation_P: Float64Array  # after it: multiplies the coefficient
+    observation: Observation
+
+
+class Trainer:
+    """Runs steps ``start.next_step`` to ``config.run.num_steps - 1``."""
+
+    def __init__(self, config: Config, parts: Parts, start: Progress) -> None:
+        self._config = config
+        self._parts = parts
+        self._start = start
+
+    def run(self) -> None:
+        """Returns when the last step is done and saved."""
+        parts, config, timer = self._parts, self._config, self._parts.timer
+        entropy = config.algo.entropy
+        controller_state, policy_version = self._start.controller_state, self._start.policy_version
+        parts.weight_sync.publish(parts.policy.hf_weights(), policy_version)
+
+        for step in range(self._start.next_step, config.run.num_steps):
+            eval_metrics = self._evaluate(step) if self._is_eval_step(step) else {}
+            collected = self._collect(step)
+            experience = collected.experience
+
+            with timer.phase("score"):
+                scores = parts.policy.score(experience)
+                assessed = self._assess(experience, scores, step)
+            # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/aer.md)
+            controller_state = controller.anchor(controller_state, assessed.observation)
+            decision = controller.update(controller_state, entropy, assessed.observation)
+            controller_state = decision.state
+            coefficient = controller.loss_coefficient(
+                controller_state, entropy, token_entropy=_mean_entropy(assessed.observation)
+            )
+            batch = TrainBatch(
+                experience=experience,
+                advantage_B=assessed.advantages.advantage_B,
+                entropy_weight_B=coefficient * assessed.allocation_P[experience.group_index_B],
+                old_logprob_T=scores.logprob_T,
+            )
+            with timer.phase("train"):
+                stats = parts.policy.train(
+                    batch,
+                    seed=config.run.seed + step,
+                    entropy_gradient=controller.needs_entropy_gradient(entropy),
+                )
+            policy_version += 1
+            with timer.phase("sync"):
+                parts.weight_sync.publish(parts.policy.hf_weights(), policy_version)
+
+            parts.reporter.step(
+                {Metric.STEP: step, Metric.AER_COEFFICIENT: coefficient}
+                | self._rollout_metrics(collected, scores)
+                | self._controller_metrics(decision, assessed)
+                | self._training_metrics(stats)
+                | eval_metrics
+                | timer.take(num_tokens=len(experience.token_ids_L))
+            )
+            if self._is_save_step(step):
+                with timer.phase("checkpoint"):
+                    parts.save(Progress(step + 1, policy_version, controller_state, parts.prompts.state_dict()))
+
+    def _collect(self, step: int) -> Collected:
+        """Returns P groups; dynamic sampling replaces groups solved always or never, as far as max_refills allow."""
+        options = self._config.rollout
+        rounds: list[Experience] = []
+        kept: list[Experience] = []
+        spare: list[Experience] = []
+        reasons: dict[str, int] = {}
+        missing = options.prompts_per_step
+        while missing and len(rounds) <= options.max_refills:
+            experience, counts = self._roll_out(self._parts.prompts.next_prompts(missing), step, len(rounds))
+            rounds.append(experience)
+            for label, count in counts.items():
+                reasons[label] = reasons.get(label, 0) + count
+            if not options.dynamic_sampling:
+                kept.append(experience)
+                break
+            keep_P = mixed_groups(group_advantages(experience, self._config.algo))
+            kept.append(select_groups(experience, keep_P))
+            spare.append(select_groups(experience, ~keep_P))
+            missing -= int(keep_P.sum())
+        if options.dynamic_sampling and missing:
+            # the batch keeps its size: what is still missing is filled with groups of zero advantage
+            unmixed = join_experiences(spare)
+            kept.append(select_groups(unmixed, np.arange(num_groups(unmixed)) < missing))
+        result = join_experiences(kept)
+        rewards = np.concatenate([part.reward_B for part in rounds])
+        return Collected(
+            experience=result,
+            reasons=reasons,
+            reward_mean=float(rewards.mean()),
+            num_dropped=sum(num_groups(part) for part in rounds) - num_groups(result),
+            num_refills=len(rounds) - 1,
+        )
+
+    def _roll_out(self, prompts: list[Prompt], step: int, refill: int) -> tuple[Experience, dict[str, int]]:
+        parts = self._parts
+        with parts.timer.phase("rollout"):
+            groups = parts.collector.collect(prompts, step=step, refill=refill)
+        with parts.timer.phase("reward"):
+            return parts.gather(parts.score_groups(groups))
+
+    def _assess(self, experience: Experience, scores: PolicyScores, step: int) -> Assessment:
+        algo, ledger = self._config.algo, self._parts.ledger
+        advantages = group_advantages(experience, algo)
+        entropy_sum_P, token_count_P = group_token_entropy(experience, scores.token_entropy_T)
+        update_ledger(ledger, advantages, entropy_sum_P=entropy_sum_P, token_count_P=token_count_P, step=step)
+        accuracy_P = difficulty_accuracy(
+            algo.entropy.source, advantages.accuracy_P, ledger, advantages.prompt_id_P, algo.ledger, step
+        )
+        difficulty_P = difficulty(accuracy_P, shape=algo.entropy.difficulty, rho=algo.entropy.rho)
+        return Assessment(
+            advantages=advantages,
+            difficulty_P=difficulty_P,
+            allocation_P=self._allocation(difficulty_P),
+            observation=Observation(
+                entropy_sum=float(scores.token_entropy_T.sum(dtype=np.float64)),
+                token_count=float(len(scores.token_entropy_T)),
+                difficulty_mean=float(difficulty_P.mean()),
+            ),
+        )
+
+    def _allocation(self, difficulty_P: Float64Array) -> Float64Array:
+        """Difficulty decides where the bonus goes under ``aer``; the baselines spread it evenly."""
+        entropy = self._config.algo.entropy
+        if entropy.kind != "aer":
+            return np.ones_like(difficulty_P)
+        return normalize_difficulty(difficulty_P, mode=entropy.normalize)
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        parts, options = self._parts, self._config.eval
+        with parts.timer.phase("eval"):
+            groups = parts.eval_collector.collect(parts.eval_prompts, step=step, refill=0)
+            experience, _ = parts.gather(parts.score_groups(groups))
+        result = group_advantages(experience, self._config.algo)
+        metrics = {
+            pass_at(k): float(pass_at_k(result.counts_P, result.successes_P, k=k).mean()) for k in options.k
+        }
+        return metrics | {Metric.EVAL_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean())}
+
+    def _is_eval_step(self, step: int) -> bool:
+        every, last = self._config.run.eval_every, self._config.run.num_steps - 1
+        return bool(every) and (step % every == 0 or step == last)
+
+    def _is_save_step(self, step: int) -> bool:
+        every, last = self._config.run.checkpoint_every, self._config.run.num_steps - 1
+        return step == last or (bool(every) and (step + 1) % every == 0)
+
+    def _rollout_metrics(self, collected: Collected, scores: PolicyScores) -> dict[str, Any]:
+        experience = collected.experience
+        difference_max, difference_sum = logprob_difference(experience, scores.logprob_T)
+        return {
+            Metric.REWARD_MEAN: collected.reward_mean,
+            Metric.ROLLOUT_LOGPROB_DIFF_MAX: difference_max,
+            Metric.ROLLOUT_LOGPROB_DIFF_MEAN: difference_sum / max(1, experience.num_response_tokens),
+            Metric.ROLLOUT_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean()),
+            Metric.ROLLOUT_TRUNCATED_SHARE: float(experience.truncated_B.mean()),
+            Metric.ROLLOUT_PROMPT_TOKENS: int(experience.prompt_length_B.sum()),
+            Metric.ROLLOUT_RESPONSE_TOKENS: experience.num_response_tokens,
+            Metric.ROLLOUT_GROUPS_DROPPED: collected.num_dropped,
+            Metric.ROLLOUT_REFILLS: collected.num_refills,
+        } | {reason_count(label): count for label, count in collected.reasons.items()}
+
+    def _controller_metrics(self, decision: Decision, assessed: Assessment) -> dict[str, Any]:
+        counts, successes = assessed.advantages.counts_P, assessed.advantages.successes_P
+        return {
+            Metric.REWARD_SOLVED_ALL: float((successes == counts).mean()),
+            Metric.REWARD_SOLVED_NONE: float((successes == 0).mean()),
+            Metric.ENTROPY_TOKEN_MEAN: _mean_entropy(assessed.observation),
+            Metric.ENTROPY_INITIAL: decision.state.initial_entropy,
+            Metric.ENTROPY_TARGET: controller.target_entropy(decision.state, self._config.algo.entropy),
+            Metric.AER_ALPHA: decision.state.alpha,
+            Metric.AER_DIFFICULTY_MEAN: assessed.observation.difficulty_mean,
+            Metric.AER_HELD: decision.held,
+            Metric.AER_FROZEN: decision.frozen,
+            Metric.AER_REASON: decision.reason,
+            Metric.AER_ALARM: decision.alarm,
+        }
+
+    def _training_metrics(self, stats: StepStats) -> dict[str, Any]:
+        policy_loss, bonus = stats.mean("policy_loss"), stats.mean("entropy_bonus")
+        return {
+            Metric.LOSS_TOTAL: policy_loss - bonus,
+            Metric.LOSS_POLICY: policy_loss,
+            Metric.LOSS_ENTROPY_BONUS: bonus,
+            Metric.TRAIN_GRAD_NORM: stats.grad_norm,
+            Metric.TRAIN_LR: stats.learning_rate,
+            Metric.TRAIN_CLIP_LOW: stats.mean("clip_low"),
+            Metric.TRAIN_CLIP_HIGH: stats.mean("clip_high"),
+            Metric.TRAIN_APPROX_KL: stats.mean("approx_kl"),
+        }
+
+
+def _mean_entropy(observation: Observation) -> float:
+    return observation.entropy_sum / observation.token_count if observation.token_count else float("nan")

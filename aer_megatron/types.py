@@ -1,0 +1,178 @@
+"""Frozen records that pass between the stages of one training step, one record per stage.
+
+    Prompt --rollout--> RolloutGroup --rewards--> ScoredGroup --exchange--> Experience --score--> PolicyScores
+                                                                                |
+                                              TrainBatch <--advantages, entropy weights--+
+
+A record is never edited: a stage that knows more makes the next record. Arrays are NumPy, ragged data is
+concatenated ("packed") with one length per sequence.
+
+Shape suffixes: P prompts, G rollouts per prompt, B sequences (B = P * G), T packed response tokens,
+L packed prompt + response tokens.
+
+This file does NOT hold behaviour, defaults or anything that needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64Array = NDArray[np.int64]
+UInt64Array = NDArray[np.uint64]
+Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem, ready to be answered.
+
+    Example: ``Prompt(id=0x9AE1, problem="3,5,2,8=24>", token_ids=(4, 1, 6), answer="24", verifier="countdown")``
+    """
+
+    id: int  # unsigned 64-bit, stable across runs: it keys the difficulty ledger
+    problem: str
+    token_ids: tuple[int, ...]
+    answer: str
+    verifier: str  # a name registered in rewards/, or "package.module:function"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled from policy ``version``."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled answer: ids in, ids out, nothing re-tokenised.
+
+    ``logprobs[t]`` is log pi(token_ids[t] | ...) of softmax(logits / temperature), before top-p/top-k truncation,
+    natural logarithm. The end-of-sequence token, where one was sampled, is part of ``token_ids``.
+
+    Example: ``Completion((9, 7, 1), (-0.11, -0.92, -0.01), "stop", (VersionSpan(4, 0, 3),))``
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    policy_versions: tuple[VersionSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """One prompt with its G completions."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A verifier's word on one completion.
+
+    Example: ``Verdict(reward=0.0, reason="no_answer")``; reasons are short snake_case labels that are counted.
+    """
+
+    reward: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A rollout group with one verdict per completion, in the same order."""
+
+    group: RolloutGroup
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """The whole rollout batch of a step, identical on every rank: groups in prompt order, rollouts adjacent.
+
+    Example with two sequences of one prompt (prompt ids 5 6, responses 7 1 and 8 9 1):
+    ``token_ids_L=[5 6 7 1 5 6 8 9 1], prompt_length_B=[2 2], response_length_B=[2 3], group_index_B=[0 0]``
+    """
+
+    prompt_id_B: UInt64Array
+    group_index_B: Int64Array  # 0..P-1
+    prompt_length_B: Int64Array
+    response_length_B: Int64Array
+    token_ids_L: Int64Array
+    rollout_logprob_T: Float32Array
+    reward_B: Float64Array
+    truncated_B: NDArray[np.bool_]
+    policy_version_B: Int64Array  # the oldest version that produced a token of the sequence
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.prompt_length_B.shape[0])
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.response_length_B.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyScores:
+    """What one forward pass of the training policy says of an ``Experience``: the same on every rank.
+
+    ``token_entropy_T`` is the exact full-vocabulary entropy in nats at the rollout temperature.
+    """
+
+    logprob_T: Float32Array
+    token_entropy_T: Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """Everything the policy update needs; the coefficients are data, the loss reads no global.
+
+    ``entropy_weight_B[i]`` is alpha * d(q_i); ``advantage_B`` is per sequence; ``old_logprob_T`` is the log-probability
+    under the policy at the start of the step.
+    """
+
+    experience: Experience
+    advantage_B: Float64Array
+    entropy_weight_B: Float64Array
+    old_logprob_T: Float32Array
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedBatch:
+    """Prompt/response pairs for the supervised stage; only response tokens carry loss."""
+
+    prompt_length_B: Int64Array
+    response_length_B: Int64Array
+    token_ids_L: Int64Array
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.prompt_length_B.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """Sums over the global batch of one policy update, each with its count: never means.
+
+    ``sums[name] = (sum, count)`` in float64. Example: ``{"loss": (-0.41, 1), "clip_low": (12.0, 6144)}``.
+    """
+
+    sums: Mapping[str, tuple[float, float]]
+    grad_norm: float
+    learning_rate: float
+
+    def mean(self, name: str) -> float:
+        total, count = self.sums[name]
+        return total / count if count else float("nan")

@@ -1,0 +1,82 @@
+"""Group advantages through the C++ extension against numbers derived by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from aer_megatron.algo.advantage import group_advantages
+from aer_megatron.config import AlgoSection
+from aer_megatron.types import Experience
+
+HARD, EASY = 2**64 - 5, 17
+
+
+def experience(rewards: list[float], groups: list[int], prompt_ids: list[int]) -> Experience:
+    num_sequences = len(rewards)
+    ones = np.ones(num_sequences, dtype=np.int64)
+    return Experience(
+        prompt_id_B=np.array(prompt_ids, dtype=np.uint64),
+        group_index_B=np.array(groups, dtype=np.int64),
+        prompt_length_B=ones,
+        response_length_B=ones,
+        token_ids_L=np.zeros(2 * num_sequences, dtype=np.int64),
+        rollout_logprob_T=np.zeros(num_sequences, dtype=np.float32),
+        reward_B=np.array(rewards, dtype=np.float64),
+        truncated_B=np.zeros(num_sequences, dtype=bool),
+        policy_version_B=np.zeros(num_sequences, dtype=np.int64),
+    )
+
+
+def ragged() -> Experience:
+    return experience([1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [HARD] * 4 + [EASY] * 2)
+
+
+def test_grpo_and_counts():
+    # Group 0: rewards 1 0 0 0, mean 1/4, squares 9/16 + 3/16 = 12/16, unbiased variance (12/16)/3 = 1/4,
+    # std 1/2. With eps = 0.5 the divisor is exactly 1: advantages 0.75 and three times -0.25.
+    # Group 1: all equal, zeros.
+    result = group_advantages(ragged(), AlgoSection(std_epsilon=0.5))
+    np.testing.assert_allclose(result.advantage_B, [0.75, -0.25, -0.25, -0.25, 0, 0], rtol=1e-15)
+    assert result.accuracy_P.tolist() == [0.25, 1.0]
+    assert result.counts_P.tolist() == [4, 2]
+    assert result.successes_P.tolist() == [1, 2]
+    assert result.prompt_id_P.tolist() == [HARD, EASY]
+    assert result.prompt_id_P.dtype == np.uint64
+
+
+def test_default_epsilon_and_dr_grpo():
+    # Rewards 1 0: mean 1/2, unbiased std sqrt(1/2).
+    pair = experience([1, 0], [0, 0], [3, 3])
+    expected = 0.5 / (math.sqrt(0.5) + 1e-6)
+    np.testing.assert_allclose(
+        group_advantages(pair, AlgoSection()).advantage_B, [expected, -expected], rtol=1e-14
+    )
+    plain = group_advantages(pair, AlgoSection(divide_by_std=False)).advantage_B
+    assert plain.tolist() == [0.5, -0.5]
+
+
+def test_prompts_keep_the_order_of_their_group_numbers():
+    # Group 1 comes first in the batch: P stays in the order of the group numbers.
+    result = group_advantages(experience([1, 1, 0, 0], [1, 1, 0, 0], [8, 8, 9, 9]), AlgoSection())
+    assert result.prompt_id_P.tolist() == [9, 8]
+    assert result.accuracy_P.tolist() == [0.0, 1.0]
+
+
+def test_partial_reward_is_not_a_success():
+    result = group_advantages(experience([0.5, 0.999, 1.0, 0.0], [0] * 4, [1] * 4), AlgoSection())
+    assert result.successes_P.tolist() == [1]
+    assert result.accuracy_P.tolist() == [0.25]
+
+
+def test_broken_groups_are_refused():
+    batch = ragged()
+    with pytest.raises(ValueError, match="without gaps"):
+        group_advantages(replace(batch, group_index_B=batch.group_index_B * 2), AlgoSection())
+    mixed = batch.prompt_id_B.copy()
+    mixed[1] = EASY
+    with pytest.raises(ValueError, match="differs within a group"):
+        group_advantages(replace(batch, prompt_id_B=mixed), AlgoSection())

@@ -1,0 +1,153 @@
+"""Wheel and sdist build and install; a build without a compiler ends with one clear line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGED = (
+    "aer_megatron",
+    "cpp",
+    "constraints",
+    "tools",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+)
+
+
+def run(*command: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged: builds leave nothing in the tree under test."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in PACKAGED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        elif (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    done = run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", out, source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("aer_megatron-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return next(folder.iterdir())
+
+
+def test_sdist_holds_headers_sources_and_stub(unpacked: Path) -> None:
+    for pattern in ("cpp/include/aer/*.hpp", "cpp/src/*.cpp", "cpp/bindings/*.[ch]pp", "aer_megatron/*.pyi"):
+        expected = {path.relative_to(ROOT) for path in ROOT.glob(pattern)}
+        assert expected, pattern
+        assert expected <= {path.relative_to(unpacked) for path in unpacked.glob(pattern)}
+    assert (unpacked / "aer_megatron" / "py.typed").exists()
+    assert not list(unpacked.rglob("*.so"))
+
+
+def test_wheel_from_the_sdist_installs_into_a_new_environment(unpacked: Path, tmp_path: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    done = run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "dist", unpacked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = next((tmp_path / "dist").glob("aer_megatron-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"aer_megatron/_C.pyi", "aer_megatron/py.typed"} <= set(names)
+    assert any(name.startswith("aer_megatron/_C.") and name.endswith(".so") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"aer_megatron"}
+
+    done = run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    assert done.returncode == 0, done.stderr
+    python = tmp_path / "venv" / "bin" / "python"
+    done = run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    numpy_only = tmp_path / "numpy_only"
+    numpy_only.mkdir()
+    site = Path(np.__file__).parents[1]
+    for entry in ("numpy", "numpy.libs"):
+        if (site / entry).exists():
+            (numpy_only / entry).symlink_to(site / entry)
+    code = "import aer_megatron._C as c; print(c.__file__, len(c.DifficultyLedger(0.9, 0)))"
+    done = run(python, "-c", code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(numpy_only)})
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "venv") in done.stdout
+    assert done.stdout.split()[-1] == "0"
+
+
+@pytest.mark.parametrize(
+    ("compilers", "tried"),
+    [({}, "g++"), ({"CXX": "/no/such/compiler", "CC": "/no/such/compiler"}, "/no/such/compiler")],
+)
+def test_without_a_compiler_the_build_fails_with_one_line(
+    unpacked: Path, tmp_path: Path, compilers: dict[str, str], tried: str
+) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    env = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX")}
+    env |= {"PATH": str(empty), **compilers}
+    done = run(
+        sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path,
+        cwd=unpacked, env=env,
+    )  # fmt: skip
+    line = f"aer_megatron: no C++ compiler found (tried {tried}); install g++ or set CXX"
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1] == line
+    assert "Traceback" not in done.stderr
+
+    command = (
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path / "dist",
+        unpacked,
+    )
+    done = run(sys.executable, *command, env=env)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count(line) == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "dist").exists() or not list((tmp_path / "dist").glob("*.whl"))
+
+
+def test_metadata_asks_for_what_it_should_and_never_for_apex(unpacked: Path) -> None:
+    lines = (unpacked / "PKG-INFO").read_text().splitlines()
+    assert "Name: aer-megatron" in lines
+    assert "Requires-Python: >=3.11" in lines
+    requirements = [
+        line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")
+    ]
+    assert any(r.startswith("megatron-core<0.20,>=0.16.1") for r in requirements)
+    assert not any(r.startswith("apex") for r in requirements)
+
+
+def test_every_pin_is_a_plain_release() -> None:
+    """A local version (torch==2.13.0+cpu) exists on one index only."""
+    lines = (ROOT / "constraints" / "cpu-py311.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert len(pins) > 50
+    for pin in pins:
+        name, separator, version = pin.partition("==")
+        assert name and separator and version and "+" not in version and "@" not in pin, pin

@@ -1,0 +1,290 @@
+"""The run's configuration: defaults, overrides, unknown keys, ranges and cross checks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from aer_megatron.config import Config, config_digest, config_from_table, describe_options, load_config
+from tools import write_configuration_docs
+
+MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
+
+
+def build(**sections: dict[str, Any]) -> Config:
+    return config_from_table({**MINIMAL, **sections})
+
+
+def write_run(tmp_path: Path, text: str = "") -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(f'[model]\npath = "base"\n[data.train]\ntask = "countdown"\n{text}', encoding="utf-8")
+    return path
+
+
+def test_the_defaults_are_those_of_the_specification() -> None:
+    entropy = build().algo.entropy
+    assert (entropy.kind, entropy.difficulty, entropy.source, entropy.update) == (
+        "aer",
+        "linear_deficit",
+        "group",
+        "proportional",
+    )
+    assert (entropy.rho, entropy.tau, entropy.eta, entropy.alpha_max) == (0.5, 0.4, 1e-3, 0.05)
+    assert (entropy.skywork_target, entropy.skywork_delta, entropy.skywork_max) == (0.2, 1e-4, 0.005)
+    algo = build().algo
+    assert (algo.clip_low, algo.clip_high, algo.std_epsilon, algo.divide_by_std) == (0.2, 0.2, 1e-6, True)
+
+
+def test_a_run_file_sets_values_and_keeps_the_other_defaults(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, "[algo.entropy]\ntau = 0.7\n"))
+    assert config.algo.entropy.tau == 0.7
+    assert config.algo.entropy.eta == 1e-3
+    assert config.model.path == "base"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("--algo.entropy.kind=none", ("algo", "entropy"), "kind", "none"),
+        ("algo.entropy.tau=0.7", ("algo", "entropy"), "tau", 0.7),
+        ("--run.resume=false", ("run",), "resume", False),
+        ("--eval.k=[1, 4]", ("eval",), "k", (1, 4)),
+        ("--model.path=/some/where=odd", ("model",), "path", "/some/where=odd"),
+        ('--run.name="2024"', ("run",), "name", "2024"),
+        ("--megatron.num_layers=3", (), "megatron", {"num_layers": 3}),
+        ("--data.train.options.digits=2", ("data", "train"), "options", {"digits": 2}),
+        ("--optimizer.lr=2e-4", ("optimizer",), "lr", 2e-4),
+    ],
+)
+def test_an_override_replaces_one_value(
+    tmp_path: Path, override: str, section: tuple[str, ...], name: str, value: object
+) -> None:
+    found: Any = load_config(write_run(tmp_path), [override])
+    for part in section:
+        found = getattr(found, part)
+    assert getattr(found, name) == value
+
+
+def test_an_override_beats_the_file_and_the_last_override_wins(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "[run]\nnum_steps = 5\n")
+    assert load_config(path).run.num_steps == 5
+    assert load_config(path, ["--run.num_steps=6", "--run.num_steps=7"]).run.num_steps == 7
+
+
+def test_overrides_alone_make_a_run() -> None:
+    config = load_config(None, ["--model.path=base", "--data.train.task=countdown"])
+    assert config == build()
+
+
+@pytest.mark.parametrize("override", ["--run.num_steps", "=3", "--=3"])
+def test_an_override_without_key_or_value_is_an_error(override: str) -> None:
+    with pytest.raises(ValueError, match=r"must look like section\.key=value"):
+        load_config(None, [override])
+
+
+def test_an_override_below_a_value_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="path is a value, not a table"):
+        load_config(write_run(tmp_path), ["--model.path.deeper=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("algo.entropy.taau", "algo.entropy.tau"),
+        ("rollout.group_sise", "rollout.group_size"),
+        ("group_size", "rollout.group_size"),
+        ("num_minibatches", "algo.num_minibatches"),
+        ("modle", "model"),
+        ("data.train.pth", "data.train.path"),
+        ("sft.optimizer.leer", "sft.optimizer.lr"),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path: Path, key: str, nearest: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(write_run(tmp_path), [f"--{key}=1"])
+    assert str(caught.value) == f"unknown option {key}: did you mean {nearest}?"
+
+
+def test_an_unknown_key_like_no_other_lists_what_is_known(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown option report\.zzzzzzzz: known here: .*report\.tensorboard"
+    ):
+        load_config(write_run(tmp_path), ["--report.zzzzzzzz=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--algo.entropy.kind=noen", ["algo.entropy.kind='noen'", "'aer'"]),
+        ("--rollout.group_size=0", ["rollout.group_size=0", "greater than or equal to 1"]),
+        ("--algo.entropy.rho=1.5", ["algo.entropy.rho=1.5", "less than or equal to 1"]),
+        ("--algo.entropy.tau=0.0", ["algo.entropy.tau=0.0", "greater than 0"]),
+        ("--optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
+        ("--run.num_steps=2.5", ["run.num_steps=2.5", "integer"]),
+        ("--run.name=2024", ["run.name=2024", "string"]),
+        ("--parallel=4", ["parallel=4"]),
+    ],
+)
+def test_a_value_out_of_its_range_is_an_error_that_names_the_option(
+    tmp_path: Path, override: str, words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(write_run(tmp_path), [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_bad_value_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(write_run(tmp_path), ["--parallel.tp=0", "--run.seed=-1"])
+    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == [
+        "option run.seed",
+        "option parallel.tp",
+    ]
+
+
+def test_required_options_are_named() -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(None, [])
+    assert "option model is required" in str(caught.value)
+    assert "option data is required" in str(caught.value)
+
+
+def test_a_missing_or_malformed_run_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run file .*absent\.toml does not exist"):
+        load_config(tmp_path / "absent.toml")
+    path = tmp_path / "broken.toml"
+    path.write_text("[model\npath=", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken\.toml is not valid TOML: .*line 1"):
+        load_config(path)
+    path.write_bytes(b"name = '\xff'")
+    with pytest.raises(ValueError, match=r"broken\.toml is not valid TOML"):
+        load_config(path)
+
+
+CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    (
+        {"rollout": {"prompts_per_step": 10, "group_size": 3}, "algo": {"num_minibatches": 4}},
+        ["algo.num_minibatches=4", "must divide", "= 30", "[1, 2, 3, 5, 6, 10, 15, 30]"],
+    ),
+    ({"parallel": {"sequence_parallel": True}}, ["parallel.sequence_parallel=true", "parallel.tp > 1"]),
+    ({"eval": {"k": [1, 64], "num_samples": 32}}, ["eval.k=[1, 64]", "pass@64", "eval.num_samples=32"]),
+    ({"run": {"eval_every": 5}}, ["run.eval_every=5", "[data.eval]"]),
+    ({"algo": {"dual_clip": 0.5}}, ["algo.dual_clip=0.5", "greater than 1"]),
+    ({"rollout": {"group_size": 1}}, ["rollout.group_size=1", "at least 2"]),
+    ({"data": {"train": {}}}, ["data.train", "exactly one of path and task"]),
+    (
+        {"data": {"train": {"path": "a.jsonl", "task": "countdown"}}},
+        ["data.train", "exactly one of path and task"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "words"), CROSS_CHECKS)
+def test_options_that_do_not_fit_together_are_an_error(
+    sections: dict[str, dict[str, Any]], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(**sections)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"rollout": {"prompts_per_step": 10, "group_size": 3}, "algo": {"num_minibatches": 5}},
+        {"parallel": {"sequence_parallel": True, "tp": 2}},
+        {"eval": {"k": [1, 32], "num_samples": 32}},
+        {"run": {"eval_every": 5}, "data": {"train": {"task": "countdown"}, "eval": {"path": "eval.jsonl"}}},
+        {"algo": {"dual_clip": 3.0}},
+        {"rollout": {"group_size": 1}, "algo": {"divide_by_std": False}},
+    ],
+)
+def test_the_remedies_of_the_cross_checks_work(sections: dict[str, dict[str, Any]]) -> None:
+    build(**sections)
+
+
+def test_the_data_parallel_size_is_what_tp_and_pp_leave() -> None:
+    config = build(parallel={"tp": 2, "pp": 2})
+    assert [config.check_world_size(size) for size in (4, 8, 16)] == [1, 2, 4]
+
+
+def test_ranks_that_tp_and_pp_do_not_divide_are_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"parallel\.tp=2 \* parallel\.pp=3 = 6 must divide .* 8; launch a multiple"
+    ):
+        build(parallel={"tp": 2, "pp": 3}).check_world_size(8)
+
+
+def test_a_minibatch_that_the_ranks_cannot_share_is_an_error() -> None:
+    config = build(rollout={"prompts_per_step": 3, "group_size": 2}, parallel={"micro_batch_size": 2})
+    assert config.check_world_size(3) == 3  # 6 sequences = 3 ranks * 2
+    with pytest.raises(
+        ValueError, match=r"mini-batch of 6 sequences .* size 2 \* parallel\.micro_batch_size=2 = 4"
+    ):
+        config.check_world_size(2)
+
+
+def test_the_configuration_is_frozen() -> None:
+    config = build()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run.num_steps = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run = config.run  # type: ignore[misc]
+
+
+def test_a_resolved_run_loads_back_to_the_same_run() -> None:
+    config = build(megatron={"num_layers": 2}, algo={"entropy": {"tau": 0.7}})
+    assert config_from_table(json.loads(config.model_dump_json())) == config
+
+
+def test_the_digest_is_that_of_the_sorted_json_text() -> None:
+    text = '{"a": [1, 2.5], "b": {"c": "x", "d": null}}'
+    expected = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert config_digest({"b": {"d": None, "c": "x"}, "a": (1, 2.5)}) == expected
+
+
+def test_the_digest_changes_with_any_value_and_not_with_the_process() -> None:
+    digest = config_digest(build().model_dump(mode="json"))
+    assert digest != config_digest(build(run={"seed": 1}).model_dump(mode="json"))
+    program = (
+        "from aer_megatron.config import config_digest, config_from_table;"
+        f"print(config_digest(config_from_table({MINIMAL!r}).model_dump(mode='json')))"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert done.stdout.strip() == digest
+
+
+def test_every_option_is_described_by_the_default_that_a_run_gets() -> None:
+    source = {"task": "countdown"}
+    resolved = build(data={"train": source, "eval": source}, sft={"source": source}).model_dump(mode="json")
+    given = {"model.path", "data.train.task", "data.eval.task", "sft.source.task"}
+    described = {key: default for key, _, default, _ in describe_options()}
+    assert described["model.path"] == "required"
+    for key, default in described.items():
+        value: Any = resolved
+        for part in key.split("."):
+            value = value[part]
+        if key not in given:
+            assert json.loads(default) == value, key
+
+
+def test_every_section_is_described() -> None:
+    sections = {key.split(".")[0] for key, *_ in describe_options()}
+    assert sections == set(Config.model_fields)
+
+
+def test_the_configuration_document_is_current() -> None:
+    written = write_configuration_docs.PATH.read_text(encoding="utf-8")
+    assert written == write_configuration_docs.render(), "run: python tools/write_configuration_docs.py"

@@ -1,0 +1,302 @@
+"""The difficulty ledger: hand-derived numbers, refusals that change nothing, queries against NumPy."""
+
+import numpy as np
+import pytest
+
+from aer_megatron._C import DifficultyLedger, LedgerRows
+from tests.support.ledger_reference import ReferenceLedger
+
+PRIOR = {"prior_success": 1.0, "prior_failure": 1.0}
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.uint64)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def nats(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float64)
+
+
+def add(ledger: DifficultyLedger, prompt: int, attempts: int, successes: int, step: int) -> None:
+    ledger.update(
+        ids(prompt), ints(attempts), ints(successes), nats(0.5 * attempts), ints(10 * attempts), step=step
+    )
+
+
+def random_ledger(
+    seed: int, num_prompts: int, decay: float = 0.9
+) -> tuple[DifficultyLedger, ReferenceLedger]:
+    rng = np.random.default_rng(seed)
+    ledger, reference = DifficultyLedger(decay, 0), ReferenceLedger(decay)
+    known = rng.integers(0, 2**64, num_prompts, dtype=np.uint64)
+    for step in range(5):
+        prompts = rng.choice(known, num_prompts)
+        attempts = rng.integers(0, 17, num_prompts)
+        successes = rng.integers(0, attempts + 1)
+        entropy = rng.integers(0, 2**40, num_prompts) / 2.0**30  # on the ledger's grid: sums are exact
+        tokens = rng.integers(0, 4000, num_prompts)
+        for target in (ledger, reference):
+            target.update(prompts, attempts, successes, entropy, tokens, step=step)
+    return ledger, reference
+
+
+def test_hand_derived_decay_and_posterior() -> None:
+    ledger = DifficultyLedger(0.5, 0)
+    add(ledger, 42, attempts=8, successes=6, step=3)
+    add(ledger, 42, attempts=4, successes=1, step=5)
+    row = ledger.lookup(ids(42)).as_dict()
+    # 6 * 0.5^2 + 1 = 2.5 successes, 2 * 0.5^2 + 3 = 3.5 failures
+    assert {name: column.tolist() for name, column in row.items()} == {
+        "prompt_ids": [42],
+        "decayed_successes": [2.5],
+        "decayed_failures": [3.5],
+        "attempts": [12],
+        "successes": [7],
+        "last_step": [5],
+        "entropy_sum": [6.0],
+        "token_count": [120],
+    }
+    at_5 = ledger.posterior_mean(ids(42), **PRIOR, step=5)
+    at_6 = ledger.posterior_mean(ids(42), prior_success=2.0, prior_failure=1.0, step=6)
+    assert at_5.tolist() == [3.5 / 8.0]
+    assert at_6.tolist() == [(2.0 + 1.25) / (2.0 + 1.25 + 1.0 + 1.75)]
+
+
+def test_unknown_prompts_have_zeros_and_the_prior_mean() -> None:
+    ledger = DifficultyLedger(0.9, 100)
+    rows = ledger.lookup(ids(5, 0))
+    assert rows.prompt_ids.tolist() == [5, 0]
+    assert rows.last_step.tolist() == [-1, -1]
+    assert rows.attempts.tolist() == rows.successes.tolist() == rows.token_count.tolist() == [0, 0]
+    mean = ledger.posterior_mean(ids(5), prior_success=1.0, prior_failure=3.0, step=9)
+    assert mean.tolist() == [0.25]
+    assert len(ledger) == 0
+
+
+def test_matches_the_reference_over_many_prompts() -> None:
+    ledger, reference = random_ledger(seed=1, num_prompts=3000)
+    rows = ledger.export()
+    assert rows.prompt_ids.tolist() == sorted(reference.visits)
+    expected = [reference.row(prompt) for prompt in rows.prompt_ids.tolist()]
+    for name, column in rows.as_dict().items():
+        np.testing.assert_allclose(column, [row[name] for row in expected], rtol=0, atol=1e-8, err_msg=name)
+    for name in ("attempts", "successes", "last_step", "entropy_sum", "token_count"):
+        assert getattr(rows, name).tolist() == [row[name] for row in expected]
+    means = ledger.posterior_mean(rows.prompt_ids, prior_success=0.5, prior_failure=2.0, step=7)
+    wanted = [reference.posterior_mean(p, 0.5, 2.0, 7) for p in rows.prompt_ids.tolist()]
+    np.testing.assert_allclose(means, wanted, rtol=0, atol=1e-9)
+
+
+def test_long_decay_matches_the_power() -> None:
+    ledger = DifficultyLedger(0.999, 0)
+    add(ledger, 1, attempts=1000, successes=1000, step=0)
+    for step in (255, 256, 300, 5000):
+        mean = ledger.posterior_mean(ids(1), **PRIOR, step=step)[0]
+        wins = 1000 * 0.999**step
+        assert mean == pytest.approx((1 + wins) / (2 + wins), rel=1e-13)
+
+
+def test_a_step_back_is_refused_and_named_and_changes_nothing() -> None:
+    ledger = DifficultyLedger(0.9, 0)
+    add(ledger, 7, attempts=8, successes=4, step=5)
+    before = ledger.export().as_dict()
+    with pytest.raises(ValueError, match=r"prompt 7 was last updated at step 5; step=4"):
+        ledger.update(ids(1, 7), ints(1, 1), ints(0, 0), nats(0, 0), ints(1, 1), step=4)
+    for name, column in ledger.export().as_dict().items():
+        assert column.tolist() == before[name].tolist()
+    with pytest.raises(ValueError, match=r"prompt 7 was last updated at step 5, after step=4"):
+        ledger.posterior_mean(ids(7), **PRIOR, step=4)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "successes", "entropy", "tokens", "step", "text"),
+    [
+        (1, 2, 0.0, 1, 0, r"prompt 9 \(index 1\): successes=2 must be in \[0, attempts=1\]"),
+        (-1, 0, 0.0, 1, 0, "attempts=-1"),
+        (2**32, 0, 0.0, 1, 0, "attempts=4294967296"),
+        (1, -1, 0.0, 1, 0, "successes=-1"),
+        (1, 0, -0.5, 1, 0, "entropy_sum=-0.5"),
+        (1, 0, float("nan"), 1, 0, "entropy_sum=-?nan"),
+        (1, 0, float("inf"), 1, 0, "entropy_sum=inf"),
+        (1, 0, 0.0, -1, 0, "token_count=-1"),
+        (1, 0, 0.0, 1, -1, "step=-1 must be in"),
+        (1, 0, 0.0, 1, 2**31, "step=2147483648 must be in"),
+    ],
+)
+def test_a_bad_entry_refuses_the_whole_batch(attempts, successes, entropy, tokens, step, text) -> None:
+    ledger = DifficultyLedger(0.9, 0)
+    with pytest.raises(ValueError, match=text):
+        ledger.update(
+            ids(3, 9), ints(1, attempts), ints(1, successes), nats(1, entropy), ints(1, tokens), step=step
+        )
+    assert len(ledger) == 0
+
+
+def test_unequal_lengths_and_other_dtypes_are_refused() -> None:
+    ledger = DifficultyLedger(0.9, 0)
+    with pytest.raises(ValueError, match="one length"):
+        ledger.update(ids(1, 2), ints(1), ints(1), nats(1), ints(1), step=0)
+    with pytest.raises(TypeError, match=r"prompt_ids must be .* uint64 .* dtype int64"):
+        ledger.lookup(ints(1))
+    with pytest.raises(TypeError, match=r"attempts must be .* int64 .* dtype float64"):
+        ledger.update(ids(1), nats(1), ints(1), nats(1), ints(1), step=0)
+
+
+@pytest.mark.parametrize(("decay", "hint"), [(0.0, 0), (1.5, 0), (float("nan"), 0), (0.9, -1)])
+def test_bad_constructor_arguments_are_refused(decay: float, hint: int) -> None:
+    with pytest.raises(ValueError, match=r"decay=|capacity_hint="):
+        DifficultyLedger(decay, hint)
+
+
+def test_lifetime_limits_are_exact_and_refuse_before_any_change() -> None:
+    ledger = DifficultyLedger(1.0, 0)
+    most = 2**32 - 1
+    ledger.update(ids(1), ints(most - 3), ints(0), nats(0), ints(most), step=0)
+    with pytest.raises(ValueError, match="prompt 1: its lifetime attempts"):
+        ledger.update(ids(2, 1, 1), ints(5, 2, 2), ints(0, 0, 0), nats(0, 0, 0), ints(0, 0, 0), step=0)
+    assert len(ledger) == 1
+    ledger.update(ids(2, 1, 1), ints(most, 2, 1), ints(0, 0, 0), nats(0, 0, 0), ints(0, 0, 0), step=0)
+    assert ledger.lookup(ids(1, 2)).attempts.tolist() == [most, most]
+    other = DifficultyLedger(1.0, 0)
+    add(other, 2, attempts=1, successes=1, step=0)
+    with pytest.raises(ValueError, match="prompt 2: its lifetime attempts"):
+        ledger.merge(other)
+
+
+def test_merge_aligns_to_the_later_step_either_way() -> None:
+    old, new = DifficultyLedger(0.5, 0), DifficultyLedger(0.5, 0)
+    add(old, 1, attempts=4, successes=4, step=2)
+    add(new, 1, attempts=2, successes=0, step=4)
+    forward, backward = DifficultyLedger(0.5, 0), DifficultyLedger(0.5, 0)
+    forward.merge(old)
+    forward.merge(new)
+    backward.merge(new)
+    backward.merge(old)
+    assert forward == backward
+    row = forward.lookup(ids(1))
+    assert (row.decayed_successes[0], row.decayed_failures[0], row.last_step[0]) == (1.0, 2.0, 4)
+
+
+def test_merge_refuses_itself_and_another_decay() -> None:
+    ledger = DifficultyLedger(0.5, 0)
+    with pytest.raises(ValueError, match="cannot be merged with itself"):
+        ledger.merge(ledger)
+    with pytest.raises(ValueError, match=r"decay 0.5 here, 0.25 in the other"):
+        ledger.merge(DifficultyLedger(0.25, 0))
+
+
+def test_ranks_that_merge_exported_deltas_agree_with_one_ledger() -> None:
+    rng = np.random.default_rng(0)
+    whole, merged = DifficultyLedger(0.9, 0), DifficultyLedger(0.9, 0)
+    for step in range(4):
+        prompts = rng.integers(0, 50, 64, dtype=np.uint64)
+        attempts = rng.integers(1, 9, 64)
+        batch = (prompts, attempts, rng.integers(0, attempts + 1), rng.random(64), rng.integers(1, 99, 64))
+        whole.update(*batch, step=step)
+        for rank in (1, 0):
+            delta = DifficultyLedger(0.9, 0)
+            delta.update(*(np.ascontiguousarray(column[rank::2]) for column in batch), step=step)
+            merged.merge_state(LedgerRows(**delta.export().as_dict()))
+    assert whole == merged
+
+
+def test_merge_state_refuses_rows_that_are_no_export() -> None:
+    ledger, _ = random_ledger(seed=2, num_prompts=10)
+    good = ledger.export().as_dict()
+    for name, value, text in [
+        ("prompt_ids", good["prompt_ids"][::-1].copy(), "strictly ascending"),
+        ("successes", good["attempts"] + 1, "successes="),
+        ("last_step", good["last_step"] * 0 - 1, "last_step=-1"),
+        ("decayed_failures", good["decayed_failures"] * np.nan, "decayed sum"),
+        ("token_count", good["token_count"][:-1].copy(), "one length"),
+    ]:
+        target = DifficultyLedger(0.9, 0)
+        with pytest.raises(ValueError, match=text):
+            target.merge_state(LedgerRows(**{**good, name: value}))
+        assert len(target) == 0
+
+
+def test_equality_sees_every_field_and_not_the_order_of_insertion() -> None:
+    one, two = DifficultyLedger(0.9, 0), DifficultyLedger(0.9, 10_000)
+    for prompt in (1, 2, 3):
+        add(one, prompt, attempts=2, successes=1, step=0)
+    for prompt in (3, 1, 2):
+        add(two, prompt, attempts=2, successes=1, step=0)
+    assert one == two
+    add(two, 2, attempts=1, successes=0, step=0)
+    assert one != two
+    assert one != DifficultyLedger(0.9, 0)
+    assert DifficultyLedger(0.9, 0) != DifficultyLedger(0.8, 0)
+    assert one != "ledger"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(one)
+
+
+def test_top_k_orders_by_posterior_then_id() -> None:
+    ledger = DifficultyLedger(1.0, 0)
+    for prompt, attempts, successes in [
+        (10, 8, 0),
+        (11, 16, 0),
+        (12, 8, 8),
+        (13, 4, 4),
+        (14, 8, 4),
+        (9, 8, 0),
+    ]:
+        add(ledger, prompt, attempts, successes, step=1)
+    ledger.update(ids(99), ints(0), ints(0), nats(0), ints(0), step=1)  # seen, never attempted
+
+    def top(k: int, which: str) -> list[int]:
+        return ledger.top_k(k, which=which, **PRIOR, step=1).tolist()  # type: ignore[arg-type]
+
+    assert top(4, "hardest") == [11, 9, 10, 14]  # 1/18, 1/10, 1/10, 1/2 (before 99: same mean, smaller id)
+    assert top(2, "easiest") == [12, 13]  # 9/10, 5/6
+    assert top(9, "never") == [11, 9, 10]
+    assert top(9, "always") == [12, 13]
+    assert top(0, "hardest") == []
+    with pytest.raises(ValueError, match="which='worst' must be"):
+        top(1, "worst")
+    with pytest.raises(ValueError, match="k=-1"):
+        top(-1, "hardest")
+
+
+def test_histogram_and_quantiles_match_numpy() -> None:
+    ledger, _ = random_ledger(seed=4, num_prompts=500)
+    rows = ledger.export()
+    difficulty = 1.0 - ledger.posterior_mean(rows.prompt_ids, **PRIOR, step=6)
+    used = rows.token_count > 0
+    entropy = rows.entropy_sum[used] / rows.token_count[used]
+    d_edges, e_edges = (
+        np.linspace(0.2, 0.9, 6),
+        np.append(np.quantile(entropy, [0.0, 0.2, 0.5, 0.8]), entropy.max()),
+    )
+    counts = ledger.histogram2d(d_edges, e_edges, **PRIOR, step=6)
+    expected = np.histogram2d(difficulty[used], entropy, bins=(d_edges, e_edges))[0]
+    assert counts.shape == (5, 4)
+    assert counts.sum() > 100
+    np.testing.assert_array_equal(counts, expected)
+    q = np.array([0.0, 0.1, 0.5, 0.77, 1.0])
+    np.testing.assert_allclose(ledger.quantiles(q, **PRIOR, step=6), np.quantile(difficulty, q), rtol=1e-15)
+    with pytest.raises(ValueError, match=r"q\[0\]=1.5"):
+        ledger.quantiles(nats(1.5), **PRIOR, step=6)
+    with pytest.raises(ValueError, match="strictly ascending"):
+        ledger.histogram2d(nats(0, 0), e_edges, **PRIOR, step=6)
+    with pytest.raises(ValueError, match="empty"):
+        DifficultyLedger(0.9, 0).quantiles(q, **PRIOR, step=6)
+
+
+@pytest.mark.parametrize("hint", [0, 200_000])
+def test_at_most_64_bytes_per_prompt_while_it_grows(hint: int) -> None:
+    ledger = DifficultyLedger(0.9, hint)
+    one = np.ones(10_000, dtype=np.int64)
+    for start in range(0, 200_000, 10_000):
+        prompts = np.arange(start, start + 10_000, dtype=np.uint64)
+        ledger.update(prompts, one, one, one.astype(np.float64), one, step=0)
+        if start >= 50_000 and not hint:
+            assert ledger.nbytes / len(ledger) <= 64
+    assert len(ledger) == 200_000
+    assert ledger.nbytes / len(ledger) <= 64
+    assert (ledger.lookup(np.arange(200_000, dtype=np.uint64)).attempts == 1).all()

@@ -1,0 +1,109 @@
+"""Metric names: complete, unique, described, and unknown ones refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from aer_megatron.report.metrics import FAMILIES, Metric, pass_at, pass_k, reason_count, unit_of
+from tools import write_metrics_docs
+
+REQUIRED = (
+    "step",
+    "reward/mean",
+    "entropy/token_mean",
+    "entropy/initial",
+    "entropy/target",
+    "aer/alpha",
+    "aer/coefficient",
+    "aer/difficulty_mean",
+    "rollout/logprob_diff_max",
+    "rollout/logprob_diff_mean",
+    "rollout/response_length_mean",
+    "rollout/truncated_share",
+    "rollout/prompt_tokens",
+    "rollout/response_tokens",
+    "rollout/groups_dropped",
+    "rollout/refills",
+    "reward/solved_all",
+    "reward/solved_none",
+    "rewards/reason/no_answer",
+    "loss/policy",
+    "loss/entropy_bonus",
+    "loss/total",
+    "train/grad_norm",
+    "train/lr",
+    "train/clip_low",
+    "train/clip_high",
+    "train/approx_kl",
+    "eval/pass@1",
+    "eval/pass@8",
+    "eval/pass@32",
+    "eval/response_length_mean",
+    "aer/reason",
+    "aer/alarm",
+    "aer/held",
+    "aer/frozen",
+    "time/step_s",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/score_s",
+    "time/train_s",
+    "time/sync_s",
+    "time/eval_s",
+    "time/checkpoint_s",
+    "time/tokens_per_s",
+    "time/peak_rss_gb",
+)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_the_names_that_users_rely_on_exist(name: str) -> None:
+    assert unit_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("reward/maen", "reward/mean"),
+        ("entropy/tokenmean", "entropy/token_mean"),
+        ("eval/pass@0", "eval/pass@K"),
+        ("eval/pass@", "eval/pass@K"),
+        ("rewards/reason/No Answer", "rewards/reason/LABEL"),
+    ],
+)
+def test_an_unknown_name_is_an_error_that_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        unit_of(name)
+    assert f"unknown metric {name!r}: nearest is {nearest!r}" in str(caught.value)
+
+
+def test_families_spell_and_read_their_names() -> None:
+    assert pass_at(8) == "eval/pass@8"
+    assert pass_k("eval/pass@32") == 32
+    assert pass_k(Metric.EVAL_RESPONSE_LENGTH_MEAN) is None
+    assert reason_count("no_answer") == "rewards/reason/no_answer"
+
+
+def test_a_family_refuses_what_it_could_not_read_back() -> None:
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        pass_at(0)
+    with pytest.raises(ValueError, match="snake_case"):
+        reason_count("No answer")
+
+
+def test_a_metric_is_its_name() -> None:
+    assert Metric.REWARD_MEAN == "reward/mean"
+    assert {Metric.REWARD_MEAN: 1.0}["reward/mean"] == 1.0
+    assert f"{Metric.REWARD_MEAN}" == "reward/mean"
+
+
+def test_every_metric_has_a_unit_and_a_meaning_of_its_own() -> None:
+    meanings = [metric.meaning for metric in Metric] + [family.meaning for family in FAMILIES]
+    assert all(metric.unit for metric in Metric)
+    assert all(meanings)
+    assert len(set(meanings)) == len(meanings)
+
+
+def test_the_metrics_document_is_current() -> None:
+    written = write_metrics_docs.PATH.read_text(encoding="utf-8")
+    assert written == write_metrics_docs.render(), "run: python tools/write_metrics_docs.py"

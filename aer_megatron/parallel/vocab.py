@@ -53,27 +53,23 @@ def vocab_parallel_logprob_entropy(
 ) -> LogprobEntropy:
     """Returns log p(label) and the entropy in nats of p = softmax(logits / temperature), per token.
 
-    Both are [T], float64 for float64 logits and else float32, differentiable, and bitwise equal on all ranks
-    of `tp_group`. A row whose logits are all -inf has no distribution and gives NaN; other -inf logits are
-    fine.
+    Both are [T], float64 for float64 logits and else float32, differentiable, and bitwise equal on all ranks of
+    `tp_group`. A row of nothing but -inf has no distribution and gives NaN; other -inf logits are fine.
 
-    With `inplace` the BACKWARD pass overwrites the logits with their gradient (the forward pass leaves them
-    alone): read whatever else you need from them before it. An autograd consumer that saved them raises
-    torch's version error, and a second backward pass raises. Nothing is saved when the logits need no
-    gradient.
+    With `inplace` the BACKWARD pass overwrites the logits with their gradient (the forward pass leaves them alone):
+    read whatever else you need from them before it. An autograd consumer that saved them raises torch's version
+    error, and a second backward pass raises. Nothing is saved when the logits need no gradient.
 
     Args:
-        logits_TW: [T, W] float32, bfloat16, float16 or float64; rank r holds the columns [r W, (r + 1) W).
-            bfloat16 logits stay bfloat16: they are raised to float32 one chunk at a time.
+        logits_TW: [T, W] float32, bfloat16, float16 or float64; rank r holds the columns [r W, (r + 1) W). Half
+            precision stays what it is: it is raised to float32 one chunk at a time.
         labels_T: [T] int64 token ids, the same on every rank, whichever rank owns the column.
         tp_group: the group that shares the vocabulary; None means that the logits are whole, never the world.
-        vocab_size: columns from here on (counted over all ranks) are padding and take no part; None means W x
-            ranks.
+        vocab_size: columns from here on (over all ranks) are padding and take no part; None means that none are.
         temperature: the logits are divided by it.
         chunk_tokens: rows per chunk of the PyTorch form; None means the smaller of a byte budget and T / 16.
         with_statistics: also return the top-1 probability and sum p^2 (no gradient), from the same pass.
-        inplace: False writes the gradient to a new tensor, which permits leaf logits and repeated backward
-            passes.
+        inplace: False writes the gradient to a new tensor: for leaf logits and repeated backward passes.
 
     Communication: one all-gather of four (with statistics five) numbers per token; none in the backward pass.
 
@@ -107,8 +103,7 @@ def vocab_parallel_logprob_entropy(
 
 
 def _scratch(logits_TW: Tensor, shard: VocabShard, chunk: int) -> tuple[Scratch | None, int]:
-    """Returns the chunk buffers and the chunk; the Triton kernel needs no buffers and takes all rows at
-    once."""
+    """Returns the chunk buffers and the chunk; the Triton kernel needs no buffers and takes all rows at once."""
     if vocab_triton.supports(logits_TW):
         return None, max(1, logits_TW.shape[0])
     return Scratch(chunk, shard.width, logits_TW), chunk

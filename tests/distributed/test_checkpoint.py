@@ -1,0 +1,399 @@
+"""Checkpoints: resumed == never interrupted, bit for bit; damage and foreign checkpoints stop every rank alike.
+
+Each group of processes runs all its scenarios once (importing Megatron-Core costs more than they do); the tests look at
+what the ranks brought back.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aer_megatron.parallel.platform import install_platform
+from tests.support.policies import build_actor, fixed_batch, policy_config
+from tests.support.spawn import run_distributed
+
+STATE = {"controller": {"alpha": 0.1 + 0.2, "initial_entropy": None}, "cursor": {"epoch": 1, "position": 7}}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+CASES: dict[str, dict[str, Any]] = {
+    "tp1-fp32": {"world": 1},
+    "tp1-bf16": {"world": 1, "dtype": "bf16"},
+    "tp1-fp32-dropout": {"world": 1, "megatron": DROPOUT},
+    "tp2-fp32": {"world": 2, "tp": 2},
+    "tp2-bf16": {"world": 2, "tp": 2, "dtype": "bf16"},
+    "tp2-fp32-dropout": {"world": 2, "tp": 2, "megatron": DROPOUT},
+    "dp2-fp32": {"world": 2},
+    "dp2-bf16": {"world": 2, "dtype": "bf16"},
+    "dp2-bf16-dropout": {"world": 2, "dtype": "bf16", "megatron": DROPOUT},
+    "pp2-fp32": {"world": 2, "pp": 2},
+}
+RESHARDINGS = {
+    "tp2-dp2-tied-fp32": ({"tp": 2}, {}, True),
+    "tp2-pp2-tied-bf16": ({"tp": 2, "dtype": "bf16"}, {"pp": 2, "dtype": "bf16"}, True),
+    "pp2-dp2-untied-bf16": ({"pp": 2, "dtype": "bf16"}, {"dtype": "bf16"}, False),
+    "dp2-tp2-untied-fp32": ({}, {"tp": 2}, False),
+}
+
+
+def _config(
+    *, tp: int = 1, pp: int = 1, dtype: str = "fp32", megatron: dict[str, Any] | None = None, **_: Any
+) -> Any:
+    return policy_config(
+        model={"dtype": dtype},
+        parallel={"tp": tp, "pp": pp},
+        optimizer={"decay": "linear", "warmup_steps": 3},  # every update has its own learning rate
+        megatron=megatron or {},
+    )
+
+
+def _actor(*, poisoned: bool = False, tied: bool = True, **case: Any) -> Any:
+    from aer_megatron.actor.checkpoint_tensors import optimizer_pieces
+
+    actor = build_actor(_config(**case), tied=tied)
+    if poisoned:  # whatever a load forgets is seen
+        with torch.no_grad():
+            for parameter in actor.model.parameters():
+                parameter.fill_(float("nan"))
+            for piece in optimizer_pieces(actor):
+                piece.tensors()["param"].fill_(float("nan"))
+    return actor
+
+
+def _store(actor: Any, folder: Path, keep: int = 2) -> Any:
+    from aer_megatron.actor.checkpoint import CheckpointStore
+
+    return CheckpointStore(folder, topology=actor.topology, device=torch.device("cpu"), keep=keep)
+
+
+def _train(actor: Any, updates: range) -> list[tuple[Any, ...]]:
+    stats = [actor.train(fixed_batch(seed=seed), seed=seed, entropy_gradient=True) for seed in updates]
+    return [(s.grad_norm, s.learning_rate, dict(s.sums)) for s in stats]
+
+
+def _snapshot(actor: Any) -> dict[str, torch.Tensor]:
+    """Every tensor that a rank holds: model, main parameters, moments (through the optimizer itself), random states."""
+    from aer_megatron.actor.checkpoint_tensors import rng_tensors
+
+    tensors = {f"model/{name}": value for name, value in actor.model.named_parameters()}
+    for index, optimizer in enumerate(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])):
+        inner = optimizer.optimizer.state_dict()
+        for place, state in inner["state"].items():
+            tensors |= {f"optimizer{index}/{place}/{name}": value for name, value in state.items()}
+        main = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
+        tensors |= {f"main{index}/{place}": value for place, value in enumerate(main)}
+    tensors |= {f"rng/{name}": value for name, value in rng_tensors().items()}
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def _differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    same = [name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])]
+    return sorted((one.keys() | other.keys()) - set(same))
+
+
+def _resume(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Two updates, save, two more; then the same two more by a new actor that loaded the checkpoint."""
+    from aer_megatron.actor.checkpoint_tensors import set_rng
+
+    actor = _actor(**case)
+    _train(actor, range(2))
+    at_save = _snapshot(actor)
+    store = _store(actor, folder)
+    store.save(actor, step=2, state=STATE, files={"ledger": lambda path: path.write_bytes(b"ledger")})
+    result: dict[str, Any] = {"save_changed": _differences(at_save, _snapshot(actor))}
+    straight_stats, straight = _train(actor, range(2, 4)), _snapshot(actor)
+
+    resumed = _actor(poisoned=True, **case)
+    store = _store(resumed, folder)
+    checkpoint = store.latest()
+    result["state"] = store.load(checkpoint, resumed)
+    result["ledger"] = checkpoint.path_of("ledger").read_bytes()
+    result["num_updates"] = resumed.num_updates
+    result["after_load"] = _differences(at_save, _snapshot(resumed))
+    result["stats"] = (straight_stats, _train(resumed, range(2, 4)))
+    result["after_training"] = _differences(straight, _snapshot(resumed))
+
+    reseeded = _actor(poisoned=True, **case)
+    fresh_rng = {name: value for name, value in _snapshot(reseeded).items() if name.startswith("rng/")}
+    store.load(checkpoint, reseeded)
+    set_rng({name.removeprefix("rng/"): value for name, value in fresh_rng.items()})
+    _train(reseeded, range(2, 4))
+    result["with_other_rng"] = [n for n in _differences(straight, _snapshot(reseeded)) if n.startswith("model/")]
+    return result
+
+
+def _all_resumes(folder: str, world_size: int) -> dict[str, Any]:
+    cases = {name: case for name, case in CASES.items() if case["world"] == world_size}
+    return {name: _resume(Path(folder) / name, case) for name, case in cases.items()}
+
+
+def _reshard(folder: Path, one: dict[str, Any], two: dict[str, Any], tied: bool) -> dict[str, Any]:
+    """Layout one -> layout two -> layout one: the way there and back must change nothing at all."""
+    first = _actor(tied=tied, **one)
+    _train(first, range(2))
+    _store(first, folder / "one").save(first, step=2, state=STATE, files={})
+    at_save = _snapshot(first)
+    weights = {name: tensor.clone() for name, tensor in first.hf_weights()}
+    straight = _train(first, range(2, 4))
+
+    second = _actor(tied=tied, poisoned=True, **two)
+    store = _store(second, folder / "one")
+    store.load(store.latest(), second)
+    loaded = {name: tensor.clone() for name, tensor in second.hf_weights()}
+    _store(second, folder / "two").save(second, step=2, state=STATE, files={})
+    resumed = _train(second, range(2, 4))
+
+    third = _actor(tied=tied, poisoned=True, **one)
+    store = _store(third, folder / "two")
+    store.load(store.latest(), third)
+    there_and_back = [name for name in _differences(at_save, _snapshot(third)) if not name.startswith("rng/")]
+    return {
+        "weights": _differences(weights, loaded),
+        "there_and_back": there_and_back,
+        "grad_norms": ([s[0] for s in straight], [s[0] for s in resumed]),
+        "rates": ([s[1] for s in straight], [s[1] for s in resumed]),
+    }
+
+
+def _refused(work: Callable[[], Any]) -> str:
+    """The exception's text; "" where there was none."""
+    try:
+        work()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _damaged_loads(folder: Path, rank: int) -> dict[str, str]:
+    """What a load says after one file was damaged; rank 0 damages, the file is rank 1's."""
+    actor = _actor(tp=2)
+    _train(actor, range(1))
+    store = _store(actor, folder, keep=1)
+    checkpoint = store.save(actor, step=1, state=STATE, files={"ledger": lambda path: path.write_bytes(b"ledger")})
+    target = _actor(tp=2)
+    before = _snapshot(target)
+    theirs = checkpoint.folder / "optimizer-tp01-pp00-dp000.safetensors"
+    content = theirs.read_bytes()
+    damages: dict[str, tuple[Path, bytes | None]] = {
+        "truncated": (theirs, content[:-100]),
+        "changed": (theirs, content[:-1] + bytes([content[-1] ^ 1])),
+        "missing": (theirs, None),
+        "ledger": (checkpoint.folder / "ledger", b"led"),
+    }
+    messages = {}
+    for name, (path, damaged) in damages.items():
+        intact = path.read_bytes()
+        torch.distributed.barrier()
+        if rank == 0:
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+        torch.distributed.barrier()
+        messages[name] = _refused(lambda: store.load(checkpoint, target))
+        torch.distributed.barrier()
+        if rank == 0:
+            path.write_bytes(intact)
+    torch.distributed.barrier()
+    messages["untouched"] = ",".join(_differences(before, _snapshot(target)))
+    messages["intact"] = _refused(lambda: store.load(checkpoint, target))
+
+    torch.distributed.barrier()
+    manifest = checkpoint.folder / "manifest.json"
+    if rank == 0:
+        manifest.write_bytes(manifest.read_bytes()[:500])
+    torch.distributed.barrier()
+    messages["manifest"] = _refused(store.latest)
+    return messages
+
+
+def _foreign_loads(folder: Path) -> dict[str, str]:
+    actor = _actor(tp=2)
+    store = _store(actor, folder)
+    checkpoint = store.save(actor, step=1, state=STATE, files={})
+    messages = {"dtype": _refused(lambda: store.load(checkpoint, _actor(tp=2, dtype="bf16")))}
+    messages["model"] = _refused(lambda: store.load(checkpoint, _actor(tp=2, tied=False)))
+    messages["path_of"] = _refused(lambda: checkpoint.path_of("ledger"))
+    return messages
+
+
+def _failing_saves(folder: Path, rank: int) -> dict[str, Any]:
+    """A full disk on either rank: both hear of it and the checkpoint before it stays the newest."""
+    actor = _actor(tp=2)
+    store = _store(actor, folder, keep=2)
+    result: dict[str, Any] = {"empty": store.latest()}
+    for step in (1, 2, 3):
+        store.save(actor, step=step, state={"step": step}, files={})
+    result["kept"] = sorted(path.name for path in folder.iterdir())
+    torch.distributed.barrier()  # the next save writes into the folder
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    result["file"] = _refused(lambda: store.save(actor, step=4, state={}, files={"ledger": full}))
+    result["tensors"] = _refused(lambda: _save_on_broken_disk(store, actor, broken=rank == 1))
+    result["latest"] = store.latest().state
+    result["earlier"] = _refused(lambda: store.save(actor, step=2, state={}, files={}))
+    result["name"] = _refused(lambda: store.save(actor, step=5, state={}, files={"../ledger": full}))
+    store.save(actor, step=3, state={"step": "again"}, files={})
+    result["again"] = store.latest().state
+    result["left"] = sorted(path.name for path in folder.iterdir())
+    return result
+
+
+def _save_on_broken_disk(store: Any, actor: Any, *, broken: bool) -> None:
+    from aer_megatron.actor import checkpoint
+
+    def failing(tensors: Any, path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    working = checkpoint.save_file
+    checkpoint.save_file = failing if broken else working  # type: ignore[assignment]
+    try:
+        store.save(actor, step=4, state={}, files={})
+    finally:
+        checkpoint.save_file = working
+
+
+def _one_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    install_platform()
+    return {"resume": _all_resumes(folder, world_size)}
+
+
+def _two_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    install_platform()
+    path = Path(folder)
+    return {
+        "resume": _all_resumes(folder, world_size),
+        "reshard": {name: _reshard(path / name, *layouts) for name, layouts in RESHARDINGS.items()},
+        "damaged": _damaged_loads(path / "damaged", rank),
+        "foreign": _foreign_loads(path / "foreign"),
+        "failing": _failing_saves(path / "failing", rank),
+    }
+
+
+def _four_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    install_platform()
+    return _resume(Path(folder), {"tp": 2, "dtype": "bf16"})
+
+
+def _killed_in_save(rank: int, world_size: int, folder: str) -> None:
+    install_platform()
+    actor = _actor()
+    store = _store(actor, Path(folder))
+    store.save(actor, step=1, state={"step": 1}, files={})
+    store.save(actor, step=2, state={"step": 2}, files={"ledger": lambda path: os.kill(os.getpid(), signal.SIGKILL)})
+
+
+def _after_the_kill(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    install_platform()
+    path = Path(folder)
+    actor = _actor()
+    store = _store(actor, path)
+    result: dict[str, Any] = {"found": sorted(p.name for p in path.iterdir())}
+    result["state"] = store.load(store.latest(), actor)
+    store.save(actor, step=2, state={"step": 2}, files={})
+    result["left"] = sorted(p.name for p in path.iterdir())
+    return result
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_distributed(_one_rank, 1, str(tmp_path_factory.mktemp("one")), timeout_s=300)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_distributed(_two_ranks, 2, str(tmp_path_factory.mktemp("two")), timeout_s=300)
+
+
+def _assert_resumed(result: dict[str, Any], *, dropout: bool = False) -> None:
+    assert result["save_changed"] == []
+    assert result["after_load"] == []
+    assert result["stats"][0] == result["stats"][1]
+    assert result["after_training"] == []
+    assert result["num_updates"] == 2
+    assert result["state"] == STATE
+    assert result["ledger"] == b"ledger"
+    # the control: with dropout, and only then, the random-number states decide the weights
+    assert bool(result["with_other_rng"]) == dropout
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_resumed_run_is_the_run_never_interrupted(name: str, request: pytest.FixtureRequest) -> None:
+    ranks = request.getfixturevalue("one_rank" if CASES[name]["world"] == 1 else "two_ranks")
+    for rank in ranks:
+        _assert_resumed(rank["resume"][name], dropout="megatron" in CASES[name])
+
+
+def test_four_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
+    for result in run_distributed(_four_ranks, 4, str(tmp_path), timeout_s=300):
+        _assert_resumed(result)
+
+
+@pytest.mark.parametrize("name", RESHARDINGS)
+def test_other_layout_reads_the_same_weights_and_moments(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        result = rank["reshard"][name]
+        assert result["weights"] == []
+        assert result["there_and_back"] == []
+        assert result["rates"][0] == result["rates"][1]
+        tolerance = 0.05 if "bf16" in name else 1e-4
+        assert result["grad_norms"][1] == pytest.approx(result["grad_norms"][0], rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("truncated", ["optimizer-tp01-pp00-dp000.safetensors has", "bytes, expected", "remove the folder step_0"]),
+        ("changed", ["optimizer-tp01-pp00-dp000.safetensors has changed", "SHA-256"]),
+        ("missing", ["optimizer-tp01-pp00-dp000.safetensors is missing"]),
+        ("ledger", ["ledger has 3 bytes, expected 6"]),
+        ("manifest", ["manifest.json is not a complete checkpoint manifest", "remove the folder step_00000001"]),
+    ],
+)
+def test_damaged_file_is_named_on_every_rank(damage: str, words: list[str], two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        message = rank["damaged"][damage]
+        assert message.startswith("ValueError: ")
+        assert [word for word in words if word not in message] == []
+
+
+def test_failed_load_leaves_the_actor_untouched(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        assert rank["damaged"]["untouched"] == ""
+        assert rank["damaged"]["intact"] == ""
+
+
+def test_foreign_checkpoint_is_refused_on_every_rank(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        foreign = rank["foreign"]
+        assert "ValueError" in foreign["model"] and "tied_embeddings is True there and False" in foreign["model"]
+        assert "ValueError" in foreign["dtype"] and "model.dtype is 'bf16'" in foreign["dtype"]
+        assert "holds no 'ledger'" in foreign["path_of"]
+
+
+def test_failed_save_keeps_the_checkpoint_before_it(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        failing = rank["failing"]
+        assert failing["empty"] is None
+        assert failing["kept"] == ["step_00000002", "step_00000003"]
+        assert failing["file"].startswith("RuntimeError: cannot write") and "(rank 0)" in failing["file"]
+        assert failing["tensors"].startswith("RuntimeError: cannot write") and "(rank 1)" in failing["tensors"]
+        assert "No space left" in failing["file"] and "No space left" in failing["tensors"]
+        assert failing["latest"] == {"step": 3}
+        assert "holds step 3 of another run" in failing["earlier"]
+        assert "cannot be named '../ledger'" in failing["name"]
+        assert failing["again"] == {"step": "again"}
+        assert failing["left"] == ["step_00000002", "step_00000003"]
+
+
+def test_kill_during_a_save_leaves_the_one_before_and_its_leftovers_go(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        run_distributed(_killed_in_save, 1, str(tmp_path))
+    result = run_distributed(_after_the_kill, 1, str(tmp_path))[0]
+    assert result["found"] == ["step_00000001", "step_00000002.tmp-new"]
+    assert result["state"] == {"step": 1}
+    assert result["left"] == ["step_00000001", "step_00000002"]

@@ -1,0 +1,97 @@
+"""A tiny random Qwen3, a fixed batch and an Actor on the calling rank's topology."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from aer_megatron.config import Config, config_from_table
+from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.types import Experience, TrainBatch
+
+VOCAB_SIZE = 25  # odd: every tensor-parallel size pads it
+
+
+def tiny_hf_model(*, tied: bool = True, seed: int = 0) -> Any:
+    """Returns a 2-layer Qwen3 with random fp32 weights, large enough that no output is near uniform."""
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        rope_theta=10000.0,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def policy_config(**sections: dict[str, Any]) -> Config:
+    """Returns a run configuration for the tiny model; keyword tables are merged over fp32 defaults."""
+    table: dict[str, Any] = {
+        "model": {"path": "unused", "dtype": "fp32"},
+        "data": {"train": {"task": "countdown", "options": {"split": "train"}}},
+        "parallel": {"micro_batch_size": 3},
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
+        "algo": {"num_minibatches": 1},
+    }
+    for name, section in sections.items():
+        table[name] = {**table.get(name, {}), **section}
+    return config_from_table(table)
+
+
+def fixed_batch(num_sequences: int = 12, seed: int = 0) -> TrainBatch:
+    """Returns ragged random sequences with advantages and entropy weights of both signs and sizes."""
+    rng = np.random.default_rng(seed)
+    prompt_B = rng.integers(2, 6, num_sequences).astype(np.int64)
+    response_B = rng.integers(1, 9, num_sequences).astype(np.int64)
+    tokens = rng.integers(0, VOCAB_SIZE, int((prompt_B + response_B).sum())).astype(np.int64)
+    num_tokens = int(response_B.sum())
+    experience = Experience(
+        prompt_id_B=np.arange(num_sequences, dtype=np.uint64),
+        group_index_B=np.arange(num_sequences, dtype=np.int64),
+        prompt_length_B=prompt_B,
+        response_length_B=response_B,
+        token_ids_L=tokens,
+        rollout_logprob_T=np.zeros(num_tokens, dtype=np.float32),
+        reward_B=np.zeros(num_sequences),
+        truncated_B=np.zeros(num_sequences, dtype=np.bool_),
+        policy_version_B=np.zeros(num_sequences, dtype=np.int64),
+    )
+    return TrainBatch(
+        experience=experience,
+        advantage_B=rng.normal(size=num_sequences),
+        entropy_weight_B=rng.uniform(0.0, 0.5, num_sequences),
+        old_logprob_T=(-3.0 + 0.1 * rng.normal(size=num_tokens)).astype(np.float32),
+    )
+
+
+def build_actor(config: Config, *, tied: bool = True) -> Any:
+    """Returns an Actor with the tiny model's weights; the default process group must exist.
+
+    Groups of an earlier actor in the same process are left first, so layouts can follow one another.
+    """
+    from megatron.core import parallel_state
+
+    from aer_megatron.actor.actor import Actor
+    from aer_megatron.parallel.topology import initialize_topology
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    topology = initialize_topology(tp=config.parallel.tp, pp=config.parallel.pp, seed=1)
+    model = tiny_hf_model(tied=tied)
+    arch = architecture_from_hf_config(model.config.to_dict())
+    actor = Actor(
+        arch, config, topology, device=torch.device("cpu"), optimizer=config.optimizer, num_updates_planned=10
+    )
+    weights = model.state_dict()
+    actor.load_hf_weights(weights.__getitem__)
+    return actor

@@ -201,7 +201,12 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
         keep=config.run.keep_checkpoints,
     )
     start = Progress(0, 0, controller.initial_state(config.algo.entropy), cursor.state_dict())
-    checkpoint = store.latest() if config.run.resume else None
+    checkpoint = store.latest()
+    if checkpoint is not None and not config.run.resume:
+        raise ValueError(
+            f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds checkpoints up to step "
+            f"{checkpoint.step}; remove them, choose another run.output_dir, or set run.resume=true"
+        )
     if checkpoint is not None:
         start = _progress_from(store.load(checkpoint, actor))
         cursor.load_state_dict(start.cursor)

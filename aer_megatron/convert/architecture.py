@@ -49,9 +49,7 @@ class ModelArchitecture:
     vocab_size: int
     tied_embeddings: bool
     rope_theta: float
-    rope_scaling: (
-        Mapping[str, Any] | None
-    )  # Hugging Face's table, "rope_type" always present; None = plain RoPE
+    rope_scaling: Mapping[str, Any] | None  # Hugging Face's table, "rope_type" always present; None = plain RoPE
     norm_eps: float
     qk_norm: bool
     qkv_bias: bool
@@ -102,9 +100,7 @@ def architecture_from_hf_config(config: Mapping[str, Any]) -> ModelArchitecture:
     num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
     hidden_size = _int(config, "hidden_size", family)
     if num_heads % num_kv_heads:
-        raise ValueError(
-            f"config.json: num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}"
-        )
+        raise ValueError(f"config.json: num_key_value_heads={num_kv_heads} must divide num_attention_heads={num_heads}")
     rope_theta, rope_scaling = _rope(config)
     return ModelArchitecture(
         family=family.name,
@@ -135,9 +131,7 @@ def padded_vocab_size(vocab_size: int, tp: int, *, divisible_by: int) -> int:
     their logit is 0, not -inf, so a softmax over the padded width must mask them.
     """
     if vocab_size < 1 or tp < 1 or divisible_by < 1:
-        raise ValueError(
-            f"vocab_size={vocab_size}, tp={tp} and divisible_by={divisible_by} must each be at least 1"
-        )
+        raise ValueError(f"vocab_size={vocab_size}, tp={tp} and divisible_by={divisible_by} must each be at least 1")
     return math.ceil(vocab_size / (tp * divisible_by)) * tp * divisible_by
 
 
@@ -223,9 +217,7 @@ def _family(config: Mapping[str, Any]) -> Family:
 def _int(config: Mapping[str, Any], key: str, family: Family) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"config.json ({family.hf_architecture}): {key}={value!r} must be a positive integer"
-        )
+        raise ValueError(f"config.json ({family.hf_architecture}): {key}={value!r} must be a positive integer")
     return value
 
 
@@ -289,8 +281,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: Family) -> None:
     for key, ok, rule in rules:
         if not ok:
             raise ValueError(
-                f"config.json: {key}={config.get(key)!r} is not supported"
-                f" for {family.hf_architecture} ({rule})"
+                f"config.json: {key}={config.get(key)!r} is not supported for {family.hf_architecture} ({rule})"
             )
 
 
@@ -305,9 +296,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None), from rope_parameters (transformers 5) or rope_theta and rope_scaling."""
     table = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if any(isinstance(value, Mapping) for value in table.values()):
-        raise ValueError(
-            f"config.json: rope_parameters={table!r} is not supported (one table for all layers only)"
-        )
+        raise ValueError(f"config.json: rope_parameters={table!r} is not supported (one table for all layers only)")
     theta = float(table.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
     rope_type = table.pop("rope_type", None) or table.pop("type", None) or "default"
     table.pop("type", None)
@@ -317,9 +306,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     if rope_type == "default":
         return theta, None
     if rope_type not in ("linear", "llama3"):
-        raise ValueError(
-            f"config.json: rope type {rope_type!r} is not supported (only default, linear, llama3)"
-        )
+        raise ValueError(f"config.json: rope type {rope_type!r} is not supported (only default, linear, llama3)")
     if "factor" not in table:
         raise ValueError(f"config.json: rope type {rope_type!r} needs a factor")
     if rope_type == "llama3":

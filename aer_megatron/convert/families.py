@@ -210,9 +210,7 @@ _LLAMA_ROWS = _ENDS + _ATTENTION + _DENSE_MLP
 _ALL = (
     # Qwen3Config's own default head_dim is 128 whatever the hidden size is.
     Family("qwen3", "Qwen3ForCausalLM", _LLAMA_ROWS + _QK_NORM, qk_norm=True, default_head_dim=128),
-    Family(
-        "qwen3_moe", "Qwen3MoeForCausalLM", _ENDS + _ATTENTION + _QK_NORM + _MOE_MLP, qk_norm=True, moe=True
-    ),
+    Family("qwen3_moe", "Qwen3MoeForCausalLM", _ENDS + _ATTENTION + _QK_NORM + _MOE_MLP, qk_norm=True, moe=True),
     Family("qwen2", "Qwen2ForCausalLM", _LLAMA_ROWS + _QKV_BIAS, qkv_bias=True),
     Family("llama", "LlamaForCausalLM", _LLAMA_ROWS),
     Family("mistral", "MistralForCausalLM", _LLAMA_ROWS),

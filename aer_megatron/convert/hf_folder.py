@@ -198,9 +198,7 @@ def _weight_files(path: Path) -> Mapping[str, set[str] | None]:
             files.setdefault(file, set()).add(name)
         missing = [file for file in files if not (path / file).is_file()]
         if missing:
-            raise ValueError(
-                f"{path} lacks {', '.join(missing)} of {len(files)} files in {_INDEX}; download it again"
-            )
+            raise ValueError(f"{path} lacks {', '.join(missing)} of {len(files)} files in {_INDEX}; download it again")
         return dict(sorted(files.items()))
     if (path / _SINGLE).is_file():
         return {_SINGLE: None}

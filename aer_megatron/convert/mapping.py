@@ -60,9 +60,7 @@ def tp_axis(arch: ModelArchitecture, megatron_name: str) -> int | None:
     return find_row(arch, megatron_name)[0].tp_axis
 
 
-def shard_shape(
-    arch: ModelArchitecture, megatron_name: str, *, tp_size: int, padded_vocab: int
-) -> tuple[int, ...]:
+def shard_shape(arch: ModelArchitecture, megatron_name: str, *, tp_size: int, padded_vocab: int) -> tuple[int, ...]:
     """The shape of one rank's shard of a parameter. Raises ValueError where tp_size does not divide it."""
     row, _ = find_row(arch, megatron_name)
     shapes = [_shape(arch, tensor) for tensor in _sources(arch, row)]
@@ -121,9 +119,7 @@ def hf_to_shard(
     return _padded_slice(tensors[0], row.tp_axis, tp_rank, shape[row.tp_axis])
 
 
-def shards_to_hf(
-    arch: ModelArchitecture, megatron_name: str, shards: Sequence[Tensor]
-) -> list[tuple[str, Tensor]]:
+def shards_to_hf(arch: ModelArchitecture, megatron_name: str, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """(HF name, whole tensor) pairs from all tensor-parallel ranks' shards in rank order, padding dropped.
 
     A parameter that is not split takes one shard or one per rank (the first is used). A tied head's copy
@@ -180,9 +176,7 @@ def check_hf_tensors(
     found = [("missing", missing), ("unexpected", extra), ("of another shape", wrong)]
     problems = [f"{len(names)} {what}: {_some(names)}" for what, names in found if names]
     if problems:
-        raise ValueError(
-            f"the checkpoint's tensors do not fit {arch.family} of config.json: " + "; ".join(problems)
-        )
+        raise ValueError(f"the checkpoint's tensors do not fit {arch.family} of config.json: " + "; ".join(problems))
 
 
 def find_row(arch: ModelArchitecture, megatron_name: str) -> tuple[Row, Indices]:

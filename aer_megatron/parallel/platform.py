@@ -1,8 +1,9 @@
 """The device under Megatron-Core: CUDA as it is, or the CPU over gloo.
 
-Megatron-Core hard-codes ``device="cuda"`` in factory calls, ``torch.cuda`` for streams and random state, and tensor
-type names. ``install_platform`` redirects those to the CPU, once, when no CUDA device is present, so that the unmodified
-library trains over gloo and the code above this module has no "if cpu". With a CUDA device it changes nothing.
+Megatron-Core hard-codes ``device="cuda"`` in factory calls, ``torch.cuda`` for streams and random state, and
+tensor type names. ``install_platform`` redirects those to the CPU, once, when no CUDA device is present, so that the
+unmodified library trains over gloo and the code above this module has no "if cpu". With a CUDA device it changes
+nothing.
 
 It is called by train.py and by tests, never on import. This file does NOT know models, groups or configuration.
 """

@@ -7,4 +7,5 @@ export OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE=1
 
 "$python" tools/fetch_smollm2.py --output runs/smollm2-model
+rm -rf runs/smollm2 # three steps: start afresh each time
 "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m aer_megatron.train examples/smollm2/chain_sum.toml "$@"

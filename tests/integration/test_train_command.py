@@ -1,0 +1,200 @@
+"""The command line under its real launcher: supervised stage, AER steps, kill and resume, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import environment, metric_lines, train, train_command, write_run_file
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file, a supervised base model and the metrics of a straight TP=2 run."""
+    folder = tmp_path_factory.mktemp("straight")
+    run_file = write_run_file(folder)
+    made = train(run_file, "--stage=sft", ranks=2)
+    assert made.returncode == 0, made.stderr
+    straight = train(run_file, "--parallel.tp=2", ranks=2)
+    assert straight.returncode == 0, straight.stderr
+    return folder
+
+
+def test_the_supervised_stage_lowers_the_loss_and_is_cached(base: Path) -> None:
+    losses = [line["loss/supervised"] for line in metric_lines(base / "out" / "sft")]
+    assert len(losses) == 20
+    assert losses[-1] < 0.85 * losses[0]
+    again = train(base / "run.toml", "--stage=sft")
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do" in again.stdout
+
+
+def test_metrics_hold_what_the_run_promises(base: Path) -> None:
+    lines = metric_lines(base / "out")
+    assert [line["step"] for line in lines] == list(range(6))
+    required = {
+        "reward/mean",
+        "entropy/token_mean",
+        "entropy/initial",
+        "entropy/target",
+        "aer/alpha",
+        "aer/difficulty_mean",
+        "rollout/logprob_diff_max",
+    }
+    for line in lines:
+        assert required <= line.keys()
+        assert line["rollout/logprob_diff_max"] < 1e-3  # fp32: the engine holds the trainer's weights at every step
+        assert line["entropy/target"] == pytest.approx(1.1 * lines[0]["entropy/token_mean"])
+    assert {"eval/pass@1", "eval/pass@4"} <= lines[0].keys()
+    assert any(line["aer/coefficient"] > 0 for line in lines)
+    assert all("time/step_s" in json.loads(text) for text in (base / "out" / "metrics.jsonl").read_text().splitlines())
+    manifest = json.loads((base / "out" / "run.json").read_text())
+    assert manifest["config"]["algo"]["entropy"]["tau"] == 1.1
+    assert manifest["versions"]["megatron-core"]
+
+
+def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> None:
+    run_file = base / "run.toml"
+    folder = tmp_path / "killed"
+    arguments = ("--parallel.tp=2", f"--run.output_dir={folder}")
+    process = subprocess.Popen(
+        train_command(run_file, *arguments, ranks=2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 4:  # past the checkpoint of step 2
+            break
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and both ranks: a new session is a group of its own
+    process.wait()
+    resumed = train(run_file, *arguments, ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert metric_lines(folder) == metric_lines(base / "out")
+
+
+def test_layouts_follow_the_same_run(base: Path, tmp_path: Path) -> None:
+    expected = metric_lines(base / "out")
+    for name, ranks in (("whole", 1), ("dp2", 2)):
+        done = train(base / "run.toml", f"--run.output_dir={tmp_path / name}", "--run.num_steps=2", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        first = metric_lines(tmp_path / name)[0]
+        for key in ("loss/policy", "entropy/token_mean", "train/grad_norm", "reward/mean"):
+            assert first[key] == pytest.approx(expected[0][key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("kind", ["none", "fixed", "skywork"])
+def test_baselines_are_one_switch(base: Path, tmp_path: Path, kind: str) -> None:
+    done = train(
+        base / "run.toml", f"--run.output_dir={tmp_path}/{kind}", "--run.num_steps=1", f"--algo.entropy.kind={kind}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (metric_lines(tmp_path / kind)[0]["aer/coefficient"] > 0) == (kind == "fixed")
+
+
+def test_dynamic_sampling_keeps_the_batch_size(base: Path, tmp_path: Path) -> None:
+    done = train(
+        base / "run.toml",
+        f"--run.output_dir={tmp_path}/out",
+        "--run.num_steps=1",
+        "--rollout.dynamic_sampling=true",
+        "--rollout.max_refills=1",
+    )
+    assert done.returncode == 0, done.stderr
+    line = metric_lines(tmp_path / "out")[0]
+    assert line["rollout/refills"] <= 1
+    assert sum(value for key, value in line.items() if key.startswith("rewards/reason/")) >= 32
+
+
+def test_a_checkpoint_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "out" / "checkpoints", tmp_path / "out" / "checkpoints")
+    other = tmp_path / "model"
+    shutil.copytree(base / "base", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    done = train(base / "run.toml", f"--model.path={other}", f"--run.output_dir={tmp_path}/out", "--run.num_steps=8")
+    assert done.returncode == 2
+    assert "num_layers" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_truncated_checkpoint_is_named(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base / "out" / "checkpoints", tmp_path / "out" / "checkpoints")
+    newest = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1]
+    victim = max((f for f in newest.rglob("*") if f.is_file()), key=lambda file: file.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    done = train(
+        base / "run.toml", "--parallel.tp=2", f"--run.output_dir={tmp_path}/out", "--run.num_steps=8", ranks=2
+    )
+    assert done.returncode != 0
+    assert victim.name in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--algo.entropy.kid=none",), ["algo.entropy.kid", "algo.entropy.kind"]),
+        (("--parallel.tp=3",), ["parallel.tp=3", "must divide"]),
+        (("--data.train.task=reasoning_gym:no_such_task",), ["no_such_task"]),
+        (("--rollout.max_new_tokens=500",), ["rollout.max_new_tokens=500", "64 positions"]),
+        (("--model.path=/nonexistent",), ["/nonexistent", "config.json"]),
+        (("--stage=pretrain",), ["pretrain", "rl or sft"]),
+        (("--run.resume=false",), ["run.resume=false", "checkpoints"]),
+    ],
+)
+def test_bad_input_is_one_clear_message(base: Path, arguments: tuple[str, ...], words: list[str]) -> None:
+    done = train(base / "run.toml", *arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"problem": "1+1", "answer": "2"}\n{"problem": "1+', ["line 2", "JSON"]),
+        ('{"problem": "1+1"}\n', ["line 1", "answer"]),
+        ("", ["no "]),
+    ],
+)
+def test_bad_data_names_file_and_line(base: Path, tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text(content)
+    text = (base / "run.toml").read_text()
+    start, stop = text.index("[data.train]"), text.index("[data.eval]")
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(text[:start] + f'[data.train]\npath = "{file}"\n' + text[stop:])
+    done = train(run_file, f"--run.output_dir={tmp_path}/out")
+    assert done.returncode == 2
+    assert file.name in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_dry_run_prints_configuration_and_plan(base: Path) -> None:
+    done = train(base / "run.toml", "--dry-run", "--parallel.tp=2")
+    assert done.returncode == 0, done.stderr
+    assert '"tau": 1.1' in done.stdout
+    assert "8 prompts x 4 = 32 sequences" in done.stdout
+    assert "2 = tp 2 x pp 1 x dp 1" in done.stdout
+
+
+def test_help_lists_every_option() -> None:
+    done = train(Path("--help"))
+    assert done.returncode == 0
+    assert "--algo.entropy.kind" in done.stdout
+    assert "[required]" in done.stdout

@@ -1,0 +1,115 @@
+"""A miniature run of the real command line: the quick start's model folder with random weights, seconds long."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "examples" / "quickstart" / "model"
+
+RUN_FILE = """
+[run]
+name = "mini"
+output_dir = "{folder}/out"
+num_steps = 6
+eval_every = 3
+checkpoint_every = 2
+
+[model]
+path = "{folder}/base"
+dtype = "fp32"
+
+[parallel]
+micro_batch_size = 16
+
+[data]
+template = "plain"
+max_prompt_tokens = 12
+[data.train]
+task = "countdown"
+size = 50
+options = {{ split = "train" }}
+[data.eval]
+task = "countdown"
+size = 8
+options = {{ split = "eval" }}
+
+[rollout]
+prompts_per_step = 8
+group_size = 4
+max_new_tokens = 10
+logprob_gate = 1e-3
+
+[optimizer]
+lr = 1e-3
+
+[algo]
+num_minibatches = 2
+[algo.entropy]
+update = "pi"
+k_p = 0.3
+tau = 1.1
+normalize = "mean"
+difficulty = "complement"
+
+[eval]
+num_prompts = 8
+num_samples = 4
+k = [1, 4]
+
+[sft]
+init = "{model}"
+num_steps = 20
+batch_size = 32
+[sft.source]
+task = "countdown"
+size = 100
+options = {{ split = "train" }}
+
+[report]
+picture = false
+"""
+
+
+def write_run_file(folder: Path) -> Path:
+    """Returns the path of a run file whose outputs lie under ``folder``."""
+    path = folder / "run.toml"
+    path.write_text(RUN_FILE.format(folder=folder, model=MODEL), encoding="utf-8")
+    return path
+
+
+def train_command(run_file: Path, *arguments: str, ranks: int = 1) -> list[str]:
+    """Returns the command line of a training run; one rank needs no launcher."""
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    return [*launcher, "aer_megatron.train", str(run_file), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of a training process."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(run_file: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Returns the finished process, whatever its exit code."""
+    return subprocess.run(
+        train_command(run_file, *arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def metric_lines(folder: Path) -> list[dict[str, Any]]:
+    """Returns metrics.jsonl without what depends on the machine."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]

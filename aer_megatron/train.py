@@ -178,7 +178,6 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
     from aer_megatron._C import DifficultyLedger
     from aer_megatron.actor.checkpoint import CheckpointStore
     from aer_megatron.algo import controller
-    from aer_megatron.convert.hf_folder import HFFolder
     from aer_megatron.data.prompts import PromptCursor
     from aer_megatron.report.timer import PhaseTimer
     from aer_megatron.trainer import Progress, Trainer
@@ -212,7 +211,7 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
         cursor.load_state_dict(start.cursor)
         ledger = DifficultyLedger.load(str(checkpoint.path_of("ledger")))
     else:
-        actor.load_hf_weights(HFFolder(config.model.path).get)
+        actor.load_hf_weights(_checked_weights(config.model.path))
 
     def save(progress: Progress) -> None:
         store.save(
@@ -237,7 +236,6 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
 
 
 def _run_sft(config: Config, platform: Platform, topology: Topology, arguments: Sequence[str]) -> None:
-    from aer_megatron.convert.hf_folder import HFFolder
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.data.supervised import SupervisedSource
     from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
@@ -259,7 +257,7 @@ def _run_sft(config: Config, platform: Platform, topology: Topology, arguments: 
     actor = _build_actor(
         config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps
     )
-    actor.load_hf_weights(HFFolder(init).get if _has_weights(init) else random_hf_weights(init, config.run.seed))
+    actor.load_hf_weights(_checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed))
     folder = Path(config.run.output_dir) / "sft"
     sft_config = config.model_copy(
         update={
@@ -472,6 +470,16 @@ def _init_path(config: Config) -> str:
     if config.sft.init is None:
         raise ValueError("--stage=sft needs sft.init: the Hugging Face folder to start from")
     return config.sft.init
+
+
+def _checked_weights(path: str) -> Callable[[str], Any]:
+    """Returns the getter of a Hugging Face folder whose tensors are exactly those of its architecture."""
+    from aer_megatron.convert.hf_folder import HFFolder
+    from aer_megatron.convert.mapping import check_hf_tensors
+
+    folder = HFFolder(path)
+    check_hf_tensors(_architecture(path), folder.shapes(), folder.get)
+    return folder.get
 
 
 def _has_weights(path: str) -> bool:

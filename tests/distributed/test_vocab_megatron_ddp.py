@@ -84,7 +84,7 @@ def _worker(rank: int, world_size: int) -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def gradients() -> dict[Any, Any]:
-    outcome: dict[Any, Any] = run_distributed(_worker, 1)[0]
+    outcome: dict[Any, Any] = run_distributed(_worker, 1, timeout_s=400)[0]
     return outcome
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,9 +147,15 @@ def _worker(rank: int, world_size: int) -> dict[str, Any]:
     return outcome
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@functools.cache
+def _outcomes(world_size: int) -> list[dict[str, Any]]:
+    """Returns what every rank computed; cached, because pytest sets a parametrized fixture up more than once."""
+    return run_distributed(_worker, world_size, timeout_s=400)
+
+
+@pytest.fixture(params=[1, 2, 4])
 def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_distributed(_worker, request.param)
+    return _outcomes(request.param)
 
 
 def _bar(dtype: torch.dtype, values: bool) -> float:

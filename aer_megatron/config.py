@@ -145,19 +145,6 @@ class EntropySection(Section):
     skywork_delta: float = Field(1e-4, gt=0, description="coefficient step of kind = skywork")
     skywork_max: float = Field(0.005, gt=0, description="upper bound of the coefficient of kind = skywork")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.alarm_high and self.tau >= self.alarm_high:
-            raise ValueError(
-                f"tau={self.tau} puts the target at or above the explosion alarm alarm_high={self.alarm_high} * H_0; "
-                "raise alarm_high or set it to 0"
-            )
-        if self.update == "pi" and self.k_p == 0:
-            raise ValueError(
-                'k_p=0 makes update="pi" the same as "proportional"; set k_p (0.3 holds the quick start) or name that'
-            )
-        return self
-
 
 class LedgerSection(Section):
     decay: float = Field(0.9, gt=0, le=1, description="weight that a prompt's evidence keeps per step of age")
@@ -255,11 +242,6 @@ class Config(Section):
                 f"number of ranks {world_size}; launch a multiple of {model_parallel} ranks or lower tp/pp"
             )
         dp = world_size // model_parallel
-        if self.sft.batch_size % dp:
-            raise ValueError(
-                f"sft.batch_size={self.sft.batch_size} must be a multiple of the data-parallel size {dp}; "
-                f"use {-(-self.sft.batch_size // dp) * dp}"
-            )
         per_step = self.rollout.prompts_per_step * self.rollout.group_size // self.algo.num_minibatches
         if per_step % dp:
             raise ValueError(

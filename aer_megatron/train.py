@@ -245,6 +245,11 @@ def _run_sft(config: Config, platform: Platform, topology: Topology, arguments: 
     init, options = _init_path(config), config.sft
     if options.source is None:
         raise ValueError("--stage=sft needs a [sft.source] table: a file with responses, or task = \"countdown\"")
+    if options.batch_size % topology.dp:
+        raise ValueError(
+            f"sft.batch_size={options.batch_size} must be a multiple of the data-parallel size {topology.dp}; "
+            f"use {-(-options.batch_size // topology.dp) * topology.dp}"
+        )
     tokenizer = load_tokenizer(init)
     source = SupervisedSource(
         options.source,

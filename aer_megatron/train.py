@@ -180,7 +180,7 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
     from aer_megatron.algo import controller
     from aer_megatron.data.prompts import PromptCursor
     from aer_megatron.report.timer import PhaseTimer
-    from aer_megatron.trainer import Progress, Trainer
+    from aer_megatron.trainer import Parts, Progress, Trainer
 
     actor = _build_actor(
         config,
@@ -232,7 +232,7 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
             "reporter": reporter,
             "timer": timer,
         }
-        Trainer(config, _parts(parts), start).run()
+        Trainer(config, Parts(**parts), start).run()
 
 
 def _run_sft(config: Config, platform: Platform, topology: Topology, arguments: Sequence[str]) -> None:
@@ -337,9 +337,9 @@ def _load_data(config: Config) -> Data:
 
 def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:
     """Returns collectors, verifier pool and weight sync around one embedded engine; ``stack`` closes them."""
-    import torch
     from transformers import AutoConfig
 
+    from aer_megatron.actor.model import TORCH_DTYPES
     from aer_megatron.parallel.gather import gather_counts, gather_experience
     from aer_megatron.rewards.pool import VerifierPool
     from aer_megatron.rewards.scoring import reason_counts, score_groups
@@ -353,7 +353,7 @@ def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSt
     rollout = config.rollout
     engine = EmbeddedEngine(
         AutoConfig.from_pretrained(config.model.path),
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.dtype],
+        dtype=TORCH_DTYPES[config.model.dtype],
         device=platform.device,
         max_batch_size=rollout.max_batch_size,
         checksum=tensor_checksum,
@@ -384,12 +384,6 @@ def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSt
         "gather": gather,
         "weight_sync": InProcessSync(engine, checksum=tensor_checksum),
     }
-
-
-def _parts(table: Mapping[str, Any]) -> Any:
-    from aer_megatron.trainer import Parts
-
-    return Parts(**table)
 
 
 def _build_actor(

@@ -270,8 +270,11 @@ class Trainer:
 
     def _check_mismatch(self, step: int, experience: Experience, scores: PolicyScores) -> None:
         """Refuses to train on a policy that is not the one that sampled: wrong weights, temperature or positions."""
-        gate, (difference, _) = self._config.rollout.logprob_gate, logprob_difference(experience, scores.logprob_T)
-        if step == 0 and gate and not difference <= gate:
+        gate = self._config.rollout.logprob_gate
+        if step or not gate:
+            return
+        difference, _ = logprob_difference(experience, scores.logprob_T)
+        if not difference <= gate:
             raise RuntimeError(
                 f"at step 0 the rollout engine and the trainer differ by {difference:.3g} nats in a sampled token's "
                 f"log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy (weights, "

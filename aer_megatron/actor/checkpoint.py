@@ -52,6 +52,7 @@ from aer_megatron.actor.checkpoint_tensors import (
     rng_tensors,
 )
 from aer_megatron.convert.architecture import ModelArchitecture, MoeArchitecture
+from aer_megatron.convert.hf_folder import flush_to_disk
 from aer_megatron.parallel.exchange import all_gather_ragged
 from aer_megatron.parallel.topology import Topology
 
@@ -225,11 +226,11 @@ class CheckpointStore:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(fresh)
+        flush_to_disk(fresh)
         if final.exists():
             self._retire(final)
         fresh.rename(final)
-        _sync_folder(self._folder)
+        flush_to_disk(self._folder)
         finished = self._finished()
         for step in sorted(finished)[: -self._keep]:
             self._retire(finished[step])
@@ -276,12 +277,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Returns once the folder's entries are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -205,9 +205,6 @@ def _rope_scaling(arch: ModelArchitecture) -> dict[str, Any]:
     scaling = arch.rope_scaling
     if scaling is None:
         return {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    # Megatron hard-codes Llama 3's other three constants
-    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    if kind == "llama3" and all(scaling.get(key) == value for key, value in llama3.items()):
+    if scaling["rope_type"] == "llama3":  # its other constants are checked where config.json is read
         return {"rope_scaling": True, "rope_scaling_factor": scaling["factor"]}
     raise ValueError(f"rope_scaling={dict(scaling)} of config.json is not supported; supported: none, llama3")

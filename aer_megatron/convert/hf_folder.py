@@ -153,16 +153,17 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield work
         for file in work.rglob("*"):
-            _flush(file)
-        _flush(work)
+            flush_to_disk(file)
+        flush_to_disk(work)
         work.rename(target)
-        _flush(target.parent)
+        flush_to_disk(target.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
 
 
-def _flush(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Returns once the file's bytes, or the folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,6 @@ rank is special. No pickles: arrays travel as their bytes' own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,11 +38,6 @@ def all_gather_ragged(array: NDArray[Any], *, device: torch.device) -> list[NDAr
     return [rows[r, : sizes[r]].copy().view(array.dtype) for r in range(world_size)]
 
 
-def all_gather_concatenated(arrays: Sequence[NDArray[Any]], *, device: torch.device) -> list[NDArray[Any]]:
-    """Returns each array concatenated over ranks in rank order."""
-    return [np.concatenate(all_gather_ragged(array, device=device)) for array in arrays]
-
-
 def all_sum(values: NDArray[np.float64], *, device: torch.device) -> NDArray[np.float64]:
     """Returns the element-wise sum over all ranks, bitwise identical on each (the terms are added in rank order)."""
     if dist.get_world_size() == 1:
@@ -66,20 +60,6 @@ def all_sum_disjoint(tensor: torch.Tensor) -> torch.Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def broadcast_bytes(payload: bytes | None, *, source: int, device: torch.device) -> bytes:
-    """Returns ``payload`` of rank ``source`` on every rank."""
-    if dist.get_world_size() == 1:
-        assert payload is not None
-        return payload
-    size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=device)
-    dist.broadcast(size, source)
-    buffer = torch.zeros(int(size.item()), dtype=torch.uint8, device=device)
-    if payload is not None and dist.get_rank() == source:
-        buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-    dist.broadcast(buffer, source)
-    return buffer.cpu().numpy().tobytes()
 
 
 def barrier() -> None:

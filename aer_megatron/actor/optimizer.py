@@ -52,4 +52,8 @@ def build_optimizer(model: DistributedDataParallel, options: OptimizerSection, d
         use_distributed_optimizer=True,
         clip_grad=options.clip_grad or math.inf,
     )
-    return get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, [model])
+    for group in optimizer.param_groups:
+        # Megatron leaves this to its scheduler, which is not used here: norms and biases have wd_mult 0
+        group["weight_decay"] = options.weight_decay * group["wd_mult"]
+    return optimizer

@@ -16,17 +16,21 @@ from torch import Tensor
 
 
 class LogprobEntropy(NamedTuple):
-    """Per-token statistics of p = softmax(logits / temperature) over the vocabulary; entropies are in nats.
+    """Per-token statistics of p = softmax(x), x = logits / temperature, over the vocabulary; entropies are in nats.
 
-    `logprob_T` and `entropy_T` carry gradients where the logits do. `top1_prob_T` (the largest probability)
-    and `sum_sq_prob_T` (sum of p^2, the collision probability) never do, and are None unless they were asked
-    for.
+    `logprob_T` and `entropy_T` carry gradients where the logits do. The others never do, and are None unless they
+    were asked for: the largest probability, sum p^2 (the collision probability), and the geometry of the two gradients,
+    |d logprob / dx|^2 = 1 - 2 p_y + sum p^2, |d entropy / dx|^2 = sum p^2 (log p + H)^2 and their dot product
+    sum p^2 (log p + H) - p_y (log p_y + H).
     """
 
     logprob_T: Tensor
     entropy_T: Tensor
     top1_prob_T: Tensor | None = None
     sum_sq_prob_T: Tensor | None = None
+    logprob_grad_sq_T: Tensor | None = None
+    entropy_grad_sq_T: Tensor | None = None
+    grad_dot_T: Tensor | None = None
 
 
 def _log_probabilities(logits_TV: Tensor, temperature: float, vocab_size: int) -> Tensor:
@@ -36,7 +40,7 @@ def _log_probabilities(logits_TV: Tensor, temperature: float, vocab_size: int) -
 
 
 def logprob_entropy(logits_TV: Tensor, labels_T: Tensor, *, temperature: float, vocab_size: int) -> LogprobEntropy:
-    """Return all four statistics in float64, without gradient.
+    """Return all statistics in float64, without gradient.
 
     Args:
         logits_TV: [T, V], any floating dtype. Columns from `vocab_size` on are padding and take no part.
@@ -47,11 +51,18 @@ def logprob_entropy(logits_TV: Tensor, labels_T: Tensor, *, temperature: float, 
     logp_TV = _log_probabilities(logits_TV, temperature, vocab_size)
     prob_TV = logp_TV.exp()
     p_logp_TV = torch.where(prob_TV > 0, prob_TV * logp_TV, 0.0)  # lim p log p = 0 as p -> 0
+    entropy_T = -p_logp_TV.sum(dim=-1)
+    by_logprob_TV = -prob_TV
+    by_logprob_TV.scatter_add_(1, labels_T[:, None], torch.ones_like(prob_TV[:, :1]))
+    by_entropy_TV = -(p_logp_TV + prob_TV * entropy_T[:, None])
     return LogprobEntropy(
         logprob_T=logp_TV.gather(1, labels_T[:, None]).squeeze(1),
-        entropy_T=-p_logp_TV.sum(dim=-1),
+        entropy_T=entropy_T,
         top1_prob_T=prob_TV.amax(dim=-1),
         sum_sq_prob_T=prob_TV.square().sum(dim=-1),
+        logprob_grad_sq_T=by_logprob_TV.square().sum(dim=-1),
+        entropy_grad_sq_T=by_entropy_TV.square().sum(dim=-1),
+        grad_dot_T=(by_logprob_TV * by_entropy_TV).sum(dim=-1),
     )
 
 

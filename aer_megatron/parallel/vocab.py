@@ -68,10 +68,10 @@ def vocab_parallel_logprob_entropy(
         vocab_size: columns from here on (over all ranks) are padding and take no part; None means that none are.
         temperature: the logits are divided by it.
         chunk_tokens: rows per chunk of the PyTorch form; None means the smaller of a byte budget and T / 16.
-        with_statistics: also return the top-1 probability and sum p^2 (no gradient), from the same pass.
+        with_statistics: also return top-1 probability, sum p^2 and the gradients' geometry, from the same pass.
         inplace: False writes the gradient to a new tensor: for leaf logits and repeated backward passes.
 
-    Communication: one all-gather of four (with statistics five) numbers per token; none in the backward pass.
+    Communication: one all-gather of four (with statistics seven) numbers per token; none in the backward pass.
 
     Raises:
         ValueError: a label outside [0, vocab_size), or impossible shapes and options.

@@ -37,8 +37,8 @@ _MIN_BITS = -1100.0
 # An accelerator wants few, large launches.
 _DEVICE_CHUNK_BYTES = 1 << 28
 
-# Rows of a statistics block [K, T]; the last is there only with statistics.
-MAX, SUM_EXP, SUM_EXP_SHIFT, LABEL_LOGIT, SUM_EXP_SQ = range(5)
+# Rows of a statistics block [K, T]; the last three, sum e^2, sum e^2 s and sum e^2 s^2, are there only with statistics.
+MAX, SUM_EXP, SUM_EXP_SHIFT, LABEL_LOGIT, SUM_EXP_SQ, SUM_EXP_SQ_SHIFT, SUM_EXP_SQ_SHIFT_SQ = range(7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class Scratch:
 def empty_statistics(tokens: int, shard: VocabShard, like: Tensor) -> Tensor:
     """Returns the statistics [K, T] of a shard without columns."""
     dtype = compute_dtype(like.dtype)
-    stats_KT = torch.zeros(5 if shard.with_statistics else 4, tokens, dtype=dtype, device=like.device)
+    stats_KT = torch.zeros(7 if shard.with_statistics else 4, tokens, dtype=dtype, device=like.device)
     stats_KT[MAX] = torch.finfo(like.dtype).min
     return stats_KT
 
@@ -210,7 +210,10 @@ def reduce_rows(
     torch.sum(exp_CW, dim=-1, out=stats_KC[SUM_EXP])
     torch.sum(shift_CW.mul_(exp_CW), dim=-1, out=stats_KC[SUM_EXP_SHIFT])
     if shard.with_statistics:
-        torch.sum(exp_CW.square_(), dim=-1, out=stats_KC[SUM_EXP_SQ])
+        # norms, because a product would need a third buffer
+        stats_KC[SUM_EXP_SQ] = torch.linalg.vector_norm(exp_CW, dim=-1).square_()
+        stats_KC[SUM_EXP_SQ_SHIFT_SQ] = torch.linalg.vector_norm(shift_CW, dim=-1).square_()
+        torch.sum(shift_CW.mul_(exp_CW), dim=-1, out=stats_KC[SUM_EXP_SQ_SHIFT])
 
 
 def gather_statistics(stats_KT: Tensor, shard: VocabShard) -> Tensor:
@@ -227,7 +230,8 @@ def combine_statistics(stats_RKT: Tensor, shard: VocabShard) -> tuple[LogprobEnt
     """Returns the results over the whole vocabulary; ranks are added in order, hence bitwise alike
     everywhere."""
     max_T = stats_RKT[:, MAX].amax(dim=0)
-    sum_exp_T, sum_shift_T, label_T, sum_sq_T = (torch.zeros_like(max_T) for _ in range(4))
+    sum_exp_T, sum_shift_T, label_T = (torch.zeros_like(max_T) for _ in range(3))
+    squares_KT = torch.zeros_like(stats_RKT[0, SUM_EXP_SQ:])
     for stats_KT in stats_RKT:
         shift_T = ((stats_KT[MAX] - max_T) * shard.bits_per_logit).clamp_(min=_MIN_BITS)
         scale_T = torch.exp2(shift_T)
@@ -235,15 +239,35 @@ def combine_statistics(stats_RKT: Tensor, shard: VocabShard) -> tuple[LogprobEnt
         sum_shift_T += scale_T * (stats_KT[SUM_EXP_SHIFT] + shift_T * stats_KT[SUM_EXP])
         label_T += stats_KT[LABEL_LOGIT]
         if shard.with_statistics:
-            sum_sq_T += scale_T.square() * stats_KT[SUM_EXP_SQ]
+            sq_T, sq_shift_T, sq_shift_sq_T = stats_KT[SUM_EXP_SQ:]
+            moved_sq_T = sq_shift_sq_T + shift_T * (2 * sq_shift_T + shift_T * sq_T)
+            squares_KT += scale_T.square() * torch.stack((sq_T, sq_shift_T + shift_T * sq_T, moved_sq_T))
     log_sum_T, mean_shift_T = sum_exp_T.log(), sum_shift_T / sum_exp_T
     result = LogprobEntropy(
         logprob_T=(label_T - max_T) / shard.temperature - log_sum_T,
         entropy_T=log_sum_T - _LN_2 * mean_shift_T,
-        top1_prob_T=1.0 / sum_exp_T if shard.with_statistics else None,
-        sum_sq_prob_T=sum_sq_T / sum_exp_T.square() if shard.with_statistics else None,
     )
-    return result, TokenState(max_T, sum_exp_T, mean_shift_T)
+    state = TokenState(max_T, sum_exp_T, mean_shift_T)
+    return (_with_statistics(result, state, squares_KT) if shard.with_statistics else result), state
+
+
+def _with_statistics(result: LogprobEntropy, state: TokenState, squares_KT: Tensor) -> LogprobEntropy:
+    """Returns ``result`` with the statistics that follow from sum e^2, sum e^2 s and sum e^2 s^2 (s in bits).
+
+    log p + H = log 2 (s - W / S) needs no logarithm of a small p, and the sums need no second pass.
+    """
+    sq_T, sq_shift_T, sq_shift_sq_T = squares_KT / state.sum_exp_T.square()
+    mean_T = state.mean_shift_T
+    slope_T = _LN_2 * (sq_shift_T - mean_T * sq_T)  # sum p^2 (log p + H)
+    label_T = result.logprob_T.exp()
+    return result._replace(
+        top1_prob_T=1.0 / state.sum_exp_T,
+        sum_sq_prob_T=sq_T,
+        # rounding may leave a square a little below 0
+        logprob_grad_sq_T=(1.0 - 2.0 * label_T + sq_T).clamp_(min=0.0),
+        entropy_grad_sq_T=(_LN_2**2 * (sq_shift_sq_T - mean_T * (2 * sq_shift_T - mean_T * sq_T))).clamp_(min=0.0),
+        grad_dot_T=slope_T - torch.where(label_T > 0, label_T * (result.logprob_T + result.entropy_T), 0.0),
+    )
 
 
 def sum_over_shards(tensor: Tensor, shard: VocabShard) -> None:

@@ -39,8 +39,7 @@ def _block(width: int, largest: int) -> int:
 
 
 def reduce_rows(logits_CW: Tensor, column_C: Tensor, stats_KC: Tensor, bits_per_logit: float) -> None:
-    """Writes max, sum exp, sum exp * shift, label logit and, if K is 5, sum exp^2 of every row into
-    `stats_KC`.
+    """Writes max, sum e, sum e s, label logit and, if K is 7, sum e^2, sum e^2 s, sum e^2 s^2 of every row.
 
     `logits_CW` has at least one column and contiguous rows; `stats_KC` is float32 with contiguous rows. The
     meaning of the statistics is that of `vocab_shard.reduce_rows`.
@@ -56,7 +55,7 @@ def reduce_rows(logits_CW: Tensor, column_C: Tensor, stats_KC: Tensor, bits_per_
         stats_KC.stride(0),
         width,
         bits_per_logit,
-        WITH_SQ=stats_KC.shape[0] == 5,
+        WITH_SQ=stats_KC.shape[0] == 7,
         BLOCK=_block(width, _REDUCE_BLOCK),
         num_warps=8,
     )
@@ -119,6 +118,8 @@ if triton is not None:
         sum_exp = tl.full((), 0.0, tl.float32)
         sum_shift = tl.full((), 0.0, tl.float32)
         sum_sq = tl.full((), 0.0, tl.float32)
+        sum_sq_shift = tl.full((), 0.0, tl.float32)
+        sum_sq_shift_sq = tl.full((), 0.0, tl.float32)
         for first in range(0, width, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             x = tl.load(logits + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
@@ -130,6 +131,10 @@ if triton is not None:
             sum_shift = scale * (sum_shift + rise * sum_exp) + tl.sum(exp * shift, axis=0)
             sum_exp = scale * sum_exp + tl.sum(exp, axis=0)
             if WITH_SQ:
+                exp_shift = exp * shift
+                moved = sum_sq_shift_sq + rise * (2.0 * sum_sq_shift + rise * sum_sq)
+                sum_sq_shift_sq = scale * scale * moved + tl.sum(exp_shift * exp_shift, axis=0)
+                sum_sq_shift = scale * scale * (sum_sq_shift + rise * sum_sq) + tl.sum(exp * exp_shift, axis=0)
                 sum_sq = scale * scale * sum_sq + tl.sum(exp * exp, axis=0)
             running_max = new_max
         label = tl.load(column + row)
@@ -142,6 +147,8 @@ if triton is not None:
         tl.store(stats + 3 * stats_stride, label_logit)
         if WITH_SQ:
             tl.store(stats + 4 * stats_stride, sum_sq)
+            tl.store(stats + 5 * stats_stride, sum_sq_shift)
+            tl.store(stats + 6 * stats_stride, sum_sq_shift_sq)
 
     @triton.jit
     def _gradient_kernel(

@@ -47,6 +47,17 @@ def test_golden_values_by_hand() -> None:
     assert result.sum_sq_prob_T is not None and result.sum_sq_prob_T.tolist() == pytest.approx([0.625, 0.25])
 
 
+def test_golden_geometry_by_hand() -> None:
+    """At p = (1/4, 3/4), y = 1: d logp = (-1/4, 1/4), dH = 3/16 log 3 (1, -1); -inf columns change nothing."""
+    logits = torch.tensor([[0.0, math.log(3.0), -math.inf]])
+    result = vocab_parallel_logprob_entropy(logits, torch.tensor([1]), with_statistics=True)
+    slope = 3 / 16 * math.log(3.0)
+    values = [result.logprob_grad_sq_T, result.entropy_grad_sq_T, result.grad_dot_T]
+    assert [float(value) for value in values if value is not None] == pytest.approx(
+        [2 / 16, 2 * slope**2, -slope / 2], abs=1e-6
+    )
+
+
 def test_golden_gradient_by_hand() -> None:
     """At p = (1/4, 3/4): d log p_1 = (-1/4, 1/4) and dH/dx_0 = -p_0 (log p_0 + H) = 3/16 log 3."""
     logits = torch.tensor([[0.0, math.log(3.0)]])

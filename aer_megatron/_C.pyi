@@ -119,11 +119,20 @@ class DifficultyLedger:
         token_count: NDArray[np.int64],
         *,
         step: int,
+        num_threads: int = 1,
     ) -> None:
         """Add one batch: [P] arrays, entropy_sum in nats. Prompts may repeat; their entries add up.
 
-        Raises ValueError, with the ledger unchanged, for unequal lengths, successes outside [0, attempts],
-        negative or non-finite values, a step before a prompt's last one (it names the prompt and both steps).
+        `num_threads` (1 .. 256) does not show in the result; batches below 16384 entries use one thread. Raises
+        ValueError, with the ledger unchanged, for unequal lengths, successes outside [0, attempts], negative or
+        non-finite values, a step before a prompt's last one (it names the prompt and both steps).
+        """
+    def update_verdicts(
+        self, prompt_ids: NDArray[np.uint64], solved: NDArray[np.bool_], *, step: int, num_threads: int = 1
+    ) -> None:
+        """Add one rollout per entry, [B] (prompt, verdict) pairs in any order, without entropies and tokens.
+
+        The same as `update` with one attempt per entry and zeros; errors as there.
         """
     def lookup(self, prompt_ids: NDArray[np.uint64]) -> LedgerRows:
         """Return the prompts' records in the order asked for; unknown prompts have zeros and last_step -1."""
@@ -177,8 +186,10 @@ class DifficultyLedger:
     def save(self, path: str) -> None:
         """Write the ledger to a file through a temporary file, fsync and rename. Raises OSError.
 
-        Little-endian: "AERLEDGR", format version (u32), record bytes (u32), decay (f64), count (u64), 48-byte
-        records sorted by prompt id, XXH64 of all before it (u64). Equal ledgers write equal files.
+        Little-endian: "AERLEDGR", format version 2 (u32), record bytes (u32), decay (f64), count (u64), 48-byte
+        records sorted by their key, XXH64 of all before it (u64). A record is key (u64), decayed successes and
+        failures (f64), entropy sum in 2^-30 nat (i64), tokens, attempts, successes (u32), last step (i32); the
+        key is splitmix64(prompt id), a bijection. Equal ledgers write equal files.
         """
     @staticmethod
     def load(path: str, *, decay: float | None = None) -> DifficultyLedger:

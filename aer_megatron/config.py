@@ -3,7 +3,7 @@
 A run file is TOML; dotted overrides come from the command line (``--algo.entropy.kind=none``); an unknown key is an
 error that names the nearest known one. Every section is a frozen pydantic model; the resolved run is dumped as JSON.
 
-``[megatron]`` passes through to Megatron-Core's TransformerConfig unchanged.
+``[megatron]`` passes through to Megatron-Core's TransformerConfig unchanged, ``[sglang.launch]`` to the servers.
 
 This file does NOT read the environment, touch torch or know ranks.
 """
@@ -36,6 +36,9 @@ class RunSection(Section):
     checkpoint_every: int = Field(0, ge=0, description="write a checkpoint every k steps; 0 = only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     resume: bool = Field(True, description="continue from the newest checkpoint in output_dir, if there is one")
+    hang_timeout_s: float = Field(
+        1800.0, ge=0, description="a rank that stays longer in one phase or call ends the run, saying where; 0 = off"
+    )
 
 
 class ModelSection(Section):
@@ -52,8 +55,12 @@ class ModelSection(Section):
 class ParallelSection(Section):
     tp: int = Field(1, ge=1, description="tensor-parallel size")
     pp: int = Field(1, ge=1, description="pipeline-parallel size")
+    ep: int = Field(1, ge=1, description="expert-parallel size; divides the data-parallel ranks among the experts")
     sequence_parallel: bool = Field(False, description="shard norms and dropout along the sequence over tp")
     micro_batch_size: int = Field(1, ge=1, description="sequences per micro-batch and data-parallel rank")
+    weight_bucket_mb: int = Field(
+        256, ge=1, description="weights are gathered for rollouts in buckets of about this many MB (10^6 bytes)"
+    )
 
 
 class OptimizerSection(Section):
@@ -96,7 +103,9 @@ class DataSection(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["embedded"] = Field("embedded", description="embedded = in-process generation on every rank")
+    engine: Literal["embedded", "sglang"] = Field(
+        "embedded", description="embedded = in-process generation on every rank; sglang = the servers of [sglang]"
+    )
     prompts_per_step: int = Field(64, ge=1, description="P, prompts of a rollout batch over all ranks")
     group_size: int = Field(8, ge=1, description="G, rollouts per prompt")
     temperature: float = Field(1.0, gt=0)
@@ -109,6 +118,45 @@ class RolloutSection(Section):
     logprob_gate: float = Field(
         0.0, ge=0, description="stop at step 0 if the rollout/train log-probability difference exceeds this; 0 = off"
     )
+
+
+class SglangSection(Section):
+    """SGLang servers, for ``rollout.engine = "sglang"``: those of ``urls``, or ``num_servers`` that the run launches."""
+
+    urls: tuple[str, ...] = Field((), description="servers that run already, http://host:port")
+    num_servers: int = Field(0, ge=0, description="servers that rank 0 launches and supervises; 0 = use urls")
+    python: str = Field("", description="interpreter of the servers' environment; empty = the trainer's own")
+    host: str = Field("127.0.0.1", description="address that launched servers listen on")
+    launch: dict[str, Any] = Field(
+        default_factory=dict, description="options of launched servers, passed on: mem_fraction_static = 0.8, ..."
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="variables added to launched servers'")
+    api_key_env: str = Field("", description="name of the environment variable that holds the servers' API key")
+    transport: Literal["disk", "distributed"] = Field(
+        "disk", description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL"
+    )
+    trainer_address: str = Field("127.0.0.1", description="rank 0 as the servers reach it, for transport=distributed")
+    bucket_mb: int = Field(256, ge=1, description="one broadcast of transport=distributed, MB (10^6 bytes)")
+    transfer_dir: str = Field("", description="folder of the disk transport; empty = weights/ under run.output_dir")
+    max_concurrency: int = Field(64, ge=1, description="requests under way per server and training rank")
+    request_timeout_s: float = Field(600.0, gt=0, description="a generation that takes longer is given up")
+    connect_timeout_s: float = Field(5.0, gt=0)
+    control_timeout_s: float = Field(30.0, gt=0, description="health, version and other short calls")
+    transfer_timeout_s: float = Field(600.0, gt=0, description="each call of a weight transfer")
+    start_timeout_s: float = Field(600.0, gt=0, description="from the launch of a server until it is ready")
+    recovery_timeout_s: float = Field(600.0, gt=0, description="how long a step waits when no server is in service")
+    probe_interval_s: float = Field(1.0, gt=0, description="how often unreachable servers are asked if they are back")
+    max_attempts: int = Field(6, ge=1, description="tries of one request, over all servers")
+    max_failures: int = Field(3, ge=1, description="failed calls in a row that take a server out of service")
+    max_restarts: int = Field(10, ge=0, description="restarts of one launched server")
+
+    def check(self) -> None:
+        """Raises ValueError unless it says where the servers are."""
+        if bool(self.urls) == bool(self.num_servers):
+            raise ValueError(
+                f"sglang.urls={list(self.urls)} and sglang.num_servers={self.num_servers}: rollout.engine='sglang' "
+                "needs exactly one of them; name running servers in urls, or set num_servers to launch some"
+            )
 
 
 class RewardSection(Section):
@@ -125,7 +173,7 @@ class EntropySection(Section):
     difficulty: Literal["linear_deficit", "threshold", "complement"] = "linear_deficit"
     rho: float = Field(0.5, gt=0, le=1, description="accuracy from which a prompt counts as easy")
     source: Literal["group", "ledger"] = Field("group", description="accuracy from this step's group or the ledger")
-    normalize: Literal["none", "mean"] = Field("none", description="mean: divide d by its batch mean")
+    normalize: Literal["none", "mean"] = Field("none", description="mean: d / max(its batch mean, difficulty_floor)")
     # initial-anchored target
     tau: float = Field(0.4, gt=0, description="target entropy as a fraction of the initial entropy")
     # dynamic global coefficient
@@ -134,8 +182,8 @@ class EntropySection(Section):
     k_p: float = Field(0.0, ge=0, description="proportional gain of the pi update (nat^-1)")
     alpha_max: float = Field(0.05, gt=0, description="hard upper bound of the coefficient")
     max_change: float = Field(0.0, ge=0, description="largest change of alpha in one step; 0 = no rate limit")
-    difficulty_floor: float = Field(0.02, ge=0, description="mean d below which the integrator freezes (anti-windup)")
-    alarm_low: float = Field(0.5, ge=0, description="collapse alarm below this fraction of the target; 0 = off")
+    difficulty_floor: float = Field(0.02, ge=0, description="mean d below which the integrator freezes; see normalize")
+    alarm_low: float = Field(0.7, ge=0, description="collapse alarm below this fraction of the target; 0 = off")
     alarm_high: float = Field(
         1.5, ge=0, description="explosion alarm above this multiple of the initial entropy; 0 = off"
     )
@@ -152,6 +200,19 @@ class LedgerSection(Section):
     prior_failure: float = Field(1.0, gt=0, description="b0 of the Beta posterior")
 
 
+class SelectionSection(Section):
+    """Prompts whose outcome the ledger knows are passed over; algo/selection.py."""
+
+    kind: Literal["none", "skip_decided"] = Field(
+        "none", description="skip_decided: pass over prompts that are always or never solved (ledger.decay near 1)"
+    )
+    confidence: float = Field(0.9, gt=0, lt=1, description="posterior probability from which a prompt is decided")
+    margin: float = Field(0.1, gt=0, lt=0.5, description="always: accuracy > 1 - margin; never: accuracy < margin")
+    exploration: float = Field(0.1, gt=0, le=1, description="probability of taking a decided prompt all the same")
+    min_attempts: int = Field(16, ge=1, description="rollouts of a prompt before it can be decided")
+    max_rejections: int = Field(4, ge=1, description="prompts passed over per prompt wanted, at most")
+
+
 class AlgoSection(Section):
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch")
     divide_by_std: bool = Field(True, description="False: Dr.GRPO's advantage (no division by the group's std)")
@@ -159,8 +220,35 @@ class AlgoSection(Section):
     clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped below 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="ratio clipped above 1 + clip_high (Clip-Higher: 0.28)")
     dual_clip: float = Field(0.0, ge=0, description="lower bound c > 1 on negative-advantage ratios; 0 = off")
+    policy_loss: Literal["clip", "clip_cov", "kl_cov"] = Field("clip", description="token rule; see docs/aer.md")
+    clip_cov_fraction: float = Field(2e-4, gt=0, le=1, description="share of tokens that clip_cov silences")
+    clip_cov_low: float = Field(1.0, description="clip_cov picks among covariances above this")
+    clip_cov_high: float = Field(5.0, description="clip_cov picks among covariances below this")
+    kl_cov_fraction: float = Field(2e-3, gt=0, le=1, description="share of tokens, the highest, that kl_cov penalises")
+    kl_cov_coefficient: float = Field(1.0, ge=0, description="weight of kl_cov's |logprob - old logprob|")
+    normalizer: Literal["tokens", "sequences", "constant"] = Field(
+        "tokens", description="the loss is a mean over tokens, over sequences, or over sequences * max_new_tokens"
+    )
+    kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the policy of model.path; 0 = off")
+    tis_clip: float = Field(0.0, ge=0, description="bound of the train/rollout importance weight (usual: 2); 0 = off")
+    overlong_buffer: int = Field(0, ge=0, description="last tokens before max_new_tokens that cost reward; 0 = off")
+    overlong_penalty: float = Field(1.0, gt=0, description="reward taken from a response of max_new_tokens tokens")
     entropy: EntropySection = EntropySection()
     ledger: LedgerSection = LedgerSection()
+    selection: SelectionSection = SelectionSection()
+
+    def check_loss_options(self, max_new_tokens: int) -> None:
+        """Raises ValueError where options of the loss do not fit together, naming the remedy."""
+        if self.dual_clip and self.dual_clip <= 1:
+            raise ValueError(f"algo.dual_clip={self.dual_clip} must be greater than 1 (usual: 3), or 0 for off")
+        if self.dual_clip and self.policy_loss == "kl_cov":
+            raise ValueError(f"algo.dual_clip={self.dual_clip} must be 0: algo.policy_loss='kl_cov' clips nothing")
+        if not self.clip_cov_low < self.clip_cov_high:
+            raise ValueError(f"algo.clip_cov_low={self.clip_cov_low} must be below clip_cov_high={self.clip_cov_high}")
+        if 0 < self.tis_clip < 1:
+            raise ValueError(f"algo.tis_clip={self.tis_clip} would cut equal policies; use at least 1 (usual: 2), or 0")
+        if self.overlong_buffer >= max_new_tokens:
+            raise ValueError(f"algo.overlong_buffer={self.overlong_buffer} must be < max_new_tokens={max_new_tokens}")
 
 
 class EvalSection(Section):
@@ -188,6 +276,7 @@ class ReportSection(Section):
     progress: bool = Field(True, description="live display on rank 0")
     tensorboard: bool = True
     picture: bool = Field(True, description="write report.png at the end")
+    flight_recorder: bool = Field(True, description="write flight.jsonl, from which controllers can be replayed")
 
 
 class Config(Section):
@@ -200,6 +289,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     data: DataSection
     rollout: RolloutSection = RolloutSection()
+    sglang: SglangSection = SglangSection()
     rewards: RewardSection = RewardSection()
     algo: AlgoSection = AlgoSection()
     eval: EvalSection = EvalSection()
@@ -223,8 +313,9 @@ class Config(Section):
             )
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(f"run.eval_every={self.run.eval_every} needs a [data.eval] source; add one or set 0")
-        if self.algo.dual_clip and self.algo.dual_clip <= 1:
-            raise ValueError(f"algo.dual_clip={self.algo.dual_clip} must be greater than 1 (usual: 3), or 0 for off")
+        self.algo.check_loss_options(self.rollout.max_new_tokens)
+        if self.rollout.engine == "sglang":
+            self.sglang.check()
         if self.rollout.group_size == 1 and self.algo.divide_by_std:
             raise ValueError("rollout.group_size=1 leaves no group to compare with; use at least 2")
         return self
@@ -242,6 +333,11 @@ class Config(Section):
                 f"number of ranks {world_size}; launch a multiple of {model_parallel} ranks or lower tp/pp"
             )
         dp = world_size // model_parallel
+        if dp % self.parallel.ep:
+            raise ValueError(
+                f"parallel.ep={self.parallel.ep} must divide the data-parallel size {dp} = {world_size} ranks / "
+                f"(tp * pp = {model_parallel}); use one of {_divisors(dp)}"
+            )
         per_step = self.rollout.prompts_per_step * self.rollout.group_size // self.algo.num_minibatches
         if per_step % dp:
             raise ValueError(

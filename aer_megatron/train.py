@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from aer_megatron.actor.actor import Actor
     from aer_megatron.parallel.platform import Platform
     from aer_megatron.parallel.topology import Topology
-    from aer_megatron.trainer import Progress
+    from aer_megatron.parallel.watchdog import Watchdog
+    from aer_megatron.rollout.engine import RolloutEngine
+    from aer_megatron.rollout.fleet import ServerFleet
+    from aer_megatron.rollout.server import LaunchOptions
+    from aer_megatron.sync.servers import ServerSync, SyncContext
+    from aer_megatron.trainer import Progress, WeightSync
 
 VERSIONED_PACKAGES = (
     "aer-megatron",
@@ -41,6 +47,8 @@ VERSIONED_PACKAGES = (
 )
 STAGE_FILE = "aer_stage.json"
 MAX_SHARD_BYTES = 5 * 10**9
+SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 USAGE = """\
 usage: python -m aer_megatron.train RUN.toml [--stage=rl|sft] [--dry-run] [--section.key=value ...]
@@ -124,7 +132,7 @@ def plan_text(config: Config) -> str:
 
     _, world_size, _ = read_ranks()
     model_parallel = config.parallel.tp * config.parallel.pp
-    num_ranks = world_size if world_size > 1 else model_parallel
+    num_ranks = world_size if world_size > 1 else model_parallel * config.parallel.ep
     dp = config.check_world_size(num_ranks)
     arch = _architecture(config.model.path)
     num_sequences = config.rollout.prompts_per_step * config.rollout.group_size
@@ -152,29 +160,58 @@ def plan_text(config: Config) -> str:
 def run_stage(stage: str, config: Config, arguments: Sequence[str]) -> None:
     """Returns when the stage is done; every rank calls it."""
     from aer_megatron.parallel import platform as platforms
-    from aer_megatron.parallel.topology import destroy_topology, initialize_topology
+    from aer_megatron.parallel.topology import destroy_topology
 
     platform = platforms.install_platform()
     config.check_world_size(platform.world_size)
-    platforms.initialize_process_group(platform)
+    # torch's own limit is the second line: it must not fire before the watchdog has spoken
+    platforms.initialize_process_group(platform, timeout_s=60.0 + 1.5 * (config.run.hang_timeout_s or 600.0))
     try:
-        if stage == "sft":
-            # the supervised stage replaces model.path, so the model is read from sft.init
-            _check_model(config, _init_path(config))
-            if not _is_made(config):
-                topology = initialize_topology(tp=config.parallel.tp, pp=config.parallel.pp, seed=config.run.seed)
-                _run_sft(config, platform, topology, arguments)
-            elif platform.rank == 0:
-                print(f"{config.model.path}: made earlier by the same configuration; nothing to do")
-        else:
-            _check_model(config, config.model.path)
-            topology = initialize_topology(tp=config.parallel.tp, pp=config.parallel.pp, seed=config.run.seed)
-            _run_rl(config, platform, topology, arguments)
+        with _open_watchdog(config, platform) as watchdog:
+            if stage == "sft":
+                # the supervised stage replaces model.path, so the model is read from sft.init
+                _check_model(config, _init_path(config))
+                if not _is_made(config):
+                    topology = _topology(config)
+                    _run_sft(config, platform, topology, arguments, watchdog)
+                elif platform.rank == 0:
+                    print(f"{config.model.path}: made earlier by the same configuration; nothing to do")
+            else:
+                _check_model(config, config.model.path)
+                topology = _topology(config)
+                _run_rl(config, platform, topology, arguments, watchdog)
     finally:
         destroy_topology()
 
 
-def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: Sequence[str]) -> None:
+def _open_watchdog(config: Config, platform: Platform) -> Watchdog:
+    from aer_megatron.parallel.watchdog import Watchdog, distributed_store
+
+    def advice() -> str:
+        folder = Path(config.run.output_dir) / "checkpoints"
+        newest = max((path for path in folder.glob("step_*") if path.name[5:].isdigit()), default=None)
+        resume = f"the newest is {newest}, from which the same command goes on" if newest else "there is none yet"
+        return f"no checkpoint can be made now: {resume}"
+
+    return Watchdog(
+        rank=platform.rank,
+        timeout_s=config.run.hang_timeout_s,
+        say=functools.partial(print, file=sys.stderr, flush=True),
+        store=distributed_store(),
+        advice=advice,
+    )
+
+
+def _topology(config: Config) -> Topology:
+    from aer_megatron.parallel.topology import initialize_topology
+
+    parallel = config.parallel
+    return initialize_topology(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=config.run.seed)
+
+
+def _run_rl(
+    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
+) -> None:
     from aer_megatron._C import DifficultyLedger
     from aer_megatron.actor.checkpoint import CheckpointStore
     from aer_megatron.algo import controller
@@ -212,6 +249,8 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
         ledger = DifficultyLedger.load(str(checkpoint.path_of("ledger")))
     else:
         actor.load_hf_weights(_checked_weights(config.model.path))
+    if config.algo.kl_coefficient:  # also on resume: the reference is the policy that the run began with
+        actor.hold_reference(_checked_weights(config.model.path))
 
     def save(progress: Progress) -> None:
         store.save(
@@ -221,21 +260,25 @@ def _run_rl(config: Config, platform: Platform, topology: Topology, arguments: S
             files={"ledger": lambda path: ledger.save(str(path))},
         )
 
-    timer = PhaseTimer()
+    timer = PhaseTimer(on_phase=watchdog.enter_phase, first_step=start.next_step)
     with ExitStack() as stack:
         reporter = stack.enter_context(_open_reporter(config, platform, start.next_step, arguments))
+        flight = _open_flight_recorder(config, platform, start.next_step)
         parts = _rollout_parts(config, platform, data, stack) | {
             "prompts": cursor,
             "policy": actor,
             "ledger": ledger,
             "save": save,
+            "flight": flight,
             "reporter": reporter,
             "timer": timer,
         }
         Trainer(config, Parts(**parts), start).run()
 
 
-def _run_sft(config: Config, platform: Platform, topology: Topology, arguments: Sequence[str]) -> None:
+def _run_sft(
+    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
+) -> None:
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.data.supervised import SupervisedSource
     from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
@@ -273,9 +316,8 @@ def _run_sft(config: Config, platform: Platform, topology: Topology, arguments: 
         }
     )
     with _open_reporter(sft_config, platform, 0, arguments) as reporter:
-        run_supervised(
-            actor, source.batch, num_steps=options.num_steps, reporter=reporter, timer=PhaseTimer()
-        )
+        timer = PhaseTimer(on_phase=watchdog.enter_phase)
+        run_supervised(actor, source.batch, num_steps=options.num_steps, reporter=reporter, timer=timer)
     _write_policy(config, actor, init, platform)
 
 
@@ -336,29 +378,16 @@ def _load_data(config: Config) -> Data:
 
 
 def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:
-    """Returns collectors, verifier pool and weight sync around one embedded engine; ``stack`` closes them."""
-    from transformers import AutoConfig
-
-    from aer_megatron.actor.model import TORCH_DTYPES
+    """Returns collectors, verifier pool and weight sync around the engine; ``stack`` closes them."""
     from aer_megatron.parallel.gather import gather_counts, gather_experience
     from aer_megatron.rewards.pool import VerifierPool
     from aer_megatron.rewards.scoring import reason_counts, score_groups
     from aer_megatron.rollout.collect import RolloutCollector
-    from aer_megatron.rollout.embedded import EmbeddedEngine
     from aer_megatron.rollout.engine import SamplingOptions
     from aer_megatron.rollout.seeds import stream_seed
-    from aer_megatron.sync.checksum import tensor_checksum
-    from aer_megatron.sync.in_process import InProcessSync
 
     rollout = config.rollout
-    engine = EmbeddedEngine(
-        AutoConfig.from_pretrained(config.model.path),
-        dtype=TORCH_DTYPES[config.model.dtype],
-        device=platform.device,
-        max_batch_size=rollout.max_batch_size,
-        checksum=tensor_checksum,
-    )
-    stack.callback(engine.close)
+    engine, weight_sync = (_sglang_engine if rollout.engine == "sglang" else _embedded_engine)(config, platform, stack)
     pool = stack.enter_context(VerifierPool(config.rewards.num_workers, config.rewards.timeout_s))
 
     def collector(num_samples: int, temperature: float, stream: str) -> RolloutCollector:
@@ -382,8 +411,127 @@ def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSt
         "eval_prompts": data.evaluation,
         "score_groups": functools.partial(score_groups, decode=data.decode, pool=pool),
         "gather": gather,
-        "weight_sync": InProcessSync(engine, checksum=tensor_checksum),
+        "weight_sync": weight_sync,
     }
+
+
+def _embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
+    from transformers import AutoConfig
+
+    from aer_megatron.actor.model import TORCH_DTYPES
+    from aer_megatron.rollout.embedded import EmbeddedEngine
+    from aer_megatron.sync.checksum import tensor_checksum
+    from aer_megatron.sync.in_process import InProcessSync
+
+    engine = EmbeddedEngine(
+        AutoConfig.from_pretrained(config.model.path),
+        dtype=TORCH_DTYPES[config.model.dtype],
+        device=platform.device,
+        max_batch_size=config.rollout.max_batch_size,
+        checksum=tensor_checksum,
+    )
+    stack.callback(engine.close)
+    return engine, InProcessSync(engine, checksum=tensor_checksum)
+
+
+def _sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
+    """Returns engine and weight transport over the servers, which rank 0 launches where the run file says so."""
+    from aer_megatron.parallel.agreement import exchange_json, on_first_rank
+    from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
+    from aer_megatron.rollout.server import ServerGroup, command_line
+    from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
+    from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+    from aer_megatron.sync.servers import Labels, SyncContext
+
+    options = config.sglang
+    group: ServerGroup | None = None
+    urls = list(options.urls)
+    if options.num_servers:
+        if platform.rank == 0:
+            group = stack.enter_context(
+                ServerGroup(options.num_servers, _launch_options(config), command=command_line)
+            )
+        urls = on_first_rank(lambda: group and group.start(), rank=platform.rank, device=platform.device)
+    fleet = stack.enter_context(
+        ServerFleet(
+            urls,
+            FleetOptions(
+                max_concurrency=options.max_concurrency,
+                connect_timeout_s=options.connect_timeout_s,
+                control_timeout_s=options.control_timeout_s,
+                api_key=_api_key(config),
+            ),
+        )
+    )
+    context = SyncContext(
+        arch=_architecture(config.model.path),
+        labels=Labels(version_label, unverified_label),
+        timeout_s=options.transfer_timeout_s,
+        leads=platform.rank == 0,
+        exchange=functools.partial(exchange_json, device=platform.device),
+        replace=group.replace if group else lambda index: None,
+    )
+    sync = _server_sync(config, platform, fleet, context)
+    stack.callback(sync.close)
+    if group:
+        group.watch(restore=sync.restore, renewed=fleet.renew)
+    limits = RequestLimits(
+        request_timeout_s=options.request_timeout_s,
+        max_attempts=options.max_attempts,
+        max_failures=options.max_failures,
+        recovery_timeout_s=options.recovery_timeout_s,
+        probe_interval_s=options.probe_interval_s,
+    )
+    return SGLangEngine(fleet, limits, transfer=sync.transfer), sync
+
+
+def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context: SyncContext) -> ServerSync:
+    from aer_megatron.sync.disk import DiskSync
+    from aer_megatron.sync.distributed import DistributedSync
+
+    options = config.sglang
+    if options.transport == "distributed":
+        return DistributedSync(
+            fleet,
+            context,
+            backend=platform.backend,
+            address=options.trainer_address,
+            bucket_bytes=options.bucket_mb * 10**6,
+        )
+    return DiskSync(
+        fleet,
+        context,
+        folder=Path(options.transfer_dir or Path(config.run.output_dir) / "weights"),
+        hf_config=json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")),
+        max_shard_bytes=MAX_SHARD_BYTES,
+    )
+
+
+def _launch_options(config: Config) -> LaunchOptions:
+    from aer_megatron.rollout.server import LaunchOptions
+
+    options, api_key = config.sglang, _api_key(config)
+    # a server is no rank of this job
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_VARIABLES)}
+    return LaunchOptions(
+        python=options.python or sys.executable,
+        model_path=str(Path(config.model.path).absolute()),
+        host=options.host,
+        arguments={"dtype": SERVER_DTYPES[config.model.dtype]}
+        | options.launch
+        | ({"api_key": api_key} if api_key else {}),
+        environment=environment | options.environment,
+        log_folder=Path(config.run.output_dir) / "sglang",
+        start_timeout_s=options.start_timeout_s,
+        max_restarts=options.max_restarts,
+    )
+
+
+def _api_key(config: Config) -> str | None:
+    name = config.sglang.api_key_env
+    if name and not os.environ.get(name):
+        raise ValueError(f"sglang.api_key_env={name!r} is not set in the environment; export it, or leave this empty")
+    return os.environ[name] if name else None
 
 
 def _build_actor(
@@ -415,7 +563,7 @@ def _check_model(config: Config, path: str) -> None:
     from aer_megatron.convert.architecture import check_parallel
 
     arch = _architecture(path, tp=config.parallel.tp)
-    check_parallel(arch, config.parallel.tp, config.parallel.pp)
+    check_parallel(arch, config.parallel.tp, config.parallel.pp, ep=config.parallel.ep)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > arch.max_positions:
         raise ValueError(
@@ -440,6 +588,17 @@ def _open_reporter(config: Config, platform: Platform, start_step: int, argument
     return Reporter.open(
         config, folder=config.run.output_dir, num_steps=config.run.num_steps, start_step=start_step
     )
+
+
+def _open_flight_recorder(config: Config, platform: Platform, start_step: int) -> Any:
+    """Returns rank 0's recorder, None elsewhere; records beyond the resume step go, also with the recorder off."""
+    from aer_megatron.report.flight import FlightWriter
+
+    if platform.rank != 0:
+        return None
+    writer = FlightWriter(config.run.output_dir)
+    writer.truncate_from(start_step)
+    return writer if config.report.flight_recorder else None
 
 
 def _progress_table(progress: Progress) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo import controller
-from aer_megatron.algo.advantage import AdvantageResult, group_advantages
+from aer_megatron.algo.advantage import AdvantageResult, group_advantages, overlong_penalty
 from aer_megatron.algo.controller import ControllerState, Decision, Observation
 from aer_megatron.algo.difficulty import (
     difficulty,
@@ -37,13 +38,17 @@ from aer_megatron.algo.experience import (
     num_groups,
     select_groups,
 )
+from aer_megatron.algo.flight import BatchProfile, FlightRecord, bucket_means, profile_batch
 from aer_megatron.algo.passk import pass_at_k
+from aer_megatron.algo.selection import skip_decided
 from aer_megatron.config import Config
-from aer_megatron.report.metrics import Metric, pass_at, reason_count
+from aer_megatron.report.metrics import Metric, by_difficulty, pass_at, reason_count
 from aer_megatron.report.reporter import StepReporter
 from aer_megatron.report.timer import PhaseTimer
+from aer_megatron.report.training import training_metrics
 from aer_megatron.types import (
     Experience,
+    Float32Array,
     Float64Array,
     PolicyScores,
     Prompt,
@@ -56,6 +61,9 @@ from aer_megatron.types import (
 
 class PromptSource(Protocol):
     def next_prompts(self, count: int) -> list[Prompt]: ...
+    def select_prompts(
+        self, count: int, *, accept: Callable[[Any], Any], max_rejected: int
+    ) -> tuple[list[Prompt], int]: ...
     def state_dict(self) -> dict[str, int]: ...
 
 
@@ -65,12 +73,17 @@ class Collector(Protocol):
 
 class Policy(Protocol):
     def score(self, experience: Experience) -> PolicyScores: ...
+    def score_reference(self, experience: Experience) -> Float32Array: ...
     def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats: ...
     def hf_weights(self) -> Iterator[tuple[str, Any]]: ...
 
 
 class WeightSync(Protocol):
     def publish(self, named_tensors: Iterator[tuple[str, Any]], version: int) -> None: ...
+
+
+class FlightRecorder(Protocol):
+    def write(self, record: FlightRecord) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,7 @@ class Parts:
     weight_sync: WeightSync
     ledger: DifficultyLedger
     save: Callable[[Progress], None]
+    flight: FlightRecorder | None  # on one rank, where the run has a recorder
     reporter: StepReporter
     timer: PhaseTimer
 
@@ -110,6 +124,7 @@ class Collected:
     reward_mean: float
     num_dropped: int
     num_refills: int
+    num_skipped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +135,7 @@ class Assessment:
     difficulty_P: Float64Array  # before normalisation
     allocation_P: Float64Array  # after it: multiplies the coefficient
     observation: Observation
+    profile: BatchProfile
 
 
 class Trainer:
@@ -158,6 +174,7 @@ class Trainer:
                 advantage_B=assessed.advantages.advantage_B,
                 entropy_weight_B=coefficient * assessed.allocation_P[experience.group_index_B],
                 old_logprob_T=scores.logprob_T,
+                ref_logprob_T=self._score_reference(experience),
             )
             with timer.phase("train"):
                 stats = parts.policy.train(
@@ -165,6 +182,7 @@ class Trainer:
                     seed=config.run.seed + step,
                     entropy_gradient=controller.needs_entropy_gradient(entropy),
                 )
+            self._record_flight(step, decision, coefficient, assessed, stats)
             policy_version += 1
             with timer.phase("sync"):
                 parts.weight_sync.publish(parts.policy.hf_weights(), policy_version)
@@ -173,7 +191,8 @@ class Trainer:
                 {Metric.STEP: step, Metric.AER_COEFFICIENT: coefficient}
                 | self._rollout_metrics(collected, scores)
                 | self._controller_metrics(decision, assessed)
-                | self._training_metrics(stats)
+                | _difficulty_metrics(assessed.profile, coefficient)
+                | training_metrics(stats, kl_coefficient=config.algo.kl_coefficient)
                 | eval_metrics
                 | timer.take(num_tokens=len(experience.token_ids_L))
             )
@@ -188,10 +207,12 @@ class Trainer:
         kept: list[Experience] = []
         spare: list[Experience] = []
         reasons: dict[str, int] = {}
-        missing = options.prompts_per_step
+        num_skipped, missing = 0, options.prompts_per_step
         while missing and len(rounds) <= options.max_refills:
-            experience, counts = self._roll_out(self._parts.prompts.next_prompts(missing), step, len(rounds))
+            prompts, skipped = self._choose(missing, step)
+            experience, counts = self._roll_out(prompts, step, len(rounds))
             rounds.append(experience)
+            num_skipped += skipped
             for label, count in counts.items():
                 reasons[label] = reasons.get(label, 0) + count
             if not options.dynamic_sampling:
@@ -213,6 +234,24 @@ class Trainer:
             reward_mean=float(rewards.mean()),
             num_dropped=sum(num_groups(part) for part in rounds) - num_groups(result),
             num_refills=len(rounds) - 1,
+            num_skipped=num_skipped,
+        )
+
+    def _choose(self, count: int, step: int) -> tuple[list[Prompt], int]:
+        """Returns (the next ``count`` prompts, how many were passed over because the ledger knows their outcome)."""
+        parts, algo = self._parts, self._config.algo
+        if algo.selection.kind == "none":
+            return parts.prompts.next_prompts(count), 0
+        skip = partial(
+            skip_decided,
+            parts.ledger,
+            selection=algo.selection,
+            prior=algo.ledger,
+            seed=self._config.run.seed,
+            step=step,
+        )
+        return parts.prompts.select_prompts(
+            count, accept=lambda ids: ~skip(ids), max_rejected=count * algo.selection.max_rejections
         )
 
     def _roll_out(self, prompts: list[Prompt], step: int, refill: int) -> tuple[Experience, dict[str, int]]:
@@ -224,30 +263,66 @@ class Trainer:
 
     def _assess(self, experience: Experience, scores: PolicyScores, step: int) -> Assessment:
         algo, ledger = self._config.algo, self._parts.ledger
-        advantages = group_advantages(experience, algo)
+        advantages = group_advantages(experience, algo, penalty_B=self._penalty(experience))
         entropy_sum_P, token_count_P = group_token_entropy(experience, scores.token_entropy_T)
         update_ledger(ledger, advantages, entropy_sum_P=entropy_sum_P, token_count_P=token_count_P, step=step)
         accuracy_P = difficulty_accuracy(
             algo.entropy.source, advantages.accuracy_P, ledger, advantages.prompt_id_P, algo.ledger, step
         )
         difficulty_P = difficulty(accuracy_P, shape=algo.entropy.difficulty, rho=algo.entropy.rho)
+        allocation_P = self._allocation(difficulty_P)
         return Assessment(
             advantages=advantages,
             difficulty_P=difficulty_P,
-            allocation_P=self._allocation(difficulty_P),
+            allocation_P=allocation_P,
             observation=Observation(
                 entropy_sum=float(scores.token_entropy_T.sum(dtype=np.float64)),
                 token_count=float(len(scores.token_entropy_T)),
                 difficulty_mean=float(difficulty_P.mean()),
             ),
+            profile=profile_batch(experience, scores, advantages, allocation_P),
         )
+
+    def _penalty(self, experience: Experience) -> Float64Array | None:
+        max_new_tokens = self._config.rollout.max_new_tokens
+        return overlong_penalty(experience, self._config.algo, max_new_tokens=max_new_tokens)
+
+    def _score_reference(self, experience: Experience) -> Float32Array | None:
+        if not self._config.algo.kl_coefficient:
+            return None
+        with self._parts.timer.phase("score"):
+            return self._parts.policy.score_reference(experience)
 
     def _allocation(self, difficulty_P: Float64Array) -> Float64Array:
         """Difficulty decides where the bonus goes under ``aer``; the baselines spread it evenly."""
         entropy = self._config.algo.entropy
         if entropy.kind != "aer":
             return np.ones_like(difficulty_P)
-        return normalize_difficulty(difficulty_P, mode=entropy.normalize)
+        return normalize_difficulty(difficulty_P, mode=entropy.normalize, floor=entropy.difficulty_floor)
+
+    def _record_flight(
+        self, step: int, decision: Decision, coefficient: float, assessed: Assessment, stats: StepStats
+    ) -> None:
+        """Writes what the controller saw and did, so that any other can be replayed on it."""
+        if self._parts.flight is None:
+            return
+        advantages, algo = assessed.advantages, self._config.algo
+        self._parts.flight.write(
+            FlightRecord(
+                step=step,
+                observation=assessed.observation,
+                state=decision.state,
+                coefficient=coefficient,
+                successes_P=advantages.successes_P,
+                counts_P=advantages.counts_P,
+                ledger_accuracy_P=difficulty_accuracy(
+                    "ledger", advantages.accuracy_P, self._parts.ledger, advantages.prompt_id_P, algo.ledger, step
+                ),
+                profile=assessed.profile,
+                clip_low=stats.sums["clip_low"],
+                clip_high=stats.sums["clip_high"],
+            )
+        )
 
     def _evaluate(self, step: int) -> dict[str, float]:
         parts, options = self._parts, self._config.eval
@@ -284,7 +359,9 @@ class Trainer:
     def _rollout_metrics(self, collected: Collected, scores: PolicyScores) -> dict[str, Any]:
         experience = collected.experience
         difference_max, difference_sum = logprob_difference(experience, scores.logprob_T)
-        return {
+        penalty_B = self._penalty(experience)
+        shaping = {} if penalty_B is None else {Metric.REWARD_OVERLONG_PENALTY: float(penalty_B.mean())}
+        return shaping | {
             Metric.REWARD_MEAN: collected.reward_mean,
             Metric.ROLLOUT_LOGPROB_DIFF_MAX: difference_max,
             Metric.ROLLOUT_LOGPROB_DIFF_MEAN: difference_sum / max(1, experience.num_response_tokens),
@@ -294,6 +371,7 @@ class Trainer:
             Metric.ROLLOUT_RESPONSE_TOKENS: experience.num_response_tokens,
             Metric.ROLLOUT_GROUPS_DROPPED: collected.num_dropped,
             Metric.ROLLOUT_REFILLS: collected.num_refills,
+            Metric.DATA_PROMPTS_SKIPPED: collected.num_skipped,
         } | {reason_count(label): count for label, count in collected.reasons.items()}
 
     def _controller_metrics(self, decision: Decision, assessed: Assessment) -> dict[str, Any]:
@@ -312,18 +390,11 @@ class Trainer:
             Metric.AER_ALARM: decision.alarm,
         }
 
-    def _training_metrics(self, stats: StepStats) -> dict[str, Any]:
-        policy_loss, bonus = stats.mean("policy_loss"), stats.mean("entropy_bonus")
-        return {
-            Metric.LOSS_TOTAL: policy_loss - bonus,
-            Metric.LOSS_POLICY: policy_loss,
-            Metric.LOSS_ENTROPY_BONUS: bonus,
-            Metric.TRAIN_GRAD_NORM: stats.grad_norm,
-            Metric.TRAIN_LR: stats.learning_rate,
-            Metric.TRAIN_CLIP_LOW: stats.mean("clip_low"),
-            Metric.TRAIN_CLIP_HIGH: stats.mean("clip_high"),
-            Metric.TRAIN_APPROX_KL: stats.mean("approx_kl"),
-        }
+
+def _difficulty_metrics(profile: BatchProfile, coefficient: float) -> dict[str, Any]:
+    """Returns the metrics of the difficulty buckets that are not empty."""
+    means = bucket_means(profile.buckets, coefficient)
+    return {by_difficulty(name, bucket): value for bucket, row in means.items() for name, value in row.items()}
 
 
 def _mean_entropy(observation: Observation) -> float:

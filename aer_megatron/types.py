@@ -133,6 +133,10 @@ class PolicyScores:
 
     logprob_T: Float32Array
     token_entropy_T: Float32Array
+    # geometry of the gradients in x = logits / T, where they were asked for: squared norms and the dot product
+    logprob_grad_sq_T: Float32Array | None = None  # |d logprob / dx|^2
+    entropy_grad_sq_T: Float32Array | None = None  # |d token_entropy / dx|^2
+    grad_dot_T: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +144,15 @@ class TrainBatch:
     """Everything the policy update needs; the coefficients are data, the loss reads no global.
 
     ``entropy_weight_B[i]`` is alpha * d(q_i); ``advantage_B`` is per sequence; ``old_logprob_T`` is the log-probability
-    under the policy at the start of the step.
+    under the policy at the start of the step, ``ref_logprob_T`` that under the reference policy, where the loss has a KL
+    to one.
     """
 
     experience: Experience
     advantage_B: Float64Array
     entropy_weight_B: Float64Array
     old_logprob_T: Float32Array
+    ref_logprob_T: Float32Array | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The policy in training: scores batches, takes optimizer steps, hands out its weights.
 
     Experience --score--> PolicyScores          (forward only)
+    Experience --score_reference--> logprob_T   (forward only, with the reference weights in place)
     TrainBatch --train--> StepStats             (num_minibatches optimizer steps)
     SupervisedBatch --train_supervised--> StepStats
 
@@ -12,17 +13,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aer_megatron.actor.model import build_model
 from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_distributed
+from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
 from aer_megatron.algo.batching import (
     MicroBatch,
@@ -31,12 +34,21 @@ from aer_megatron.algo.batching import (
     minibatch_indices,
     pad_micro_batch,
 )
-from aer_megatron.algo.loss import LossOutput, PolicyLossOptions, policy_loss, supervised_loss
+from aer_megatron.algo.covariance import BoolArray, select_tokens
+from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.exchange import all_sum, all_sum_disjoint
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.types import Experience, PolicyScores, StepStats, SupervisedBatch, TrainBatch
+from aer_megatron.types import (
+    Experience,
+    Float32Array,
+    Int64Array,
+    PolicyScores,
+    StepStats,
+    SupervisedBatch,
+    TrainBatch,
+)
 
 # maps one micro-batch's scores [2, t] to its loss; tensors of the micro-batch are looked up by its packed places
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
@@ -60,6 +72,7 @@ class Actor:
         self.device = device
         self.num_updates = 0
         self._config = config
+        self._reference: ReferenceWeights | None = None
         self._schedule = functools.partial(learning_rate, num_steps=num_updates_planned, options=optimizer)
         self.model = build_model(arch, config, topology).to(device)
         self.ddp = wrap_distributed(self.model)
@@ -74,21 +87,41 @@ class Actor:
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, whole tensor) on every rank; all ranks must exhaust it together."""
-        yield from iter_hf_weights(self.model, self.arch, self.topology)
+        bucket_bytes = self._config.parallel.weight_bucket_mb * 10**6
+        yield from iter_hf_weights(self.model, self.arch, self.topology, bucket_bytes=bucket_bytes)
 
-    @torch.no_grad()
+    def hold_reference(self, get: Callable[[str], Tensor]) -> None:
+        """Keeps a frozen copy of Hugging Face tensors for ``score_reference``; the policy's own weights stay."""
+        load = functools.partial(load_hf_weights, self.model, self.arch, self.topology, get)
+        self._reference = ReferenceWeights(self.model, load)
+
+    def score_reference(self, experience: Experience) -> Float32Array:
+        """Returns the log-probability of every response token under the reference weights, fp32 [T]."""
+        assert self._reference is not None, "hold_reference comes first"
+        with self._reference.in_place():
+            return self.score(experience).logprob_T
+
     def score(self, experience: Experience) -> PolicyScores:
         """Returns log-probability and exact entropy of every response token under the current weights."""
-        scores_2T = torch.zeros(2, experience.num_response_tokens, dtype=torch.float32, device=self.device)
+        result = self._score(experience, np.arange(experience.num_sequences, dtype=np.int64))
+        return PolicyScores(*result)
 
-        def collect(output_2t: Tensor, micro: MicroBatch) -> None:
+    @torch.no_grad()
+    def _score(self, experience: Experience, indices_b: Int64Array) -> Float32Array:
+        """Returns log-probability, entropy and, with a flight recorder, the gradients' geometry of ``indices_b``.
+
+        The rows [2 or 5, T] are the fields of ``PolicyScores``; tokens of other sequences are 0.
+        """
+        num_rows = 5 if self._config.report.flight_recorder else 2
+        scores_KT = torch.zeros(num_rows, experience.num_response_tokens, dtype=torch.float32, device=self.device)
+
+        def collect(output_Kt: Tensor, micro: MicroBatch) -> None:
             if self.topology.writes_results:
-                scores_2T[:, torch.from_numpy(micro.packed_t).to(self.device)] = output_2t
+                scores_KT[:, torch.from_numpy(micro.packed_t).to(self.device)] = output_Kt
 
-        micros = self._micro_batches(experience, np.arange(experience.num_sequences, dtype=np.int64))
-        self._forward_only(micros, collect)
-        result = all_sum_disjoint(scores_2T).cpu().numpy()
-        return PolicyScores(logprob_T=result[0], token_entropy_T=result[1])
+        self._forward_only(self._micro_batches(experience, indices_b), collect)
+        result: Float32Array = all_sum_disjoint(scores_KT).cpu().numpy()
+        return result
 
     def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats:
         """Returns the sums of ``num_minibatches`` policy updates; the weights have moved when it returns.
@@ -98,9 +131,13 @@ class Actor:
         """
         experience = batch.experience
         parts = minibatch_indices(experience.num_sequences, self._config.algo.num_minibatches, seed)
-        return self._updates(
-            [self._policy_update(batch, indices, entropy_gradient=entropy_gradient) for indices in parts]
-        )
+
+        def updates() -> Iterator[tuple[list[MicroBatch], LossFunction]]:
+            for index, indices in enumerate(parts):  # one by one: the selection sees the updates before its own
+                selected_T = self._select_tokens(batch, indices, seed=seed, moved=index > 0)
+                yield self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
+
+        return self._updates(updates())
 
     def train_supervised(self, batch: SupervisedBatch) -> StepStats:
         """Returns the sums of one supervised update over the response tokens of ``batch``."""
@@ -113,27 +150,72 @@ class Actor:
         indices = np.arange(batch.num_sequences, dtype=np.int64)
         return self._updates([(self._micro_batches(batch, indices), loss)])
 
+    def _select_tokens(
+        self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool
+    ) -> BoolArray | None:
+        """Returns bool [T], the tokens of a mini-batch that its covariance rule picks, or None without such a rule.
+
+        The rule needs the whole mini-batch's log-probabilities before the first micro-batch has a gradient: a forward
+        pass of its own, except where the weights have not moved since ``old_logprob_T`` was scored.
+        """
+        experience, algo = batch.experience, self._config.algo
+        if algo.policy_loss == "clip":
+            return None
+        logprob_T = self._score(experience, indices_b)[0] if moved else batch.old_logprob_T
+        member_B = np.zeros(experience.num_sequences, dtype=np.bool_)
+        member_B[indices_b] = True
+        member_T = np.repeat(member_B, experience.response_length_B)
+        selected_T = np.zeros_like(member_T)
+        selected_T[member_T] = select_tokens(
+            np.repeat(batch.advantage_B, experience.response_length_B)[member_T],
+            logprob_T[member_T],
+            batch.old_logprob_T[member_T],
+            key=(seed, self.num_updates),
+            config=algo,
+        )
+        return selected_T
+
     def _policy_update(
-        self, batch: TrainBatch, indices_b: np.ndarray[Any, Any], *, entropy_gradient: bool
+        self, batch: TrainBatch, indices_b: Int64Array, selected_T: BoolArray | None, *, entropy_gradient: bool
     ) -> tuple[list[MicroBatch], LossFunction]:
         algo = self._config.algo
-        options = PolicyLossOptions(clip_low=algo.clip_low, clip_high=algo.clip_high, dual_clip=algo.dual_clip)
-        normalizer = float(batch.experience.response_length_B[indices_b].sum())
+        length_b = batch.experience.response_length_B[indices_b]
+        weight_B = np.zeros(batch.experience.num_sequences)
+        weight_B[indices_b] = sequence_weights(
+            length_b, rule=algo.normalizer, max_new_tokens=self._config.rollout.max_new_tokens
+        )
 
         def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
             return policy_loss(
                 logprob_t,
                 entropy_t if entropy_gradient else entropy_t.detach(),
-                old_logprob_T=self._float_tensor(batch.old_logprob_T[micro.packed_t]),
-                advantage_T=self._float_tensor(batch.advantage_B[micro.sequence_t]),
-                entropy_weight_T=self._float_tensor(batch.entropy_weight_B[micro.sequence_t]),
-                normalizer=normalizer,
-                options=options,
+                tokens=self._token_data(batch, micro, weight_B, selected_T),
+                normalizer=float(length_b.sum()),
+                config=algo,
             )
 
         return self._micro_batches(batch.experience, indices_b), loss
 
-    def _updates(self, updates: Sequence[tuple[list[MicroBatch], LossFunction]]) -> StepStats:
+    def _token_data(
+        self, batch: TrainBatch, micro: MicroBatch, weight_B: NDArray[Any], selected_T: BoolArray | None
+    ) -> TokenData:
+        def of_tokens(values_T: NDArray[Any]) -> Tensor:
+            return self._float_tensor(values_T[micro.packed_t])
+
+        def of_sequences(values_B: NDArray[Any]) -> Tensor:
+            return self._float_tensor(values_B[micro.sequence_t])
+
+        return TokenData(
+            old_logprob_T=of_tokens(batch.old_logprob_T),
+            rollout_logprob_T=of_tokens(batch.experience.rollout_logprob_T),
+            advantage_T=of_sequences(batch.advantage_B),
+            entropy_weight_T=of_sequences(batch.entropy_weight_B),
+            mean_weight_T=of_sequences(weight_B),
+            selected_T=None if selected_T is None else of_tokens(selected_T) > 0,
+            ref_logprob_T=None if batch.ref_logprob_T is None else of_tokens(batch.ref_logprob_T),
+        )
+
+    def _updates(self, updates: Iterable[tuple[list[MicroBatch], LossFunction]]) -> StepStats:
         totals: dict[str, tuple[float, float]] = {}
         norms, rate = [], 0.0
         for micros, loss in updates:
@@ -210,7 +292,7 @@ class Actor:
         )
         return output, functools.partial(finish, micro=micro)
 
-    def _micro_batches(self, sequences: PackedSequences, indices_b: np.ndarray[Any, Any]) -> list[MicroBatch]:
+    def _micro_batches(self, sequences: PackedSequences, indices_b: NDArray[Any]) -> list[MicroBatch]:
         parts = micro_batch_indices(
             indices_b,
             sequences.prompt_length_B + sequences.response_length_B,
@@ -232,7 +314,7 @@ class Actor:
         summed = all_sum(local, device=self.device)
         return {name: (row[0], row[1]) for name, row in zip(STAT_NAMES, summed.tolist(), strict=True) if row[1]}
 
-    def _float_tensor(self, values: np.ndarray[Any, Any]) -> Tensor:
+    def _float_tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
 
 
@@ -247,6 +329,11 @@ STAT_NAMES = (
     "clip_high",
     "dual_clip",
     "approx_kl",
+    "selected",
+    "reference_kl",
+    "tis_weight",
+    "tis_weight_squared",
+    "tis_cut",
 )
 
 

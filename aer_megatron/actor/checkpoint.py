@@ -205,14 +205,14 @@ class CheckpointStore:
         topology = self._topology
         tp_rank, pp_rank, dp_rank = topology.tp_rank, topology.pp_rank, topology.dp_rank
         parts: list[tuple[str, str, Writer]] = [
-            ("model", model_file(tp_rank, pp_rank), lambda path: save_file(model_tensors(actor), path)),
+            ("model", model_file(tp_rank, pp_rank, topology.ep_rank), lambda p: save_file(model_tensors(actor), p)),
             ("optimizer", optimizer_file(tp_rank, pp_rank, dp_rank), lambda p: save_file(optimizer_tensors(actor), p)),
             ("rng", rng_file(tp_rank, pp_rank, dp_rank), lambda path: save_file(rng_tensors(), path)),
             *(("file", name, writer) for name, writer in files.items()),
         ]
         entries = {}
         for part, name, write in parts:
-            if (part == "model" and dp_rank != 0) or (part == "file" and topology.rank != 0):
+            if (part == "model" and dp_rank >= topology.ep) or (part == "file" and topology.rank != 0):
                 continue  # replicas hold the same weights; every rank holds the same files
             write(fresh / name)
             entries[name] = asdict(file_entry(fresh / name, part=part, rank=topology.rank))

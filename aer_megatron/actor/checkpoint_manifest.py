@@ -32,6 +32,7 @@ class Layout:
     padded_vocab: int
     num_padding_groups: int
     transformer_engine: bool  # its layers name parameters in another way than the local ones
+    ep: int = 1  # manifests written before there was expert parallelism have none
 
 
 @dataclass(frozen=True, slots=True)

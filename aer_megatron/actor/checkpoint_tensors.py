@@ -2,7 +2,8 @@
 
 Three kinds of safetensors files, named by the coordinates of the rank that wrote them:
 
-    model-*      weight/NAME          this stage's shard of every parameter (written by the first replica)
+    model-*      weight/NAME          this stage's shard of every parameter (written by the first replica; files of
+                                      expert-parallel ranks above 0 hold those of their experts)
                  buffer/NAME          persistent buffers, stage-local names
     optimizer-*  STATE/NAME@START     a flat piece of the shard, from element START: the distributed optimizer's own
                                       cut. STATE is exp_avg, exp_avg_sq, and param where the fp32 main copy is separate
@@ -30,7 +31,7 @@ from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.checkpoint_manifest import Layout
 from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel, global_name
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.mapping import hf_tensors_of, hf_to_shard, shard_shape, shards_to_hf
+from aer_megatron.convert.mapping import hf_tensors_of, hf_to_shard, is_expert, shard_shape, shards_to_hf
 from aer_megatron.parallel.topology import Topology
 
 WEIGHT, BUFFER, MAIN = "weight", "buffer", "param"
@@ -71,6 +72,7 @@ def actor_layout(actor: Actor) -> Layout:
         dp=topology.dp,
         padded_vocab=int(actor.model.vocab_size),
         num_padding_groups=actor.arch.num_padding_groups,
+        ep=topology.ep,
         transformer_engine=any("layer_norm_weight" in name for name, _ in actor.model.named_parameters()),
     )
 
@@ -81,8 +83,9 @@ def actor_dtype(actor: Actor) -> str:
     return names[actor.model.config.params_dtype]
 
 
-def model_file(tp_rank: int, pp_rank: int) -> str:
-    return f"model-tp{tp_rank:02d}-pp{pp_rank:02d}.safetensors"
+def model_file(tp_rank: int, pp_rank: int, ep_rank: int) -> str:
+    experts = f"-ep{ep_rank:02d}" if ep_rank else ""
+    return f"model-tp{tp_rank:02d}-pp{pp_rank:02d}{experts}.safetensors"
 
 
 def optimizer_file(tp_rank: int, pp_rank: int, dp_rank: int) -> str:
@@ -95,7 +98,11 @@ def rng_file(tp_rank: int, pp_rank: int, dp_rank: int) -> str:
 
 def model_tensors(actor: Actor) -> dict[str, Tensor]:
     """Returns CPU copies of this rank's shard of the model."""
-    weights = {f"{WEIGHT}/{name}": _cpu_copy(parameter) for name, parameter in _named_weights(actor.model)}
+    weights = {
+        f"{WEIGHT}/{name}": _cpu_copy(parameter)
+        for name, parameter in _named_weights(actor.model)
+        if actor.topology.ep_rank == 0 or is_expert(actor.arch, name)
+    }
     return weights | {f"{BUFFER}/{name}": _cpu_copy(buffer) for name, buffer in _named_buffers(actor.model)}
 
 
@@ -192,9 +199,10 @@ class _SameLayout:
     """Reads the files that a rank with these coordinates wrote."""
 
     def __init__(self, folder: Path, topology: Topology) -> None:
-        self._model = folder / model_file(topology.tp_rank, topology.pp_rank)
-        optimizer = folder / optimizer_file(topology.tp_rank, topology.pp_rank, topology.dp_rank)
-        self._tensors = dict(_read_all(self._model)) | dict(_read_all(optimizer))
+        tp_rank, pp_rank = topology.tp_rank, topology.pp_rank
+        names = [model_file(tp_rank, pp_rank, ep_rank) for ep_rank in {0, topology.ep_rank}]
+        names.append(optimizer_file(tp_rank, pp_rank, topology.dp_rank))
+        self._tensors = {key: tensor for name in names for key, tensor in _read_all(folder / name)}
 
     def states(self) -> set[str]:
         return {key.partition("/")[0] for key in self._tensors} - {WEIGHT, BUFFER}
@@ -275,7 +283,7 @@ def _index(folder: Path, written: Layout) -> dict[tuple[str, int, str], list[tup
     files: dict[tuple[str, int, str], list[tuple[int, Path, str]]] = {}
     for tp_rank in range(written.tp):
         for pp_rank in range(written.pp):
-            paths = [model_file(tp_rank, pp_rank)]
+            paths = [model_file(tp_rank, pp_rank, ep_rank) for ep_rank in range(written.ep)]
             paths += [optimizer_file(tp_rank, pp_rank, dp_rank) for dp_rank in range(written.dp)]
             for path in (folder / name for name in paths):
                 with safe_open(path, framework="pt") as file:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.parallel.platform import redirect_experts_to_cpu
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -43,18 +44,20 @@ def decoder_spec(
     config: TransformerConfig, arch: ModelArchitecture, num_layers: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Returns the decoder's spec for ``num_layers`` layers of this pipeline stage."""
+    experts = {"num_experts": arch.moe.num_experts} if arch.moe else {}
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm)
-    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm")
+        grouped = {"moe_grouped_gemm": config.moe_grouped_gemm} if arch.moe else {}
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=arch.qk_norm, **experts, **grouped)
+    if arch.moe:
+        redirect_experts_to_cpu()
+    spec = get_gpt_layer_local_spec(qk_layernorm=arch.qk_norm, normalization="RMSNorm", **experts)
     attention = spec.submodules.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if arch.qk_norm else {}
     layer = dataclasses.replace(
         spec.submodules,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
-        self_attention=dataclasses.replace(
-            attention, submodules=dataclasses.replace(attention.submodules, **norms)
-        ),
+        self_attention=dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **norms)),
     )
     return TransformerBlockSubmodules(
         layer_specs=[dataclasses.replace(spec, submodules=layer)] * num_layers, layer_norm=RMSNorm

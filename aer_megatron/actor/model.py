@@ -23,10 +23,10 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aer_megatron.actor.layers import decoder_spec
+from aer_megatron.actor.layers import decoder_spec, has_transformer_engine
 from aer_megatron.config import Config
-from aer_megatron.convert.architecture import ModelArchitecture, padded_vocab_size
-from aer_megatron.convert.mapping import tp_axis
+from aer_megatron.convert.architecture import ModelArchitecture, MoeArchitecture, padded_vocab_size
+from aer_megatron.convert.mapping import renumber_expert, tp_axis
 from aer_megatron.parallel.fused_head import fused_linear_logprob_entropy
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.parallel.vocab import vocab_parallel_logprob_entropy
@@ -42,10 +42,14 @@ class HeadOptions:
     vocab_size: int  # real ids; padded rows beyond it never count
     temperature: float
     tp_group: Any  # None: the head is whole
+    score_statistics: bool  # forward-only passes also return the geometry of the two gradients
 
 
 class PolicyModel(GPTModel):  # type: ignore[misc]
     """GPTModel whose last stage returns float32 [2, t]: log-probability and exact entropy (nats) of each label.
+
+    Without gradients and with ``head.score_statistics`` three rows follow: squared norms of the gradients of the
+    log-probability and of the entropy in x = logits / T, and their dot product.
 
     ``labels`` is int64 [t]; ``loss_mask`` carries the int64 [t] flat positions b * S + s of the rows to score (the
     arguments keep GPTModel's names because Megatron's wrappers forward them by name).
@@ -62,12 +66,22 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         weight_WH = self.output_layer.weight if weight is None else weight
         head = self.head
-        options = {"tp_group": head.tp_group, "vocab_size": head.vocab_size, "temperature": head.temperature}
+        with_statistics = head.score_statistics and not torch.is_grad_enabled()
+        options = {
+            "tp_group": head.tp_group,
+            "vocab_size": head.vocab_size,
+            "temperature": head.temperature,
+            "with_statistics": with_statistics,
+        }
         if head.form == "fused":
             scores = fused_linear_logprob_entropy(hidden_tH, weight_WH, kwargs["labels"], **options)
         else:
             scores = vocab_parallel_logprob_entropy(self._logits(hidden_tH, weight_WH), kwargs["labels"], **options)
-        return torch.stack((scores.logprob_T, scores.entropy_T))
+        rows = [scores.logprob_T, scores.entropy_T]
+        if with_statistics:
+            geometry = (scores.logprob_grad_sq_T, scores.entropy_grad_sq_T, scores.grad_dot_T)
+            rows += [row for row in geometry if row is not None]
+        return torch.stack(rows)
 
     def _select_rows(self, hidden_SbH: Tensor, row_t: Tensor) -> Tensor:
         if self.config.sequence_parallel:
@@ -130,7 +144,29 @@ def transformer_config(arch: ModelArchitecture, config: Config) -> TransformerCo
         "moe_token_dispatcher_type": "alltoall",  # the one that takes variable lengths
         "calculate_per_token_loss": True,  # the loss carries the global normaliser already: nothing divides it again
     }
+    if arch.moe:
+        fields |= _moe_fields(arch.moe, config)
     return TransformerConfig(**fields | _checked_passthrough(config.megatron, fields))
+
+
+def _moe_fields(moe: MoeArchitecture, config: Config) -> dict[str, Any]:
+    parallel = config.parallel
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.tp={parallel.tp} with experts needs parallel.sequence_parallel=true: Megatron-Core trains "
+            "expert layers under tensor parallelism only with it"
+        )
+    return {
+        "num_moe_experts": moe.num_experts,
+        "expert_model_parallel_size": parallel.ep,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        # rescaling the chosen probabilities to sum to 1 is a softmax over the chosen logits
+        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": has_transformer_engine(),
+    }
 
 
 def _checked_passthrough(table: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,36 +191,44 @@ def _checked_passthrough(table: Mapping[str, Any], decided: Mapping[str, Any]) -
 
 def build_model(arch: ModelArchitecture, config: Config, topology: Topology) -> PolicyModel:
     """Returns this rank's pipeline stage of the policy, without meaningful weights (load_hf_weights brings them)."""
-    megatron_config = transformer_config(arch, config)
-    num_layers = get_num_layers_to_build(megatron_config, pp_rank=topology.pp_rank)
     head = HeadOptions(
         form=config.model.head,
         vocab_size=arch.vocab_size,
         temperature=config.rollout.temperature,
         tp_group=topology.tp_group,
+        score_statistics=config.report.flight_recorder,
     )
-    model = PolicyModel(
-        head=head,
-        config=megatron_config,
-        transformer_layer_spec=decoder_spec(megatron_config, arch, num_layers),
-        vocab_size=padded_vocab_size(arch.vocab_size, topology.tp, divisible_by=config.model.vocab_multiple),
-        max_sequence_length=arch.max_positions,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        share_embeddings_and_output_weights=arch.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=arch.rope_theta,
-        **_rope_scaling(arch),
-    )
+    model = PolicyModel(head=head, **gpt_arguments(arch, config, topology))
     _mark_tensor_parallel(model, arch)
     return model
 
 
-def global_name(model: PolicyModel, name: str) -> str:
-    """Returns the parameter's name with its stage-local layer number replaced by the global one."""
+def gpt_arguments(arch: ModelArchitecture, config: Config, topology: Topology) -> dict[str, Any]:
+    """Returns the arguments of Megatron's GPTModel for this rank's pipeline stage."""
+    megatron_config = transformer_config(arch, config)
+    num_layers = get_num_layers_to_build(megatron_config, pp_rank=topology.pp_rank)
+    return {
+        "config": megatron_config,
+        "transformer_layer_spec": decoder_spec(megatron_config, arch, num_layers),
+        "vocab_size": padded_vocab_size(arch.vocab_size, topology.tp, divisible_by=config.model.vocab_multiple),
+        "max_sequence_length": arch.max_positions,
+        "pre_process": topology.is_first_stage,
+        "post_process": topology.is_last_stage,
+        "share_embeddings_and_output_weights": arch.tied_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": arch.rope_theta,
+        **_rope_scaling(arch),
+    }
+
+
+def global_name(model: GPTModel, name: str) -> str:
+    """Returns the parameter's name with its local layer and expert numbers replaced by the global ones."""
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+        layer = model.decoder.layers[int(parts[2])]
+        parts[2] = str(layer.layer_number - 1)
+        if parts[3:5] == ["mlp", "experts"]:
+            return renumber_expert(".".join(parts), layer.mlp.local_expert_indices[0])
     return ".".join(parts)
 
 

@@ -1,6 +1,6 @@
 """Difficulty of prompts: the first component of AER, which decides where the entropy bonus goes.
 
-    accuracy (of this group, or the ledger's posterior mean) --difficulty--> d in [0, 1] --normalize--> mean 1
+    accuracy (of this group, or the ledger's posterior mean) --difficulty--> d in [0, 1] --normalize--> mean <= 1
 
 Shape suffixes: P prompts, B sequences, T packed response tokens.
 
@@ -47,21 +47,25 @@ def difficulty(
     raise ValueError(f"difficulty={shape!r} is not one of linear_deficit, threshold, complement")
 
 
-def normalize_difficulty(d_P: Float64Array, *, mode: Literal["none", "mean"]) -> Float64Array:
-    """Returns d unchanged (``none``) or divided by its batch mean (``mean``, ours), float64 [P].
+def normalize_difficulty(d_P: Float64Array, *, mode: Literal["none", "mean"], floor: float) -> Float64Array:
+    """Returns d unchanged (``none``) or divided by the larger of its batch mean and ``floor`` (``mean``, ours), [P].
 
-    With mean 1, difficulty only ALLOCATES the bonus and alpha alone sets its size. A batch without difficulty
-    (all zeros) stays zeros. Give the controller the mean of d from before this step.
+    With mean 1, difficulty only ALLOCATES the bonus and alpha alone sets its size. ``floor`` bounds a prompt's share
+    by 1 / floor: without it a single hard prompt among P would carry P alpha. Below the floor, where the integrator is
+    frozen, the bonus fades with the mean of d, and a batch without difficulty (all zeros) stays zeros. Give the
+    controller the mean of d from before this step. float64.
 
     Raises:
-        ValueError: the mode is unknown.
+        ValueError: the mode is unknown, or the floor is negative or not finite.
     """
+    if not 0 <= floor < float("inf"):
+        raise ValueError(f"floor={floor} (algo.entropy.difficulty_floor) must be a finite number >= 0; 0.02 is usual")
     if mode == "none":
         return d_P
     if mode != "mean":
         raise ValueError(f"normalize={mode!r} is not one of none, mean")
-    mean = float(d_P.mean()) if d_P.size else 0.0
-    return d_P / mean if mean > _NO_DIFFICULTY else d_P
+    divisor = max(float(d_P.mean()) if d_P.size else 0.0, floor)
+    return d_P / divisor if divisor > _NO_DIFFICULTY else d_P
 
 
 def group_token_entropy(

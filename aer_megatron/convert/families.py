@@ -41,8 +41,9 @@ class Row:
     kind: copy = same layout; vocab = rows padded to the tensor-parallel size; qkv = interleaved per query
     group; attention_out = columns follow the (possibly padded) query heads; gate_up = [gate; up] per shard.
     tp_axis: the axis split over tensor parallelism, None = the same on every rank. te: the name under
-    TransformerEngine's layer spec, where it differs. when_tied: read instead when the embeddings are tied;
-    such a row is then never written back.
+    TransformerEngine's layer spec, where it differs. stored: the key(s) in Megatron's distributed checkpoint,
+    where they do not follow from the names. when_tied: read instead when the embeddings are tied; such a row
+    is then never written back.
     """
 
     megatron: str
@@ -52,6 +53,15 @@ class Row:
     stage: Stage = "layer"
     te: str | None = None
     when_tied: HFTensor | None = None
+    stored: tuple[str, ...] = ()
+
+    @property
+    def stored_keys(self) -> tuple[str, ...]:
+        """The keys of a distributed checkpoint, any of which holds all layers (and experts) of this row.
+
+        Megatron-Core stacks layers along a first axis and gives both layer specs TransformerEngine's names.
+        """
+        return self.stored or ((self.te or self.megatron).replace("{i}.", ""),)
 
     @cached_property
     def patterns(self) -> tuple[re.Pattern[str], ...]:
@@ -177,13 +187,15 @@ _DENSE_MLP = (
     Row(_M + "mlp.linear_fc2.weight", (HFTensor(_H + "mlp.down_proj.weight", "hidden ffn"),), "copy", 1),
 )
 
-# The norm before experts is a module of its own under both specs: tokens are dispatched after it.
+# The norm before experts is a module of its own under both specs: tokens are dispatched after it. In a
+# distributed checkpoint the local spec nevertheless calls it as if it were fused.
 _MOE_MLP = (
     Row(
         _M + "pre_mlp_layernorm.weight",
         (HFTensor(_H + "post_attention_layernorm.weight", "hidden"),),
         "copy",
         None,
+        stored=("decoder.layers.pre_mlp_layernorm.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"),
     ),
     Row(_M + "mlp.router.weight", (HFTensor(_H + "mlp.gate.weight", "experts hidden"),), "copy", None),
     Row(
@@ -195,6 +207,7 @@ _MOE_MLP = (
         "gate_up",
         0,
         te=_M + "mlp.experts.linear_fc1.weight{e}",
+        stored=("decoder.layers.mlp.experts.experts.linear_fc1.weight",),
     ),
     Row(
         _M + "mlp.experts.local_experts.{e}.linear_fc2.weight",
@@ -202,6 +215,7 @@ _MOE_MLP = (
         "copy",
         1,
         te=_M + "mlp.experts.linear_fc2.weight{e}",
+        stored=("decoder.layers.mlp.experts.experts.linear_fc2.weight",),
     ),
 )
 
@@ -215,5 +229,10 @@ _ALL = (
     Family("llama", "LlamaForCausalLM", _LLAMA_ROWS),
     Family("mistral", "MistralForCausalLM", _LLAMA_ROWS),
 )
+
+# Modules that Megatron-Core gives an (empty) extra state in distributed checkpoints, per layer and per expert.
+EXTRA_STATES = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention")
+EXTRA_STATES_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
+EXTRA_STATES_EXPERT = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({family.name: family for family in _ALL})

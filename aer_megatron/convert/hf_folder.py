@@ -79,7 +79,9 @@ class HFFolder:
 
     def get(self, name: str) -> Tensor:
         """The CPU tensor ``name``, mapped from its file: do not write to it. Raises ValueError if absent."""
-        tensor: Tensor = self._handle(name).get_tensor(name)
+        # a mapping of its own: pages that a tensor touched go when the tensor goes, not when the folder does
+        with _open(self.path / self._file_name(name)) as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def __contains__(self, name: str) -> bool:
@@ -89,9 +91,12 @@ class HFFolder:
         return self._handle(name).get_slice(name)
 
     def _handle(self, name: str) -> Any:
+        return self._files[self._file_name(name)]
+
+    def _file_name(self, name: str) -> str:
         if name not in self._file_of:
             raise ValueError(f"{self.path} holds no tensor {name}")
-        return self._files[self._file_of[name]]
+        return self._file_of[name]
 
 
 def write_hf_folder(
@@ -118,7 +123,7 @@ def write_hf_folder(
     with new_folder(target) as work:
         fill_hf_folder(work, tensors, config=config, max_shard_bytes=max_shard_bytes, dtype=dtype)
         if extra_files_from is not None:
-            _copy_extra_files(Path(extra_files_from), work)
+            copy_extra_files(Path(extra_files_from), work)
     return target
 
 
@@ -135,7 +140,7 @@ def fill_hf_folder(
     For callers that add files of their own inside ``new_folder``; arguments as for ``write_hf_folder``.
     """
     _write_index(work, _write_shards(work, tensors, max_shard_bytes, dtype))
-    text = json.dumps(_with_dtype(config, dtype), indent=2)
+    text = json.dumps(config_with_dtype(config, dtype), indent=2)
     (work / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -279,7 +284,8 @@ def _write_index(work: Path, files: list[dict[str, int]]) -> None:
     (work / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_extra_files(source: Path, work: Path) -> None:
+def copy_extra_files(source: Path, work: Path) -> None:
+    """Returns nothing; copies tokenizer files, generation settings and templates that ``work`` does not have."""
     for pattern in _EXTRA_FILES:
         for file in source.glob(pattern):
             if file.is_dir():
@@ -288,7 +294,8 @@ def _copy_extra_files(source: Path, work: Path) -> None:
                 shutil.copyfile(file, work / file.name)
 
 
-def _with_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def config_with_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Returns config.json's content with its dtype fields set, where ``dtype`` is given."""
     if dtype is None:
         return dict(config)
     name = str(dtype).removeprefix("torch.")

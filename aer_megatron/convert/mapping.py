@@ -13,6 +13,7 @@ This file does NOT call collectives, touch files or build models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,6 +23,9 @@ from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.families import FAMILIES, HFTensor, Row
 
 Indices = dict[str, int]
+# an expert's number under the local layer spec, and under TransformerEngine's
+_LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)")
+_GROUPED_EXPERT = re.compile(r"(\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)$")
 
 
 def megatron_names(
@@ -189,6 +193,20 @@ def find_row(arch: ModelArchitecture, megatron_name: str) -> tuple[Row, Indices]
                 _check_range(megatron_name, indices, arch)
                 return row, indices
     raise ValueError(f"{megatron_name} is not a parameter of a {arch.family} model; see convert/families.py")
+
+
+def renumber_expert(megatron_name: str, first: int) -> str:
+    """The name of an expert's parameter with ``first`` added to its expert number: local to global."""
+    for pattern in (_LOCAL_EXPERT, _GROUPED_EXPERT):
+        renamed, count = pattern.subn(lambda match: f"{match[1]}{int(match[2]) + first}", megatron_name)
+        if count:
+            return renamed
+    raise ValueError(f"{megatron_name} is not the parameter of an expert")
+
+
+def is_expert(arch: ModelArchitecture, megatron_name: str) -> bool:
+    """Whether a parameter belongs to one expert."""
+    return "e" in find_row(arch, megatron_name)[1]
 
 
 def _check_range(megatron_name: str, indices: Indices, arch: ModelArchitecture) -> None:

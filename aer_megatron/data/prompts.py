@@ -6,7 +6,7 @@ This file does NOT keep the cursor's state anywhere: the checkpoint stores ``Pro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,6 +185,26 @@ class PromptCursor:
     def next_prompts(self, count: int) -> list[Prompt]:
         """Returns the next ``count`` prompts, going on into further epochs where one ends."""
         return [self._prompts[int(index)] for index in self._next_indices(count)]
+
+    def select_prompts(
+        self, count: int, *, accept: Callable[[NDArray[np.uint64]], NDArray[np.bool_]], max_rejected: int
+    ) -> tuple[list[Prompt], int]:
+        """Returns (``count`` prompts, how many were passed over).
+
+        ``accept`` says of prompt ids [P] which are wanted. At most ``max_rejected`` candidates are turned down; after
+        that the next ones are taken as they come, so that a data set without a wanted prompt ends the search too.
+        """
+        taken: list[int] = []
+        rejected: list[int] = []
+        while len(taken) < count:
+            if len(rejected) >= max_rejected:
+                taken.extend(self._next_indices(count - len(taken)))
+                break
+            candidates = self._next_indices(min(count - len(taken), max_rejected - len(rejected)))
+            ids = np.array([self._prompts.records[index].id for index in candidates], dtype=np.uint64)
+            for index, wanted in zip(candidates, accept(ids).tolist(), strict=True):
+                (taken if wanted else rejected).append(index)
+        return [self._prompts[index] for index in taken], len(rejected)
 
     def state_dict(self) -> dict[str, int]:
         """Returns the state: ``{"epoch", "position", "seed", "fingerprint"}``, non-negative integers."""

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-# torch renamed it; the old name warns where the new one exists
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from aer_megatron.parallel.collectives import all_gather_flat
 
 
 def all_gather_ragged(array: NDArray[Any], *, device: torch.device) -> list[NDArray[Any]]:
@@ -28,12 +27,12 @@ def all_gather_ragged(array: NDArray[Any], *, device: torch.device) -> list[NDAr
     raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
     length = torch.tensor([raw.size], dtype=torch.int64, device=device)
     lengths = torch.empty(world_size, dtype=torch.int64, device=device)
-    _all_gather(lengths, length)
+    all_gather_flat(lengths, length)
     sizes = lengths.tolist()
     padded = torch.zeros(max(max(sizes), 1), dtype=torch.uint8, device=device)
     padded[: raw.size] = torch.from_numpy(raw.copy()).to(device)
     gathered = torch.empty(world_size * padded.numel(), dtype=torch.uint8, device=device)
-    _all_gather(gathered, padded)
+    all_gather_flat(gathered, padded)
     rows = gathered.cpu().numpy().reshape(world_size, -1)
     return [rows[r, : sizes[r]].copy().view(array.dtype) for r in range(world_size)]
 
@@ -44,7 +43,7 @@ def all_sum(values: NDArray[np.float64], *, device: torch.device) -> NDArray[np.
         return values
     mine = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64).reshape(-1)).to(device)
     gathered = torch.empty(dist.get_world_size() * mine.numel(), dtype=torch.float64, device=device)
-    _all_gather(gathered, mine)
+    all_gather_flat(gathered, mine)
     rows = gathered.cpu().numpy().reshape(dist.get_world_size(), -1)
     total = np.zeros_like(rows[0])
     for row in rows:

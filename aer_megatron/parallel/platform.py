@@ -180,3 +180,22 @@ def _redirect_cuda_to_cpu() -> None:
 
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
+
+
+@functools.cache
+def redirect_experts_to_cpu() -> None:
+    """Has Megatron-Core's expert layers run without a device; does nothing where one is present.
+
+    The token dispatcher turns split sizes into NumPy arrays on their way off the device and hands them to
+    torch.distributed, which takes no tensors; the router's product is TransformerEngine's where that is installed.
+    """
+    if torch.cuda.is_available():
+        return
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        del record_stream
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    moe_utils.te_general_gemm = None

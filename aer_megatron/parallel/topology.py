@@ -24,6 +24,12 @@ class Topology:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    ep: int = 1  # expert parallelism divides the data-parallel ranks among the experts
+    ep_rank: int = 0
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup | None:
+        return parallel_state.get_expert_model_parallel_group() if self.ep > 1 else None
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
@@ -47,14 +53,18 @@ class Topology:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def initialize_topology(*, tp: int, pp: int, seed: int) -> Topology:
+def initialize_topology(*, tp: int, pp: int, seed: int, ep: int = 1) -> Topology:
     """Returns the topology after building Megatron's groups and its random-number tracker.
 
-    The default process group must exist; its size must be a multiple of ``tp * pp`` (config.check_world_size says so
-    in the user's words).
+    The default process group must exist; its size must be a multiple of ``tp * pp * ep`` (config.check_world_size says
+    so in the user's words).
     """
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            expert_model_parallel_size=ep,
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(
         rank=dist.get_rank(),
@@ -65,6 +75,8 @@ def initialize_topology(*, tp: int, pp: int, seed: int) -> Topology:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        ep=ep,
+        ep_rank=parallel_state.get_expert_model_parallel_rank() if ep > 1 else 0,
     )
 
 

@@ -1,7 +1,8 @@
 """Every metric name of a run, with its unit and meaning: the only file that spells one.
 
-A name is an attribute of ``Metric``, which is a ``str``: ``{Metric.REWARD_MEAN: 0.4}``. Two families take a
-suffix: ``pass_at(8)`` is ``eval/pass@8`` and ``reason_count("no_answer")`` is ``rewards/reason/no_answer``.
+A name is an attribute of ``Metric``, which is a ``str``: ``{Metric.REWARD_MEAN: 0.4}``. Families take a
+suffix: ``pass_at(8)`` is ``eval/pass@8``, ``reason_count("no_answer")`` is ``rewards/reason/no_answer`` and
+``by_difficulty("reward", "hard")`` is ``difficulty/reward/hard``.
 
 Everything that depends on the machine rather than on the seed is under ``time/``: drop those keys and two
 runs of the same configuration are equal byte for byte.
@@ -16,6 +17,8 @@ import difflib
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+
+from aer_megatron.algo.flight import BUCKETS
 
 MACHINE_PREFIX = "time/"
 
@@ -49,6 +52,12 @@ class Metric(StrEnum):
         "groups in which no rollout is right: their advantage is 0",
     )
 
+    REWARD_OVERLONG_PENALTY = (
+        "reward/overlong_penalty",
+        "reward",
+        "mean reward that long responses lost, in the advantage alone (overlong_buffer > 0)",
+    )
+
     ENTROPY_TOKEN_MEAN = (
         "entropy/token_mean",
         "nats",
@@ -77,8 +86,9 @@ class Metric(StrEnum):
         "entropy collapse or explosion, with step, H, H* and alpha; null when all is well",
     )
 
-    LOSS_TOTAL = "loss/total", "nats", "what is minimised: policy loss minus entropy bonus"
-    LOSS_POLICY = "loss/policy", "1", "clipped surrogate, token mean over the global batch"
+    LOSS_TOTAL = "loss/total", "nats", "what is minimised: policy loss minus entropy bonus, plus the weighted loss/kl"
+    LOSS_POLICY = "loss/policy", "1", "surrogate of algo.policy_loss, mean by algo.normalizer over the global batch"
+    LOSS_KL = "loss/kl", "nats", "k3 estimate of KL(policy || reference), same mean as loss/policy (kl_coefficient > 0)"
     LOSS_ENTROPY_BONUS = (
         "loss/entropy_bonus",
         "nats",
@@ -95,6 +105,13 @@ class Metric(StrEnum):
     TRAIN_CLIP_LOW = "train/clip_low", "share", "response tokens whose ratio was cut below 1 - clip_low"
     TRAIN_CLIP_HIGH = "train/clip_high", "share", "response tokens whose ratio was cut above 1 + clip_high"
     TRAIN_APPROX_KL = "train/approx_kl", "nats", "k3 estimate of KL(old || new), mean over response tokens"
+    TRAIN_COV_SELECTED = "train/cov_selected", "share", "response tokens that clip_cov silenced or kl_cov penalised"
+    TRAIN_TIS_CUT = "train/tis_cut", "share", "response tokens whose train/rollout weight was cut at tis_clip"
+    TRAIN_TIS_SAMPLE_SIZE = (
+        "train/tis_sample_size",
+        "share",
+        "effective sample size of those weights over the tokens: (sum w)^2 / (n sum w^2); 1 = no mismatch",
+    )
 
     ROLLOUT_LOGPROB_DIFF_MAX = (
         "rollout/logprob_diff_max",
@@ -113,6 +130,11 @@ class Metric(StrEnum):
     ROLLOUT_GROUPS_DROPPED = "rollout/groups_dropped", "groups", "groups that dynamic sampling removed"
     ROLLOUT_REFILLS = "rollout/refills", "rounds", "extra rollout rounds that dynamic sampling took"
 
+    DATA_PROMPTS_SKIPPED = (
+        "data/prompts_skipped",
+        "prompts",
+        "prompts passed over in this step because the ledger knows their outcome (algo.selection.kind = skip_decided)",
+    )
     DATA_SKIPPED_RECORDS = (
         "data/skipped_records",
         "records",
@@ -167,7 +189,25 @@ PASS_AT = Family(
     "unbiased pass@k of the evaluation set, at evaluation steps",
 )
 REASON = Family("rewards/reason/", _LABEL, "LABEL", "rollouts", "rollouts whose verdict carries this reason")
-FAMILIES = (PASS_AT, REASON)
+
+# BUCKET is one of algo.flight.BUCKETS, by g, the share of a prompt's own rollouts that are right in this step
+_BY_DIFFICULTY = {
+    "prompts": (
+        "prompts",
+        "prompts of the trained batch that are unsolved (g = 0), hard (0 < g <= 1/3), medium, or easy (g >= 2/3); "
+        "g is the share of right rollouts. The other difficulty/* are of these prompts, absent where there are none",
+    ),
+    "tokens": ("tokens", "response tokens of these prompts: the count behind difficulty/token_entropy"),
+    "token_entropy": ("nats", "token_entropy of these prompts, mean over their response tokens"),
+    "reward": ("reward", "mean reward of the rollouts of these prompts"),
+    "response_length": ("tokens", "mean response length of these prompts"),
+    "coefficient": ("1", "coefficient * d that the loss used, mean over these prompts"),
+}
+DIFFICULTY = {
+    measure: Family(f"difficulty/{measure}/", re.compile("|".join(BUCKETS)), "BUCKET", unit, meaning)
+    for measure, (unit, meaning) in _BY_DIFFICULTY.items()
+}
+FAMILIES = (PASS_AT, REASON, *DIFFICULTY.values())
 
 
 def pass_at(k: int) -> str:
@@ -190,6 +230,20 @@ def reason_count(label: str) -> str:
     if not _LABEL.fullmatch(label):
         raise ValueError(f"verdict reason {label!r} must be a snake_case label such as no_answer; rename it")
     return f"{REASON.prefix}{label}"
+
+
+def by_difficulty(measure: str, bucket: str) -> str:
+    """Returns the name of a measure of one difficulty bucket, for example ``difficulty/reward/hard``.
+
+    Raises:
+        ValueError: no such measure or bucket.
+    """
+    if measure not in DIFFICULTY or bucket not in BUCKETS:
+        raise ValueError(
+            f"{measure!r} of bucket {bucket!r} is no metric; measures: {', '.join(DIFFICULTY)}; buckets: "
+            f"{', '.join(BUCKETS)}"
+        )
+    return f"{DIFFICULTY[measure].prefix}{bucket}"
 
 
 def pass_k(name: str) -> int | None:

@@ -28,11 +28,20 @@ PHASES = {
 class PhaseTimer:
     """Adds up seconds per phase: ``with timer.phase("rollout"): ...``, then ``timer.take()`` once a step.
 
-    A phase may be entered several times in a step; phases do not nest.
+    A phase may be entered several times in a step; phases do not nest. ``on_phase`` is told (phase, step) whenever one
+    begins and ("between phases", step) when it ends; steps are counted by ``take`` from ``first_step``.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        on_phase: Callable[[str, int | None], None] | None = None,
+        first_step: int = 0,
+    ) -> None:
         self._clock = clock
+        self._on_phase = on_phase or (lambda phase, step: None)
+        self._step = first_step
         self._seconds: dict[Metric, float] = {}
         self._active: str | None = None
         self._step_start = clock()
@@ -48,6 +57,7 @@ class PhaseTimer:
             raise ValueError(f"unknown phase {name!r}; use one of {', '.join(PHASES)}")
         assert self._active is None, f"phase {name} inside phase {self._active}"
         self._active = name
+        self._on_phase(name, self._step)
         start = self._clock()
         try:
             yield
@@ -55,6 +65,7 @@ class PhaseTimer:
             metric = PHASES[name]
             self._seconds[metric] = self._seconds.get(metric, 0.0) + self._clock() - start
             self._active = None
+            self._on_phase("between phases", self._step)
 
     def take(self, *, num_tokens: int | None = None) -> dict[str, float]:
         """Returns the ``time/*`` metrics since the last call, and starts over.
@@ -70,6 +81,7 @@ class PhaseTimer:
             metrics[Metric.TIME_TOKENS_PER_S] = num_tokens / step_s
         self._seconds = {}
         self._step_start = now
+        self._step += 1
         return metrics
 
 

@@ -41,7 +41,7 @@ class MetricsWriter:
         self.path = Path(folder) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._last_step = -1
-        for step, _ in _split_lines(self.path):
+        for step, _ in split_lines(self.path):
             self._last_step = step
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -69,10 +69,10 @@ class MetricsWriter:
         Raises:
             ValueError: a line before the last one is not a JSON object with a step.
         """
-        kept = [(step, line) for step, line in _split_lines(self.path) if step < resume_step]
+        kept = [(step, line) for step, line in split_lines(self.path) if step < resume_step]
         self._last_step = kept[-1][0] if kept else -1
         if self.path.exists():
-            _replace_file(self.path, "".join(f"{line}\n" for _, line in kept))
+            replace_file(self.path, "".join(f"{line}\n" for _, line in kept))
 
 
 def normalize(metrics: Mapping[str, Any]) -> dict[str, MetricValue]:
@@ -96,7 +96,7 @@ def read_metrics(path: str | Path) -> list[dict[str, MetricValue]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run that has made a step")
-    return [json.loads(line) for _, line in _split_lines(path)]
+    return [json.loads(line) for _, line in split_lines(path)]
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str | None]:
@@ -131,7 +131,7 @@ def write_run_manifest(
     }
     path = Path(folder) / MANIFEST_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_file(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    replace_file(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
@@ -182,7 +182,7 @@ def _plain(name: str, value: Any) -> MetricValue:
     raise ValueError(f"metric {name}={value!r} of type {type(value).__name__} does not fit its unit {unit!r}")
 
 
-def _split_lines(path: Path) -> Iterator[tuple[int, str]]:
+def split_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields (step, line without its end) of every whole line."""
     if not path.is_file():
         return
@@ -197,12 +197,12 @@ def _split_lines(path: Path) -> Iterator[tuple[int, str]]:
             if number == len(lines):
                 return  # a process killed while it wrote leaves part of a line and no line end
             raise ValueError(
-                f"{path}, line {number} is not a metrics record ({error}); repair or remove it"
+                f"{path}, line {number} is not the record of a step ({error}); repair or remove it"
             ) from None
         yield step, line
 
 
-def _replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -54,7 +54,7 @@ py::dict as_dict(const PyRows& rows) {
 }
 
 void update(Ledger& ledger, const py::object& prompt_ids, const py::object& attempts, const py::object& successes,
-            const py::object& entropy_sum, const py::object& token_count, std::int64_t step) {
+            const py::object& entropy_sum, const py::object& token_count, std::int64_t step, std::int64_t num_threads) {
     const auto ids = checked<std::uint64_t>(prompt_ids, "prompt_ids");
     const auto tries = checked<std::int64_t>(attempts, "attempts");
     const auto wins = checked<std::int64_t>(successes, "successes");
@@ -62,7 +62,16 @@ void update(Ledger& ledger, const py::object& prompt_ids, const py::object& atte
     const auto tokens = checked<std::int64_t>(token_count, "token_count");
     const LedgerBatch batch{span(ids), span(tries), span(wins), span(entropies), span(tokens)};
     const py::gil_scoped_release release;
-    ledger.update(batch, step);
+    ledger.update(batch, step, num_threads);
+}
+
+void update_verdicts(Ledger& ledger, const py::object& prompt_ids, const py::object& solved, std::int64_t step,
+                     std::int64_t num_threads) {
+    const auto ids = checked<std::uint64_t>(prompt_ids, "prompt_ids");
+    const auto verdicts = checked<bool>(solved, "solved");
+    const VerdictBatch batch{span(ids), span(verdicts)};
+    const py::gil_scoped_release release;
+    ledger.update(batch, step, num_threads);
 }
 
 template <class T>
@@ -173,7 +182,10 @@ void register_ledger(py::module_& m) {
     ledger
         .def(py::init<double, std::int64_t>(), py::arg("decay"), py::arg("capacity_hint"))
         .def("update", &update, py::arg("prompt_ids"), py::arg("attempts"), py::arg("successes"), py::arg("entropy_sum"),
-             py::arg("token_count"), py::kw_only(), py::arg("step"), "Add one batch; all of it or, on an error, nothing.")
+             py::arg("token_count"), py::kw_only(), py::arg("step"), py::arg("num_threads") = 1,
+             "Add one batch; all of it or, on an error, nothing.")
+        .def("update_verdicts", &update_verdicts, py::arg("prompt_ids"), py::arg("solved"), py::kw_only(), py::arg("step"),
+             py::arg("num_threads") = 1, "Add one rollout per entry; all of them or, on an error, nothing.")
         .def("lookup", &lookup, py::arg("prompt_ids"), "Return the records of the prompts; unknown: zeros, last_step -1.")
         .def("posterior_mean", &posterior_mean, py::arg("prompt_ids"), py::kw_only(), py::arg("prior_success"),
              py::arg("prior_failure"), py::arg("step"), "Return each prompt's Beta posterior mean success rate at `step`.")

@@ -1,4 +1,4 @@
-// The ledger's file: header, records sorted by prompt id, XXH64 of everything before it. Little-endian throughout.
+// The ledger's file: header, records sorted by key, XXH64 of everything before it. Little-endian throughout.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -21,7 +21,7 @@ namespace aer {
 namespace {
 
 constexpr char kMagic[8] = {'A', 'E', 'R', 'L', 'E', 'D', 'G', 'R'};
-constexpr std::uint32_t kFormatVersion = 1;
+constexpr std::uint32_t kFormatVersion = 2;
 constexpr std::size_t kBlockRecords = 65536;
 
 struct Header {
@@ -98,7 +98,8 @@ Header read_header(File& file, const std::string& path, std::optional<double> de
     if (got < sizeof header.magic || std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) fail("not a difficulty ledger file");
     if (got < sizeof header) fail("truncated: ", got, " bytes, the header alone has ", sizeof header);
     if (header.format_version != kFormatVersion)
-        fail("format version ", header.format_version, "; this build reads version ", kFormatVersion);
+        fail("format version ", header.format_version, "; this build reads version ", kFormatVersion,
+             "; start a new run.output_dir, or read the file with the version that wrote it");
     const std::uint64_t size = file.size();
     const std::uint64_t most = (UINT64_MAX - sizeof header - 8) / sizeof(Record);
     if (header.record_bytes != sizeof(Record) || !(header.decay > 0.0 && header.decay <= 1.0) || header.count > most)
@@ -127,18 +128,14 @@ void Ledger::save(const std::string& path) const {
             file.write(bytes, size);
         };
         const std::shared_lock<std::shared_mutex> lock(mutex_);
-        const std::vector<std::uint32_t> order = table_.sorted_positions();
-        Header header{{}, kFormatVersion, sizeof(Record), decay_, order.size()};
+        Header header{{}, kFormatVersion, sizeof(Record), decay(), table_.size()};
         std::memcpy(header.magic, kMagic, sizeof kMagic);
         write(&header, sizeof header);
-        std::vector<Record> block(std::min(kBlockRecords, order.size()));
-        for (std::size_t start = 0; start < order.size(); start += kBlockRecords) {
-            const std::size_t n = std::min(kBlockRecords, order.size() - start);
-            for (std::size_t i = 0; i < n; ++i) {
-                if (start + i + 32 < order.size()) table_.prefetch(order[start + i + 32]);
-                block[i] = table_.at(order[start + i]);
-            }
-            write(block.data(), n * sizeof(Record));
+        std::vector<Record> block;
+        for (std::size_t shard = 0; shard < RecordTable::kShards; ++shard) {
+            block.clear();
+            for (const Record* const record : table_.by_key(shard)) block.push_back(*record);
+            write(block.data(), block.size() * sizeof(Record));
         }
         const std::uint64_t digest = checksum.digest();
         file.write(&digest, sizeof digest);
@@ -171,10 +168,10 @@ std::unique_ptr<Ledger> Ledger::load(const std::string& path, std::optional<doub
             throw std::invalid_argument(message(path, ": truncated while it was read"));
         checksum.update(block.data(), n * sizeof(Record));
         for (std::size_t i = 0; i < n && ordered; ++i) {
-            ordered = sane(block[i]) && (start + i == 0 || block[i].prompt_id > previous);
-            previous = block[i].prompt_id;
+            ordered = sane(block[i]) && (start + i == 0 || block[i].key > previous);
+            previous = block[i].key;
+            if (ordered) ledger->append(block[i]);
         }
-        if (ordered) ledger->table_.append(Span<const Record>{block.data(), n});
     }
     std::uint64_t digest = 0;
     if (file.read(&digest, sizeof digest) != sizeof digest || digest != checksum.digest())

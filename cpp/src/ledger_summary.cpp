@@ -41,18 +41,18 @@ std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking r
     ledger.visit([&](const Record& record) {
         switch (ranking) {
             case Ranking::kHardest:
-                ranked.push_back({ledger.posterior_mean(record, prior, step), record.prompt_id});
+                ranked.push_back({ledger.posterior_mean(record, prior, step), record.prompt_id()});
                 break;
             case Ranking::kEasiest:
-                ranked.push_back({-ledger.posterior_mean(record, prior, step), record.prompt_id});
+                ranked.push_back({-ledger.posterior_mean(record, prior, step), record.prompt_id()});
                 break;
             case Ranking::kNever:
                 if (record.attempts > 0 && record.successes == 0)
-                    ranked.push_back({-static_cast<double>(record.attempts), record.prompt_id});
+                    ranked.push_back({-static_cast<double>(record.attempts), record.prompt_id()});
                 break;
             case Ranking::kAlways:
                 if (record.attempts > 0 && record.successes == record.attempts)
-                    ranked.push_back({-static_cast<double>(record.attempts), record.prompt_id});
+                    ranked.push_back({-static_cast<double>(record.attempts), record.prompt_id()});
                 break;
         }
     });

@@ -6,130 +6,145 @@
 
 namespace aer {
 
-std::size_t RecordTable::num_buckets_at(int level, std::size_t shard) {
+std::size_t RecordShard::num_buckets_at(int level) const {
     if (level < 0) return 0;
-    return static_cast<std::size_t>(std::ceil(std::exp2(level + static_cast<double>(shard) / kShards)));
+    return static_cast<std::size_t>(std::ceil(std::exp2(level + static_cast<double>(number_) / RecordTable::kShards)));
 }
 
-RecordTable::RecordTable(std::size_t capacity_hint) {
-    chunks_.reserve(capacity_hint / kChunk + 1);
-    if (capacity_hint < kShards * kBucketSlots) return;
-    // Hashing spreads prompts over shards binomially: four standard deviations of room, and no shard grows again.
-    const double expected = static_cast<double>(capacity_hint) / kShards;
-    const double wanted = expected + 4.0 * std::sqrt(expected);
-    for (std::size_t shard = 0; shard < kShards; ++shard) {
-        int level = 0;
-        while (static_cast<double>(max_size(num_buckets_at(level, shard))) < wanted) ++level;
-        resize(shard, level);
-    }
-}
-
-std::size_t RecordTable::nbytes() const {
-    std::size_t bytes = sizeof *this + chunks_.capacity() * sizeof chunks_[0] + chunks_.size() * kChunk * sizeof(Record);
-    for (const Shard& shard : shards_) bytes += shard.buckets.capacity() * sizeof(Bucket);
+std::size_t RecordShard::nbytes() const {
+    std::size_t bytes = buckets_.capacity() * sizeof(Bucket) + chunks_.capacity() * sizeof chunks_[0];
+    for (std::size_t chunk = 0; chunk < chunks_.size(); ++chunk) bytes += chunk_size(chunk) * sizeof(Record);
     return bytes;
 }
 
-std::uint32_t RecordTable::find_hashed(std::uint64_t prompt_id, std::uint64_t hash) const {
-    const std::vector<Bucket>& buckets = shards_[shard_of(hash)].buckets;
-    if (buckets.empty()) return kAbsent;
-    const std::uint8_t tag = tag_of(hash);
-    for (std::size_t b = home(hash, buckets.size());; b = b + 1 == buckets.size() ? 0 : b + 1) {
-        const Bucket& bucket = buckets[b];
-        for (std::uint32_t slot = 0; slot < bucket.count; ++slot)
-            if (bucket.tags[slot] == tag && at(bucket.positions[slot]).prompt_id == prompt_id)
-                return bucket.positions[slot];
-        if (bucket.count < kBucketSlots) return kAbsent;
+Record* RecordShard::find(std::uint64_t key) const {
+    if (buckets_.empty()) return nullptr;
+    for (std::size_t b = home(key, buckets_.size());; b = b + 1 == buckets_.size() ? 0 : b + 1) {
+        const Bucket& bucket = buckets_[b];
+        for (std::uint32_t found = bucket.matches(tag_of(key)); found != 0; found &= found - 1) {
+            Record& record = at(bucket.places[__builtin_ctz(found)]);
+            if (record.key == key) return &record;
+        }
+        if (bucket.count < kBucketSlots) return nullptr;
     }
 }
 
-std::uint32_t RecordTable::find(std::uint64_t prompt_id) const { return find_hashed(prompt_id, splitmix64(prompt_id)); }
+Record& RecordShard::find_or_insert(std::uint64_t key) {
+    Record* const record = find(key);
+    return record != nullptr ? *record : insert(key);
+}
 
-void RecordTable::place(std::vector<Bucket>& buckets, std::uint64_t hash, std::uint32_t position) {
-    std::size_t b = home(hash, buckets.size());
+Record& RecordShard::insert(std::uint64_t key) {
+    if (room_ == 0) {
+        const std::size_t size = chunk_size(chunks_.size());
+        if (size > std::size_t{1} << kOffsetBits) throw std::length_error("a difficulty ledger holds at most 2^35 prompts");
+        if (chunks_.size() == chunks_.capacity()) chunks_.reserve(chunks_.size() + 16);
+        chunks_.emplace_back(new Record[size]);
+        room_ = size;
+    }
+    if (size_ + 1 > max_size(buckets_.size())) resize(level_ + 1);
+    const std::size_t last = chunks_.size() - 1;
+    const std::size_t offset = chunk_size(last) - room_;
+    put(buckets_, key, static_cast<std::uint32_t>(last << kOffsetBits | offset));
+    --room_;
+    ++size_;
+    return chunks_[last][offset] = Record{key, 0.0, 0.0, 0, 0, 0, 0, -1};
+}
+
+void RecordShard::put(std::vector<Bucket>& buckets, std::uint64_t key, std::uint32_t place) {
+    std::size_t b = home(key, buckets.size());
     while (buckets[b].count == kBucketSlots) b = b + 1 == buckets.size() ? 0 : b + 1;
     Bucket& bucket = buckets[b];
-    bucket.tags[bucket.count] = tag_of(hash);
-    bucket.positions[bucket.count] = position;
+    bucket.tags[bucket.count] = tag_of(key);
+    bucket.places[bucket.count] = place;
     ++bucket.count;
 }
 
-void RecordTable::resize(std::size_t shard_index, int level) {
-    Shard& shard = shards_[shard_index];
-    std::vector<Bucket> grown(num_buckets_at(level, shard_index));
-    for (std::size_t b = 0; b < shard.buckets.size(); ++b) {
-        if (b + 2 < shard.buckets.size())
-            for (std::uint32_t slot = 0; slot < shard.buckets[b + 2].count; ++slot)
-                prefetch(shard.buckets[b + 2].positions[slot]);
-        const Bucket& bucket = shard.buckets[b];
-        for (std::uint32_t slot = 0; slot < bucket.count; ++slot)
-            place(grown, splitmix64(at(bucket.positions[slot]).prompt_id), bucket.positions[slot]);
+void RecordShard::resize(int level) {
+    std::vector<Bucket> grown(num_buckets_at(level));
+    for (std::size_t b = 0; b < buckets_.size(); ++b) {
+        if (b + 2 < buckets_.size())
+            for (std::uint32_t slot = 0; slot < buckets_[b + 2].count; ++slot)
+                __builtin_prefetch(&at(buckets_[b + 2].places[slot]));
+        for (std::uint32_t slot = 0; slot < buckets_[b].count; ++slot)
+            put(grown, at(buckets_[b].places[slot]).key, buckets_[b].places[slot]);
     }
-    shard.buckets = std::move(grown);
-    shard.level = level;
+    buckets_ = std::move(grown);
+    level_ = level;
 }
 
-std::uint32_t RecordTable::insert(std::uint64_t prompt_id, std::uint64_t hash) {
-    if (size_ >= kAbsent) throw std::length_error("a difficulty ledger holds at most 2^32 - 1 prompts");
-    if (size_ == chunks_.size() * kChunk) chunks_.emplace_back(new Record[kChunk]);
-    const std::size_t shard_index = shard_of(hash);
-    Shard& shard = shards_[shard_index];
-    if (shard.size + 1 > max_size(shard.buckets.size())) resize(shard_index, shard.level + 1);
-    const auto position = static_cast<std::uint32_t>(size_);
-    place(shard.buckets, hash, position);
-    at(position) = Record{prompt_id, 0.0, 0.0, 0, 0, 0, 0, -1};
-    ++shard.size;
-    ++size_;
-    return position;
+void RecordShard::reserve(double expected) {
+    int level = 0;
+    while (static_cast<double>(max_size(num_buckets_at(level))) < expected) ++level;
+    resize(level);
 }
 
-Record& RecordTable::find_or_insert(std::uint64_t prompt_id) {
-    const std::uint64_t hash = splitmix64(prompt_id);
-    const std::uint32_t position = find_hashed(prompt_id, hash);
-    return at(position == kAbsent ? insert(prompt_id, hash) : position);
+RecordTable::RecordTable(std::size_t capacity_hint) {
+    for (std::size_t number = 0; number < kShards; ++number) shards_[number].number_ = number;
+    if (capacity_hint < kShards * 12) return;
+    // Hashing spreads prompts over shards binomially: four standard deviations of room, and no shard grows again.
+    const double expected = static_cast<double>(capacity_hint) / kShards;
+    for (RecordShard& shard : shards_) shard.reserve(expected + 4.0 * std::sqrt(expected));
 }
 
-void RecordTable::append(Span<const Record> records) {
-    constexpr std::size_t kAhead = 32;
-    for (std::size_t i = 0; i < records.size; ++i) {
-        if (i + kAhead < records.size) {
-            const std::uint64_t hash = splitmix64(records[i + kAhead].prompt_id);
-            const std::vector<Bucket>& buckets = shards_[shard_of(hash)].buckets;
-            __builtin_prefetch(buckets.data() + home(hash, buckets.size()), 1);
-        }
-        at(insert(records[i].prompt_id, splitmix64(records[i].prompt_id))) = records[i];
+std::size_t RecordTable::size() const {
+    std::size_t total = 0;
+    for (const RecordShard& shard : shards_) total += shard.size();
+    return total;
+}
+
+std::size_t RecordTable::nbytes() const {
+    std::size_t bytes = sizeof *this;
+    for (const RecordShard& shard : shards_) bytes += shard.nbytes();
+    return bytes;
+}
+
+std::vector<const Record*> RecordTable::by_key(std::size_t shard_number) const {
+    const RecordShard& shard = shards_[shard_number];
+    std::vector<const Record*> records(shard.size());
+    // One counting pass over as many of the key's bits as there are records, then few neighbours are out of order.
+    int bits = 1;
+    while ((std::size_t{1} << bits) < shard.size()) ++bits;
+    const auto digit = [bits](std::uint64_t key) { return (key << 8) >> (64 - bits); };
+    std::vector<std::uint32_t> start((std::size_t{1} << bits) + 1, 0);
+    shard.for_each([&](const Record& record) { ++start[digit(record.key) + 1]; });
+    for (std::size_t d = 1; d < start.size(); ++d) start[d] += start[d - 1];
+    shard.for_each([&](const Record& record) { records[start[digit(record.key)]++] = &record; });
+    for (std::size_t i = 1; i < records.size(); ++i) {
+        const Record* const record = records[i];
+        std::size_t hole = i;
+        for (; hole > 0 && records[hole - 1]->key > record->key; --hole) records[hole] = records[hole - 1];
+        records[hole] = record;
     }
+    return records;
 }
 
-std::vector<std::uint32_t> RecordTable::sorted_positions() const {
+std::vector<const Record*> RecordTable::by_prompt_id() const {
     struct Entry {
-        std::uint64_t key;
-        std::uint32_t position;
+        std::uint64_t id;
+        const Record* record;
     };
-    std::vector<Entry> entries(size_);
-    bool sorted = true;
-    for (std::uint32_t i = 0; i < size_; ++i) {
-        entries[i] = Entry{at(i).prompt_id, i};
-        sorted = sorted && (i == 0 || entries[i - 1].key <= entries[i].key);
-    }
-    if (!sorted && size_ < 4096) {
-        std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.key < b.key; });
-    } else if (!sorted) {  // least-significant-digit radix sort; constant digits (small ids) cost nothing
+    std::vector<Entry> entries;
+    entries.reserve(size());
+    for_each([&](const Record& record) { entries.push_back({record.prompt_id(), &record}); });
+    if (entries.size() < 4096) {
+        std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.id < b.id; });
+    } else {  // least-significant-digit radix sort; constant digits (small ids) cost nothing
         constexpr int kBits = 11;
-        std::vector<Entry> other(size_);
+        std::vector<Entry> other(entries.size());
         for (int shift = 0; shift < 64; shift += kBits) {
             std::vector<std::size_t> start((1U << kBits) + 1, 0);
-            const auto digit = [shift](const Entry& e) { return (e.key >> shift) & ((1U << kBits) - 1); };
+            const auto digit = [shift](const Entry& e) { return (e.id >> shift) & ((1U << kBits) - 1); };
             for (const Entry& e : entries) ++start[digit(e) + 1];
-            if (start[digit(entries[0]) + 1] == size_) continue;
+            if (start[digit(entries[0]) + 1] == entries.size()) continue;
             for (std::size_t d = 1; d < start.size(); ++d) start[d] += start[d - 1];
             for (const Entry& e : entries) other[start[digit(e)]++] = e;
             entries.swap(other);
         }
     }
-    std::vector<std::uint32_t> positions(size_);
-    std::transform(entries.begin(), entries.end(), positions.begin(), [](const Entry& e) { return e.position; });
-    return positions;
+    std::vector<const Record*> records(entries.size());
+    std::transform(entries.begin(), entries.end(), records.begin(), [](const Entry& e) { return e.record; });
+    return records;
 }
 
 }  // namespace aer

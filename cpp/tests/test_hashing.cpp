@@ -43,3 +43,12 @@ TEST_CASE("splitmix64 gives the reference generator's first outputs") {
     CHECK(aer::splitmix64(1234567) == 6457827717110365317ULL);
     CHECK(aer::splitmix64(1234567 + 0x9E3779B97F4A7C15ULL) == 3203168211198807973ULL);
 }
+
+TEST_CASE("splitmix64_inverse undoes splitmix64") {
+    std::uint64_t x = 0;
+    for (int i = 0; i < 10000; ++i) {
+        CHECK(aer::splitmix64_inverse(aer::splitmix64(x)) == x);
+        x = aer::splitmix64(x);
+    }
+    CHECK(aer::splitmix64_inverse(aer::splitmix64(UINT64_MAX)) == UINT64_MAX);
+}

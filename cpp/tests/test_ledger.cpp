@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <fstream>
 #include <map>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -55,26 +56,88 @@ std::string temporary_path(const char* name) { return "/tmp/aer_test_" + std::to
 
 }  // namespace
 
-TEST_CASE("every prompt is found through all growth, with exact counts") {
+TEST_CASE("every prompt is found through all growth, with exact counts, at an address that never changes") {
     RecordTable table(0);
-    std::map<std::uint64_t, std::uint32_t> expected;
+    std::map<std::uint64_t, std::uint32_t> expected;  // by prompt id
+    std::map<std::uint64_t, const Record*> address;
     std::mt19937_64 random(1);
     for (int i = 0; i < 60000; ++i) {
         const std::uint64_t id = i % 3 == 0 ? static_cast<std::uint64_t>(i) : random();
         for (int k = 0; k < 2; ++k) {
-            ++table.find_or_insert(id).attempts;
+            Record& record = table.find_or_insert(splitmix64(id));
+            ++record.attempts;
             ++expected[id];
+            REQUIRE(address.emplace(id, &record).first->second == &record);
         }
     }
     CHECK(table.size() == expected.size());
     for (const auto& [id, attempts] : expected) {
-        REQUIRE(table.find(id) != RecordTable::kAbsent);
-        REQUIRE(table.at(table.find(id)).attempts == attempts);
+        const Record* const record = table.find(splitmix64(id));
+        REQUIRE(record != nullptr);
+        REQUIRE(record->prompt_id() == id);
+        REQUIRE(record->attempts == attempts);
     }
-    CHECK(table.find(0xDEADBEEF12345678ULL) == RecordTable::kAbsent);
-    const std::vector<std::uint32_t> order = table.sorted_positions();
-    for (std::size_t i = 1; i < order.size(); ++i) REQUIRE(table.at(order[i - 1]).prompt_id < table.at(order[i]).prompt_id);
+    CHECK(table.find(splitmix64(0xDEADBEEF12345678ULL)) == nullptr);
+    auto next = expected.begin();
+    for (const Record* const record : table.by_prompt_id()) REQUIRE(record->prompt_id() == (next++)->first);
+    CHECK(next == expected.end());
+    std::uint64_t previous = 0;
+    std::size_t visited = 0;
+    for (std::size_t shard = 0; shard < RecordTable::kShards; ++shard)
+        for (const Record* const record : table.by_key(shard)) {
+            REQUIRE((visited++ == 0 || record->key > previous));
+            REQUIRE(RecordTable::shard_of(record->key) == shard);
+            previous = record->key;
+        }
+    CHECK(visited == expected.size());
     CHECK(static_cast<double>(table.nbytes()) / static_cast<double>(table.size()) < 64.0);
+}
+
+TEST_CASE("a large batch gives the same ledger as its small pieces, for any number of threads") {
+    constexpr std::size_t kPieces = 8, kSize = 5000;  // a piece is applied directly, the whole is partitioned
+    for (const std::int64_t num_threads : {1, 2, 7}) {
+        Ledger pieces(0.9, 0), whole(0.9, 0);
+        for (std::int64_t step = 0; step < 3; ++step) {
+            Columns all;
+            for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
+                const Columns columns = random_columns(10 * static_cast<std::uint32_t>(step) + piece, kSize, 9000);
+                pieces.update(columns.batch(), step, 1);
+                for (std::size_t i = 0; i < kSize; ++i) all.add(columns.prompt_ids[i], columns.attempts[i], columns.successes[i]);
+            }
+            whole.update(all.batch(), step, num_threads);
+        }
+        CHECK(whole.equals(pieces));
+    }
+}
+
+TEST_CASE("verdicts are batches of single rollouts") {
+    constexpr std::size_t kSize = 40000;
+    std::mt19937_64 random(3);
+    std::vector<std::uint64_t> ids(kSize);
+    const auto solved = std::make_unique<bool[]>(kSize);
+    Columns columns;
+    for (std::size_t i = 0; i < kSize; ++i) {
+        ids[i] = random() % 12000;
+        solved[i] = random() % 3 == 0;
+        columns.add(ids[i], 1, solved[i] ? 1 : 0);
+    }
+    columns.entropy_sum.assign(kSize, 0.0);
+    columns.token_count.assign(kSize, 0);
+    for (const std::size_t size : {std::size_t{100}, kSize}) {
+        Ledger verdicts(0.9, 0), aggregates(0.9, 0);
+        for (std::int64_t step = 0; step < 2; ++step) {
+            verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, step, 3);
+            LedgerBatch batch = columns.batch();
+            for (auto* column : {&batch.attempts, &batch.successes, &batch.token_count}) column->size = size;
+            batch.prompt_ids.size = batch.entropy_sum.size = size;
+            aggregates.update(batch, step, 1);
+        }
+        CHECK(verdicts.equals(aggregates));
+        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 0, 1), std::invalid_argument);
+        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size - 1}}, 2, 1), std::invalid_argument);
+        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 2, 0), std::invalid_argument);
+        CHECK(verdicts.equals(aggregates));
+    }
 }
 
 TEST_CASE("a prompt's decayed sums follow the formula") {
@@ -82,8 +145,8 @@ TEST_CASE("a prompt's decayed sums follow the formula") {
     Columns early, late;
     early.add(42, 8, 6);
     late.add(42, 4, 1);
-    ledger.update(early.batch(), 3);
-    ledger.update(late.batch(), 5);
+    ledger.update(early.batch(), 3, 1);
+    ledger.update(late.batch(), 5, 1);
     const LedgerRows rows = ledger.export_rows();
     CHECK(rows.decayed_successes == std::vector<double>{2.5});
     CHECK(rows.decayed_failures == std::vector<double>{3.5});
@@ -95,19 +158,19 @@ TEST_CASE("a prompt's decayed sums follow the formula") {
 TEST_CASE("a refused batch changes nothing") {
     Ledger ledger(0.9, 0);
     const Columns good = random_columns(1, 500, 100);
-    ledger.update(good.batch(), 7);
+    ledger.update(good.batch(), 7, 1);
     Ledger before(0.9, 0);
     before.merge(ledger);
     Columns bad = random_columns(2, 500, 1000);
-    CHECK_THROWS_AS(ledger.update(bad.batch(), 6), std::invalid_argument);
+    CHECK_THROWS_AS(ledger.update(bad.batch(), 6, 1), std::invalid_argument);
     bad.successes.back() = bad.attempts.back() + 1;
-    CHECK_THROWS_AS(ledger.update(bad.batch(), 8), std::invalid_argument);
+    CHECK_THROWS_AS(ledger.update(bad.batch(), 8, 1), std::invalid_argument);
     CHECK(ledger.equals(before));
 }
 
 TEST_CASE("save and load are the identity; damage is found") {
     Ledger ledger(0.97, 0);
-    for (int step = 0; step < 3; ++step) ledger.update(random_columns(static_cast<std::uint32_t>(step), 20000, 9000).batch(), step);
+    for (int step = 0; step < 3; ++step) ledger.update(random_columns(static_cast<std::uint32_t>(step), 20000, 9000).batch(), step, 1);
     const std::string path = temporary_path("ledger");
     ledger.save(path);
     CHECK(Ledger::load(path, 0.97)->equals(ledger));
@@ -133,10 +196,10 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
             for (int r = 0; r < kRounds; ++r) {
                 const Columns columns = random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000);
                 if (r % 2 == 0) {
-                    shared.update(columns.batch(), 4);
+                    shared.update(columns.batch(), 4, 1);
                 } else {
                     Ledger delta(0.9, 0);
-                    delta.update(columns.batch(), 4);
+                    delta.update(columns.batch(), 4, 1);
                     shared.merge(delta);
                 }
             }
@@ -159,13 +222,13 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
     for (std::thread& reader : readers) reader.join();
     std::remove(path.c_str());
     for (int w = 0; w < kWriters; ++w)
-        for (int r = 0; r < kRounds; ++r) serial.update(random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000).batch(), 4);
+        for (int r = 0; r < kRounds; ++r) serial.update(random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000).batch(), 4, 1);
     CHECK(shared.equals(serial));
 }
 
 TEST_CASE("two ledgers that merge into each other do not deadlock") {
     Ledger one(1.0, 0), two(1.0, 0);
-    one.update(random_columns(1, 50, 50).batch(), 0);
+    one.update(random_columns(1, 50, 50).batch(), 0, 1);
     std::thread forward([&] { for (int i = 0; i < 5; ++i) one.merge(two); });
     std::thread backward([&] { for (int i = 0; i < 5; ++i) two.merge(one); });
     forward.join();

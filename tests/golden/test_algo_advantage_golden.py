@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from aer_megatron.algo.advantage import group_advantages
+from aer_megatron.algo.advantage import group_advantages, overlong_penalty
 from aer_megatron.config import AlgoSection
 from aer_megatron.types import Experience
 
@@ -80,3 +80,28 @@ def test_broken_groups_are_refused():
     mixed[1] = EASY
     with pytest.raises(ValueError, match="differs within a group"):
         group_advantages(replace(batch, prompt_id_B=mixed), AlgoSection())
+
+
+def test_overlong_penalty_grows_over_the_buffer():
+    # max_new_tokens 10, buffer 4: free up to 6 tokens, then 1/4 of the penalty per token
+    lengths = np.array([1, 6, 7, 8, 10])
+    long = replace(experience([1, 0, 1, 0, 1], [0] * 5, [3] * 5), response_length_B=lengths)
+    config = AlgoSection(overlong_buffer=4, overlong_penalty=0.5)
+    penalty = overlong_penalty(long, config, max_new_tokens=10)
+    assert penalty is not None and penalty.tolist() == [0, 0, 0.125, 0.25, 0.5]
+    assert overlong_penalty(long, AlgoSection(), max_new_tokens=10) is None
+
+
+def test_a_penalty_moves_the_advantage_and_no_verdict():
+    # rewards 1 1 0 0, penalties 0 1/2 0 1/2: shaped 1 1/2 0 -1/2, mean 1/4
+    group = experience([1, 1, 0, 0], [0] * 4, [3] * 4)
+    shaped = group_advantages(group, AlgoSection(divide_by_std=False), penalty_B=np.array([0, 0.5, 0, 0.5]))
+    assert shaped.advantage_B.tolist() == [0.75, 0.25, -0.25, -0.75]
+    assert (shaped.successes_P.tolist(), shaped.accuracy_P.tolist()) == ([2], [0.5])
+    assert group.reward_B.tolist() == [1, 1, 0, 0]
+    # all right, one too long: 1 and 0.5 are told apart, and both still count as solved
+    solved = group_advantages(
+        experience([1, 1], [0, 0], [3, 3]), AlgoSection(divide_by_std=False), penalty_B=np.array([0.0, 0.5])
+    )
+    assert solved.advantage_B.tolist() == [0.25, -0.25]
+    assert solved.successes_P.tolist() == [2]

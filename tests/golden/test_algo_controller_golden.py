@@ -151,15 +151,15 @@ def test_anti_windup_freezes_the_integrator_below_the_floor_only():
 
 
 def test_alarms_name_step_entropy_target_and_alpha():
-    # collapse below 0.5 * 0.36 = 0.18; explosion above 1.5 * 0.9 = 1.35.
+    # collapse below 0.7 * 0.36 = 0.252; explosion above 1.5 * 0.9 = 1.35.
     config = EntropySection(kind="fixed")
-    low = update(state_with(0.001), config, seen(0.17)).alarm
-    assert low == "entropy collapse at step 8: H 0.17, H* 0.36, alpha 0.001; H is below 0.5 of the target"
+    low = update(state_with(0.001), config, seen(0.25)).alarm
+    assert low == "entropy collapse at step 8: H 0.25, H* 0.36, alpha 0.001; H is below 0.7 of the target"
     high = update(state_with(0.001), config, seen(1.4)).alarm
     assert high == (
         "entropy explosion at step 8: H 1.4, H* 0.36, alpha 0.001; H is above 1.5 times the initial 0.9"
     )
-    assert update(state_with(0.001), config, seen(0.19)).alarm is None
+    assert update(state_with(0.001), config, seen(0.26)).alarm is None
     assert update(state_with(0.001), config, seen(1.34)).alarm is None
     silent = EntropySection(kind="fixed", alarm_low=0, alarm_high=0)
     assert update(state_with(0.001), silent, seen(0.0)).alarm is None

@@ -45,15 +45,29 @@ def test_bad_difficulty_input():
     with pytest.raises(ValueError, match="difficulty='cubic'"):
         difficulty(ACCURACY, shape="cubic", rho=0.5)
     with pytest.raises(ValueError, match="normalize='max'"):
-        normalize_difficulty(ACCURACY, mode="max")
+        normalize_difficulty(ACCURACY, mode="max", floor=0.02)
+    for floor in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="difficulty_floor"):
+            normalize_difficulty(ACCURACY, mode="mean", floor=floor)
 
 
 def test_normalisation():
     d_P = np.array([1.0, 0.5, 0.0, 0.5])  # mean 0.5
-    assert normalize_difficulty(d_P, mode="mean").tolist() == [2.0, 1.0, 0.0, 1.0]
-    assert normalize_difficulty(d_P, mode="none").tolist() == d_P.tolist()
-    assert normalize_difficulty(np.zeros(3), mode="mean").tolist() == [0, 0, 0]
-    assert normalize_difficulty(np.zeros(0), mode="mean").shape == (0,)
+    for floor in (0.0, 0.02, 0.5):
+        assert normalize_difficulty(d_P, mode="mean", floor=floor).tolist() == [2.0, 1.0, 0.0, 1.0]
+        assert normalize_difficulty(d_P, mode="none", floor=floor).tolist() == d_P.tolist()
+        assert normalize_difficulty(np.zeros(3), mode="mean", floor=floor).tolist() == [0, 0, 0]
+        assert normalize_difficulty(np.zeros(0), mode="mean", floor=floor).shape == (0,)
+
+
+def test_the_floor_bounds_the_share_of_a_lone_hard_prompt():
+    alone_P = np.zeros(64)
+    alone_P[7] = 1.0  # mean 1/64 = 0.015625
+    assert normalize_difficulty(alone_P, mode="mean", floor=0.0)[7] == 64
+    assert normalize_difficulty(alone_P, mode="mean", floor=0.02)[7] == 50  # 1 / 0.02
+    assert normalize_difficulty(alone_P, mode="mean", floor=0.125).tolist() == [8.0 if i == 7 else 0 for i in range(64)]
+    # half as hard, still below the floor: half the share, so the bonus fades instead of jumping
+    assert normalize_difficulty(alone_P / 2, mode="mean", floor=0.125)[7] == 4
 
 
 def two_prompts() -> Experience:

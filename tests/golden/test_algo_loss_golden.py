@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
-from aer_megatron.algo.loss import PolicyLossOptions, policy_loss, supervised_loss
+from aer_megatron.algo.loss import policy_loss, supervised_loss
+from aer_megatron.config import AlgoSection
+from tests.support.tokens import token_data
 
-OPTIONS = PolicyLossOptions(clip_low=0.2, clip_high=0.28, dual_clip=0.0)
+CONFIG = AlgoSection(clip_low=0.2, clip_high=0.28)
 # Ratios r and advantages A of six tokens, with what min(r A, clip(r) A) is and whether its gradient survives:
 #   r    A   surrogate                                     d surrogate / d logprob = r A where not clipped
 #   1.0  +1  min(1.0, 1.0)            =  1.0               1.0
@@ -32,29 +34,31 @@ def inputs():
     old = torch.tensor([-1.0, -0.5, -2.0, -0.1, -3.0, -0.7], dtype=torch.float64)
     logprob = (old + torch.tensor(RATIOS, dtype=torch.float64).log()).requires_grad_()
     entropy = torch.tensor(ENTROPIES, dtype=torch.float64, requires_grad=True)
-    data = {
-        "old_logprob_T": old,
-        "advantage_T": torch.tensor(ADVANTAGES, dtype=torch.float64),
-        "entropy_weight_T": torch.tensor(WEIGHTS, dtype=torch.float64),
-        "normalizer": NORMALIZER,
-    }
-    return logprob, entropy, data
+    advantage = torch.tensor(ADVANTAGES, dtype=torch.float64)
+    weight = torch.tensor(WEIGHTS, dtype=torch.float64)
+    return logprob, entropy, token_data(old, advantage, entropy_weight_T=weight)
 
 
 def test_policy_loss_and_gradients():
-    logprob, entropy, data = inputs()
-    output = policy_loss(logprob, entropy, **data, options=OPTIONS)
+    logprob, entropy, tokens = inputs()
+    output = policy_loss(logprob, entropy, tokens=tokens, normalizer=NORMALIZER, config=CONFIG)
     # surrogates: 1 + 1.28 + 0.5 - 0.8 - 1.5 - 8 = -7.52; loss = -(-7.52 + 0.4) / 10 = 0.712
     assert output.loss.item() == pytest.approx(0.712, rel=1e-12)
     output.loss.backward()
     expected = torch.tensor(GRADIENTS, dtype=torch.float64) / -NORMALIZER
     torch.testing.assert_close(logprob.grad, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(entropy.grad, -data["entropy_weight_T"] / NORMALIZER, rtol=1e-12, atol=0)
+    torch.testing.assert_close(entropy.grad, -tokens.entropy_weight_T / NORMALIZER, rtol=1e-12, atol=0)
 
 
 def test_dual_clip_bounds_only_negative_advantages():
-    logprob, entropy, data = inputs()
-    output = policy_loss(logprob, entropy, **data, options=PolicyLossOptions(0.2, 0.28, dual_clip=3.0))
+    logprob, entropy, tokens = inputs()
+    output = policy_loss(
+        logprob,
+        entropy,
+        tokens=tokens,
+        normalizer=NORMALIZER,
+        config=AlgoSection(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
+    )
     # Only the last token has r = 4 > 3 with A < 0: -8 becomes 3 * -2 = -6, its gradient 0. Loss 0.512.
     assert output.loss.item() == pytest.approx(0.512, rel=1e-12)
     output.loss.backward()
@@ -64,8 +68,8 @@ def test_dual_clip_bounds_only_negative_advantages():
 
 
 def test_sums_are_detached_float64_sums_with_token_counts():
-    logprob, entropy, data = inputs()
-    sums = policy_loss(logprob, entropy, **data, options=OPTIONS).sums
+    logprob, entropy, tokens = inputs()
+    sums = policy_loss(logprob, entropy, tokens=tokens, normalizer=NORMALIZER, config=CONFIG).sums
     expected = {
         "policy_loss": -sum(SURROGATES),
         "entropy_bonus": 0.4,
@@ -91,11 +95,9 @@ def test_at_the_old_policy_the_gradient_is_minus_advantage():
     output = policy_loss(
         logprob,
         zeros,
-        old_logprob_T=logprob.detach(),
-        advantage_T=torch.tensor([0.75, -1.5]),
-        entropy_weight_T=zeros,
+        tokens=token_data(logprob.detach(), torch.tensor([0.75, -1.5])),
         normalizer=4.0,
-        options=OPTIONS,
+        config=CONFIG,
     )
     output.loss.backward()
     assert logprob.grad.tolist() == [-0.75 / 4, 1.5 / 4]
@@ -109,11 +111,9 @@ def test_no_tokens_give_a_zero_with_a_graph():
     output = policy_loss(
         empty,
         empty,
-        old_logprob_T=data,
-        advantage_T=data,
-        entropy_weight_T=data,
+        tokens=token_data(data, data),
         normalizer=5.0,
-        options=PolicyLossOptions(0.2, 0.2, 3.0),
+        config=AlgoSection(dual_clip=3.0),
     )
     assert output.loss.item() == 0
     output.loss.backward()
@@ -129,11 +129,9 @@ def test_a_huge_log_ratio_overflows_nothing():
     output = policy_loss(
         logprob,
         torch.zeros(3),
-        old_logprob_T=torch.tensor([-200.0, -200.0, -200.0]),
-        advantage_T=torch.tensor([0.0, 1.0, -1.0]),
-        entropy_weight_T=torch.zeros(3),
+        tokens=token_data(torch.full((3,), -200.0), torch.tensor([0.0, 1.0, -1.0])),
         normalizer=3.0,
-        options=OPTIONS,
+        config=CONFIG,
     )
     output.loss.backward()
     assert torch.isfinite(output.loss) and torch.isfinite(logprob.grad).all()
@@ -161,12 +159,4 @@ def test_a_normalizer_that_is_not_positive_is_refused(normalizer):
 def test_shapes_that_differ_are_refused():
     good, bad = torch.zeros(2), torch.zeros(2, 1)
     with pytest.raises(ValueError, match="one shape"):
-        policy_loss(
-            good,
-            good,
-            old_logprob_T=good,
-            advantage_T=bad,
-            entropy_weight_T=good,
-            normalizer=2.0,
-            options=OPTIONS,
-        )
+        policy_loss(good, good, tokens=token_data(good, bad), normalizer=2.0, config=CONFIG)

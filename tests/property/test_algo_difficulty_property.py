@@ -24,13 +24,21 @@ def test_difficulty_is_in_the_unit_interval_and_falls_with_accuracy(accuracy_P, 
     assert difficulty(np.zeros(1), shape=shape, rho=rho)[0] == 1
 
 
-@given(accuracies, shapes, rhos)
-def test_normalised_difficulty_has_mean_one_and_keeps_proportions(accuracy_P, shape, rho):
+@given(accuracies, shapes, rhos, st.floats(1e-3, 0.5))
+def test_normalised_difficulty_keeps_proportions_within_mean_one_and_the_floors_bound(accuracy_P, shape, rho, floor):
     d_P = difficulty(accuracy_P, shape=shape, rho=rho)
-    normalised_P = normalize_difficulty(d_P, mode="mean")
+    normalised_P = normalize_difficulty(d_P, mode="mean", floor=floor)
+    np.testing.assert_allclose(normalised_P.mean(), min(1.0, d_P.mean() / floor), rtol=1e-12)
+    np.testing.assert_allclose(normalised_P * max(d_P.mean(), floor), d_P, rtol=1e-12)
+    assert np.all(normalised_P <= 1 / floor)
+
+
+@given(accuracies, shapes, rhos)
+def test_without_a_floor_the_normalised_mean_is_one(accuracy_P, shape, rho):
+    d_P = difficulty(accuracy_P, shape=shape, rho=rho)
+    normalised_P = normalize_difficulty(d_P, mode="mean", floor=0.0)
     if d_P.mean() > 1e-12:
         np.testing.assert_allclose(normalised_P.mean(), 1, rtol=1e-12)
-        np.testing.assert_allclose(normalised_P * d_P.mean(), d_P, rtol=1e-12)
     else:
         np.testing.assert_array_equal(normalised_P, d_P)
 

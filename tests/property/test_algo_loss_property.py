@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aer_megatron.algo.loss import PolicyLossOptions, policy_loss
+from aer_megatron.algo.loss import TokenData, policy_loss, sequence_weights
+from aer_megatron.config import AlgoSection
+from tests.support.tokens import token_data
 
 seeds = st.integers(0, 2**31)
 options = st.builds(
-    PolicyLossOptions, st.floats(0.05, 0.5), st.floats(0.05, 0.5), st.sampled_from([0.0, 1.5, 3.0])
+    AlgoSection,
+    clip_low=st.floats(0.05, 0.5),
+    clip_high=st.floats(0.05, 0.5),
+    dual_clip=st.sampled_from([0.0, 1.5, 3.0]),
+    policy_loss=st.sampled_from(["clip", "clip_cov", "kl_cov"]),
+    kl_cov_coefficient=st.floats(0.1, 2.0),
+    kl_coefficient=st.sampled_from([0.0, 0.3]),
+    tis_clip=st.sampled_from([0.0, 1.2]),
 )
 
 
 def batch(
-    seed: int, num_tokens: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    seed: int, num_tokens: int, dtype: torch.dtype, config: AlgoSection
+) -> tuple[torch.Tensor, torch.Tensor, TokenData]:
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> torch.Tensor:
@@ -27,12 +38,22 @@ def batch(
 
     logprob = (-normal().abs()).requires_grad_()
     entropy = normal().abs().requires_grad_()
-    data = {
-        "old_logprob_T": logprob.detach() + 0.6 * normal(),
-        "advantage_T": normal(),
-        "entropy_weight_T": 0.1 * normal().abs(),
-    }
-    return logprob, entropy, data
+    old = logprob.detach() + 0.6 * normal()
+    tokens = token_data(
+        old,
+        normal(),
+        entropy_weight_T=0.1 * normal().abs(),
+        mean_weight_T=normal().abs(),
+        rollout_logprob_T=old + 0.3 * normal(),
+        selected_T=None if config.policy_loss == "clip" else normal() > 0.5,
+        ref_logprob_T=logprob.detach() + 0.5 * normal() if config.kl_coefficient else None,
+    )
+    return logprob, entropy, tokens
+
+
+def part_of(tokens: TokenData, start: int, end: int) -> TokenData:
+    values = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
+    return TokenData(**{name: None if value is None else value[start:end] for name, value in values.items()})
 
 
 @settings(deadline=None)
@@ -40,8 +61,8 @@ def batch(
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_loss_and_gradient_do_not_depend_on_the_split(dtype, tolerance, seed, num_tokens, cuts, chosen):
     normalizer = float(num_tokens)
-    logprob, entropy, data = batch(seed, num_tokens, dtype)
-    whole = policy_loss(logprob, entropy, **data, normalizer=normalizer, options=chosen)
+    logprob, entropy, tokens = batch(seed, num_tokens, dtype, chosen)
+    whole = policy_loss(logprob, entropy, tokens=tokens, normalizer=normalizer, config=chosen)
     whole.loss.backward()
     gradients = (logprob.grad.clone(), entropy.grad.clone())
     logprob.grad = entropy.grad = None
@@ -51,9 +72,9 @@ def test_loss_and_gradient_do_not_depend_on_the_split(dtype, tolerance, seed, nu
     sums = dict.fromkeys(whole.sums, 0.0)
     counts = dict.fromkeys(whole.sums, 0.0)
     for start, end in pairwise(bounds):
-        part = {name: value[start:end] for name, value in data.items()}
+        part = part_of(tokens, start, end)
         output = policy_loss(
-            logprob[start:end], entropy[start:end], **part, normalizer=normalizer, options=chosen
+            logprob[start:end], entropy[start:end], tokens=part, normalizer=normalizer, config=chosen
         )
         output.loss.backward()
         total += output.loss.detach()
@@ -72,10 +93,10 @@ def test_loss_and_gradient_do_not_depend_on_the_split(dtype, tolerance, seed, nu
 @settings(deadline=None)
 @given(seeds, st.integers(1, 12), options)
 def test_gradient_is_the_finite_difference(seed, num_tokens, chosen):
-    logprob, entropy, data = batch(seed, num_tokens, torch.float64)
-    policy_loss(logprob, entropy, **data, normalizer=7.0, options=chosen).loss.backward()
-    ratio = (logprob.detach() - data["old_logprob_T"]).exp()
-    edges = [1 - chosen.clip_low, 1 + chosen.clip_high, chosen.dual_clip or 1e9]
+    logprob, entropy, tokens = batch(seed, num_tokens, torch.float64, chosen)
+    policy_loss(logprob, entropy, tokens=tokens, normalizer=7.0, config=chosen).loss.backward()
+    ratio = (logprob.detach() - tokens.old_logprob_T).exp()
+    edges = [1 - chosen.clip_low, 1 + chosen.clip_high, chosen.dual_clip or 1e9, 1.0]
     step = 1e-6
     for index in range(num_tokens):
         if any(abs(ratio[index].item() - edge) < 1e-4 for edge in edges):
@@ -85,7 +106,7 @@ def test_gradient_is_the_finite_difference(seed, num_tokens, chosen):
             for sign in (1, -1):
                 moved = [logprob.detach().clone(), entropy.detach().clone()]
                 moved[0 if tensor is logprob else 1][index] += sign * step
-                values.append(policy_loss(*moved, **data, normalizer=7.0, options=chosen).loss.item())
+                values.append(policy_loss(*moved, tokens=tokens, normalizer=7.0, config=chosen).loss.item())
             slope = (values[0] - values[1]) / (2 * step)
             assert tensor.grad[index].item() == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
@@ -93,8 +114,34 @@ def test_gradient_is_the_finite_difference(seed, num_tokens, chosen):
 @settings(deadline=None)
 @given(seeds, st.integers(1, 30), options)
 def test_bounds_of_the_statistics(seed, num_tokens, chosen):
-    logprob, entropy, data = batch(seed, num_tokens, torch.float32)
-    sums = policy_loss(logprob, entropy, **data, normalizer=1.0, options=chosen).sums
+    logprob, entropy, tokens = batch(seed, num_tokens, torch.float32, chosen)
+    sums = policy_loss(logprob, entropy, tokens=tokens, normalizer=1.0, config=chosen).sums
     assert sums["approx_kl"][0].item() >= 0
     clipped = sums["clip_low"][0].item() + sums["clip_high"][0].item() + sums["dual_clip"][0].item()
     assert clipped <= num_tokens  # the three exclude one another
+    assert ("reference_kl" in sums) == (chosen.kl_coefficient > 0)
+    assert ("tis_weight" in sums) == (chosen.tis_clip > 0)
+    if chosen.kl_coefficient:
+        assert sums["reference_kl"][0].item() >= 0
+    if chosen.tis_clip:
+        weight, squared = sums["tis_weight"][0].item(), sums["tis_weight_squared"][0].item()
+        assert 0 < weight <= num_tokens * chosen.tis_clip * (1 + 1e-6)
+        assert weight**2 <= num_tokens * squared * (1 + 1e-6)  # the effective sample size is at most the sample
+
+
+lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20).map(lambda values: np.array(values, dtype=np.int64))
+
+
+@given(lengths, st.integers(50, 100))
+def test_sequence_weights_are_the_means_they_are_named_after(length_b, max_new_tokens):
+    rng = np.random.default_rng(0)
+    losses = [rng.normal(size=length) for length in length_b]
+    expected = {
+        "tokens": np.concatenate(losses).mean(),
+        "sequences": np.mean([loss.mean() for loss in losses]),
+        "constant": np.concatenate(losses).sum() / (len(losses) * max_new_tokens),
+    }
+    for rule, mean in expected.items():
+        weight_b = sequence_weights(length_b, rule=rule, max_new_tokens=max_new_tokens)
+        weighted = sum(weight * loss.sum() for weight, loss in zip(weight_b, losses, strict=True))
+        assert weighted / length_b.sum() == pytest.approx(mean, rel=1e-9, abs=1e-12), rule

@@ -75,19 +75,26 @@ def fixed_batch(num_sequences: int = 12, seed: int = 0) -> TrainBatch:
     )
 
 
-def build_actor(config: Config, *, tied: bool = True) -> Any:
-    """Returns an Actor with the tiny model's weights; the default process group must exist.
-
-    Groups of an earlier actor in the same process are left first, so layouts can follow one another.
-    """
+def build_topology(config: Config) -> Any:
+    """Returns the calling rank's topology; the groups of an earlier one are left first."""
     from megatron.core import parallel_state
 
-    from aer_megatron.actor.actor import Actor
     from aer_megatron.parallel.topology import initialize_topology
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    topology = initialize_topology(tp=config.parallel.tp, pp=config.parallel.pp, seed=1)
+    parallel = config.parallel
+    return initialize_topology(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=1)
+
+
+def build_actor(config: Config, *, tied: bool = True, topology: Any = None) -> Any:
+    """Returns an Actor with the tiny model's weights; the default process group must exist.
+
+    Without a ``topology`` to share with other actors it builds its own, so layouts can follow one another.
+    """
+    from aer_megatron.actor.actor import Actor
+
+    topology = topology or build_topology(config)
     model = tiny_hf_model(tied=tied)
     arch = architecture_from_hf_config(model.config.to_dict())
     actor = Actor(

@@ -178,6 +178,13 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"eval": {"k": [1, 64], "num_samples": 32}}, ["eval.k=[1, 64]", "pass@64", "eval.num_samples=32"]),
     ({"run": {"eval_every": 5}}, ["run.eval_every=5", "[data.eval]"]),
     ({"algo": {"dual_clip": 0.5}}, ["algo.dual_clip=0.5", "greater than 1"]),
+    ({"algo": {"dual_clip": 3.0, "policy_loss": "kl_cov"}}, ["algo.dual_clip=3.0 must be 0", "kl_cov"]),
+    ({"algo": {"clip_cov_low": 5.0}}, ["algo.clip_cov_low=5.0", "below clip_cov_high=5.0"]),
+    ({"algo": {"tis_clip": 0.5}}, ["algo.tis_clip=0.5", "at least 1"]),
+    (
+        {"algo": {"overlong_buffer": 64}, "rollout": {"max_new_tokens": 64}},
+        ["algo.overlong_buffer=64", "max_new_tokens=64"],
+    ),
     ({"rollout": {"group_size": 1}}, ["rollout.group_size=1", "at least 2"]),
     ({"data": {"train": {}}}, ["data.train", "exactly one of path and task"]),
     (
@@ -205,6 +212,9 @@ def test_options_that_do_not_fit_together_are_an_error(
         {"eval": {"k": [1, 32], "num_samples": 32}},
         {"run": {"eval_every": 5}, "data": {"train": {"task": "countdown"}, "eval": {"path": "eval.jsonl"}}},
         {"algo": {"dual_clip": 3.0}},
+        {"algo": {"dual_clip": 3.0, "policy_loss": "clip_cov"}},
+        {"algo": {"tis_clip": 1.0}},
+        {"algo": {"overlong_buffer": 63}, "rollout": {"max_new_tokens": 64}},
         {"rollout": {"group_size": 1}, "algo": {"divide_by_std": False}},
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from aer_megatron._C import DifficultyLedger
 
 HEADER = struct.Struct("<8sIIdQ")  # magic, format version, record bytes, decay, count
-RECORD = struct.Struct("<QddqIIIi")  # id, decayed sums, entropy / 2^-30, tokens, attempts, wins, step
+RECORD = struct.Struct("<QddqIIIi")  # key, decayed sums, entropy / 2^-30, tokens, attempts, wins, step
 
 
 def make_ledger(num_prompts: int = 100, decay: float = 0.9) -> DifficultyLedger:
@@ -49,10 +49,20 @@ def test_the_bytes_are_the_documented_ones(tmp_path: Path) -> None:
     path = tmp_path / "ledger.bin"
     ledger.save(str(path))
     content = path.read_bytes()
-    assert HEADER.unpack_from(content) == (b"AERLEDGR", 1, RECORD.size, 0.5, 3)
+    assert HEADER.unpack_from(content) == (b"AERLEDGR", 2, RECORD.size, 0.5, 3)
     records = [RECORD.unpack_from(content, HEADER.size + i * RECORD.size) for i in range(3)]
-    assert records == [(p, 1.0, 3.0, 3 * 2**29, 30, 4, 1, 6) for p in (4, 9, 2**64 - 1)]
+    keys = sorted(splitmix64(prompt) for prompt in (4, 9, 2**64 - 1))
+    assert records == [(key, 1.0, 3.0, 3 * 2**29, 30, 4, 1, 6) for key in keys]
     assert len(content) == HEADER.size + 3 * RECORD.size + 8
+
+
+def splitmix64(x: int) -> int:
+    """The finaliser of Steele, Lea and Flood 2014, on Python's integers."""
+    mask = 2**64 - 1
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
 
 
 def test_the_checksum_of_an_empty_ledger_is_xxh64(tmp_path: Path) -> None:
@@ -156,12 +166,12 @@ def test_other_format_version_other_decay_and_trailing_bytes(tmp_path: Path) -> 
     content = path.read_bytes()
     with pytest.raises(ValueError, match=r"ledger\.bin: was written with decay 0.9, expected decay 0.8"):
         DifficultyLedger.load(str(path), decay=0.8)
-    path.write_bytes(content[:8] + struct.pack("<I", 2) + content[12:])
-    with pytest.raises(ValueError, match=r"ledger\.bin: format version 2; this build reads version 1"):
+    path.write_bytes(content[:8] + struct.pack("<I", 1) + content[12:])
+    with pytest.raises(ValueError, match=r"ledger\.bin: format version 1; this build reads version 2; start a new"):
         DifficultyLedger.load(str(path))
     path.write_bytes(content + b"\0")
     with pytest.raises(ValueError, match=r"ledger\.bin: corrupt: .* bytes where 100 prompts need"):
         DifficultyLedger.load(str(path))
-    path.write_bytes(HEADER.pack(b"AERLEDGR", 1, RECORD.size, 0.9, 2**62) + content[HEADER.size :])
+    path.write_bytes(HEADER.pack(b"AERLEDGR", 2, RECORD.size, 0.9, 2**62) + content[HEADER.size :])
     with pytest.raises(ValueError, match=r"ledger\.bin: corrupt header"):
         DifficultyLedger.load(str(path))

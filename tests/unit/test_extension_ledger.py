@@ -300,3 +300,35 @@ def test_at_most_64_bytes_per_prompt_while_it_grows(hint: int) -> None:
     assert len(ledger) == 200_000
     assert ledger.nbytes / len(ledger) <= 64
     assert (ledger.lookup(np.arange(200_000, dtype=np.uint64)).attempts == 1).all()
+
+
+@pytest.mark.parametrize("size", [300, 40_000])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_verdicts_are_single_rollouts_and_threads_do_not_show(size: int, num_threads: int) -> None:
+    rng = np.random.default_rng(size)
+    prompts = rng.integers(0, size // 2, size).astype(np.uint64)
+    solved = rng.integers(0, 2, size).astype(bool)
+    verdicts, aggregates = DifficultyLedger(0.9, 0), DifficultyLedger(0.9, 0)
+    zeros, ones = np.zeros(size, dtype=np.int64), np.ones(size, dtype=np.int64)
+    for step in (0, 3):
+        verdicts.update_verdicts(prompts, solved, step=step, num_threads=num_threads)
+        for part in np.array_split(np.arange(size), 7):  # small pieces take the direct path
+            columns = (ones[part], solved[part].astype(np.int64), np.zeros(len(part)), zeros[part])
+            aggregates.update(prompts[part], *columns, step=step)
+    assert verdicts == aggregates
+    counts = np.bincount(prompts.astype(np.int64), weights=solved, minlength=size // 2)
+    assert verdicts.lookup(np.arange(size // 2, dtype=np.uint64)).successes.tolist() == (2 * counts).tolist()
+
+
+def test_bad_verdicts_change_nothing() -> None:
+    ledger = DifficultyLedger(0.9, 0)
+    ledger.update_verdicts(ids(1, 2), np.array([True, False]), step=4)
+    with pytest.raises(ValueError, match=r"prompt 2 was last updated at step 4; step=3"):
+        ledger.update_verdicts(ids(5, 2), np.array([True, False]), step=3)
+    with pytest.raises(ValueError, match="prompt_ids has 2 entries and solved 1"):
+        ledger.update_verdicts(ids(5, 2), np.array([True]), step=5)
+    with pytest.raises(TypeError, match=r"solved must be .* bool .* dtype int64"):
+        ledger.update_verdicts(ids(5, 2), ints(1, 0), step=5)
+    with pytest.raises(ValueError, match=r"num_threads=0 must be in \[1, 256\]"):
+        ledger.update_verdicts(ids(5), np.array([True]), step=5, num_threads=0)
+    assert ledger.export().prompt_ids.tolist() == [1, 2]

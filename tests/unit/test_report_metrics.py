@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from aer_megatron.report.metrics import FAMILIES, Metric, pass_at, pass_k, reason_count, unit_of
+from aer_megatron.algo.flight import BUCKETS, BucketSums, bucket_means
+from aer_megatron.report.metrics import (
+    DIFFICULTY,
+    FAMILIES,
+    Metric,
+    by_difficulty,
+    pass_at,
+    pass_k,
+    reason_count,
+    unit_of,
+)
 from tools import write_metrics_docs
 
 REQUIRED = (
@@ -40,6 +51,11 @@ REQUIRED = (
     "eval/pass@32",
     "eval/response_length_mean",
     "aer/reason",
+    "difficulty/prompts/unsolved",
+    "difficulty/token_entropy/hard",
+    "difficulty/reward/medium",
+    "difficulty/response_length/easy",
+    "difficulty/coefficient/hard",
     "aer/alarm",
     "aer/held",
     "aer/frozen",
@@ -89,6 +105,18 @@ def test_a_family_refuses_what_it_could_not_read_back() -> None:
         pass_at(0)
     with pytest.raises(ValueError, match="snake_case"):
         reason_count("No answer")
+    for measure, bucket in (("reward", "impossible"), ("rewards", "hard")):
+        with pytest.raises(ValueError, match="buckets: unsolved, hard, medium, easy"):
+            by_difficulty(measure, bucket)
+
+
+def test_every_measure_of_a_difficulty_bucket_has_a_name() -> None:
+    ones = np.ones(len(BUCKETS), dtype=np.int64)
+    means = bucket_means(BucketSums(ones, ones, ones, 1.0 * ones, 1.0 * ones, 1.0 * ones), 0.5)
+    assert list(means) == list(BUCKETS)
+    for bucket, row in means.items():
+        assert row.keys() == DIFFICULTY.keys()
+        assert all(unit_of(by_difficulty(measure, bucket)) for measure in row)
 
 
 def test_a_metric_is_its_name() -> None:

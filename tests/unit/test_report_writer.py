@@ -144,7 +144,7 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
 def test_damage_before_the_last_line_is_named_and_left_alone(tmp_path: Path, damage: bytes) -> None:
     content = b'{"step": 0}\n' + damage + b'\n{"step": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a metrics record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not the record of a step"):
         MetricsWriter(tmp_path)
     assert lines(tmp_path) == content
 

@@ -38,7 +38,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
-    with VerifierPool(num_workers=2, timeout_s=1.5) as made:
+    with VerifierPool(num_workers=2, timeout_s=3.0) as made:
         yield made
 
 

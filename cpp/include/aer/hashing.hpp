@@ -15,6 +15,13 @@ inline std::uint64_t splitmix64(std::uint64_t x) {
     return x ^ (x >> 31);
 }
 
+// The x of splitmix64(x): each of its steps undone in reverse, with the multipliers' inverses modulo 2^64.
+inline std::uint64_t splitmix64_inverse(std::uint64_t x) {
+    x = (x ^ (x >> 31) ^ (x >> 62)) * 0x319642B2D24D8EC3ULL;
+    x = (x ^ (x >> 27) ^ (x >> 54)) * 0x96DE1B173F119089ULL;
+    return (x ^ (x >> 30) ^ (x >> 60)) - 0x9E3779B97F4A7C15ULL;
+}
+
 // XXH64 with seed 0, fed in pieces of any length (specification: xxHash, doc/xxhash_spec.md).
 class Checksum64 {
   public:

@@ -6,7 +6,7 @@
 // Every public function is safe to call from several threads: readers share, writers are alone.
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "aer/decay.hpp"
 #include "aer/record_table.hpp"
 #include "aer/span.hpp"
 
@@ -28,6 +29,12 @@ struct LedgerBatch {
     Span<const std::int64_t> successes;
     Span<const double> entropy_sum;  // nats
     Span<const std::int64_t> token_count;
+};
+
+// One rollout per entry: prompt and verdict (0 or 1), nothing aggregated.
+struct VerdictBatch {
+    Span<const std::uint64_t> prompt_ids;
+    Span<const bool> solved;
 };
 
 struct LedgerRows {
@@ -58,17 +65,28 @@ struct BetaPrior {
     double failure;
 };
 
+// Lifetime totals, of a batch or the largest of any prompt.
+struct LedgerTotals {
+    std::uint64_t attempts = 0, tokens = 0;
+    double nats = 0.0;
+
+    void raise(const Record& record);
+    bool has_room_for(const LedgerTotals& added) const;
+};
+
 class Ledger {
   public:
     // Throws std::invalid_argument unless 0 < decay <= 1 and capacity_hint >= 0.
     Ledger(double decay, std::int64_t capacity_hint);
 
-    double decay() const { return decay_; }
+    double decay() const { return decay_.factor(); }
     std::size_t size() const;
     std::size_t nbytes() const;
 
     // All or nothing: throws std::invalid_argument before anything is changed.
-    void update(const LedgerBatch& batch, std::int64_t step);
+    // The number of threads (1 .. 256) does not show in the result; small batches use one.
+    void update(const LedgerBatch& batch, std::int64_t step, std::int64_t num_threads);
+    void update(const VerdictBatch& batch, std::int64_t step, std::int64_t num_threads);
     void merge(const Ledger& other);
     void merge(const LedgerRowsView& rows);
 
@@ -78,7 +96,7 @@ class Ledger {
     std::vector<double> posterior_mean(Span<const std::uint64_t> prompt_ids, BetaPrior prior, std::int64_t step) const;
     // The same of one record; throws std::invalid_argument when the record is from a later step.
     double posterior_mean(const Record& record, BetaPrior prior, std::int64_t step) const;
-    // Calls `visitor` with every record, in the order in which the prompts came.
+    // Calls `visitor` with every record, in no particular order.
     void visit(const std::function<void(const Record&)>& visitor) const;
 
     bool equals(const Ledger& other) const;
@@ -88,16 +106,20 @@ class Ledger {
     static std::unique_ptr<Ledger> load(const std::string& path, std::optional<double> decay);
 
   private:
-    double power(std::int64_t steps) const;
-    double decayed(double sum, std::int64_t steps) const;
-    void align(Record& record, std::int64_t step) const;
-    void add(Record& record, const Record& other) const;
-    void check_capacity(const LedgerBatch& batch, const std::vector<std::uint32_t>& positions) const;
-    void check_sum(const Record& record, const Record& other) const;
+    void check_order(Span<const std::uint64_t> prompt_ids, std::int64_t step) const;
+    void reserve_totals(const LedgerTotals& added, const std::function<void()>& check_exactly);
+    void check_capacity(std::vector<Record> added) const;
+    void add(const Record& record);
+    void append(const Record& record) {  // of a prompt that is not in the table
+        table_.shard(RecordTable::shard_of(record.key)).insert(record.key) = record;
+        most_.raise(record);
+        newest_step_ = std::max<std::int64_t>(newest_step_, record.last_step);
+    }
 
-    double decay_;
-    std::array<double, 256> powers_;
+    Decay decay_;
     RecordTable table_;
+    LedgerTotals most_;             // at least the lifetime totals of every prompt
+    std::int64_t newest_step_ = -1;  // the latest last_step of any prompt
     mutable std::shared_mutex mutex_;
 };
 

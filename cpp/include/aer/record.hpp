@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "aer/hashing.hpp"
+
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the ledger file is little-endian and records are written as they lie in memory"
 #endif
@@ -26,8 +28,10 @@ inline double round_even(double x) {
     return x < kInteger ? (x + kInteger) - kInteger : x;
 }
 
+inline std::int64_t entropy_units(double nats) { return static_cast<std::int64_t>(round_even(nats / kEntropyUnit)); }
+
 struct Record {
-    std::uint64_t prompt_id;
+    std::uint64_t key;         // splitmix64(prompt id): places the record in the table and orders it in the file
     double decayed_successes;  // as of last_step
     double decayed_failures;   // as of last_step
     std::int64_t entropy_sum;  // in kEntropyUnit
@@ -35,6 +39,8 @@ struct Record {
     std::uint32_t attempts;
     std::uint32_t successes;
     std::int32_t last_step;
+
+    std::uint64_t prompt_id() const { return splitmix64_inverse(key); }
 };
 
 static_assert(sizeof(Record) == 48 && std::is_trivially_copyable_v<Record>, "the file format depends on this layout");

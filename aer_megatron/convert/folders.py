@@ -1,0 +1,174 @@
+"""Converts whole folders: Hugging Face -> Megatron's distributed checkpoint, Megatron tensors -> Hugging Face.
+
+Both stream, so memory is a few times the largest tensor, and both write beside the target and rename: whatever goes
+wrong, a full disk included, nothing is left under the target's name. ``compare`` is the proof afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aer_megatron.convert.architecture import (
+    ModelArchitecture,
+    architecture_from_hf_config,
+    check_parallel,
+    pad_query_groups,
+)
+from aer_megatron.convert.hf_folder import HFFolder, config_with_dtype, copy_extra_files, new_folder
+from aer_megatron.convert.mapping import check_hf_tensors, hf_names
+from aer_megatron.convert.megatron_folder import MegatronWriter
+from aer_megatron.convert.safetensors_writer import TORCH_DTYPE_OF, SafetensorsWriter, TensorSpec
+from aer_megatron.convert.stream import write_megatron
+
+Advance = Callable[[int], None]  # told how many bytes have been written since the last call
+_METADATA_BYTES = 1 << 24  # headers, tables and tokenizer files, generously
+
+
+def checked_hf_folder(path: Path, tp: int) -> tuple[HFFolder, ModelArchitecture]:
+    """Returns the folder and its architecture, padded so that its heads split ``tp`` ways.
+
+    Raises ValueError naming an unsupported architecture, a tensor that is missing, unexpected or mis-shaped, or what
+    ``tp`` does not divide.
+    """
+    folder = HFFolder(path)
+    arch = pad_query_groups(architecture_from_hf_config(folder.config), tp)
+    check_parallel(arch, tp, 1)
+    check_hf_tensors(arch, folder.shapes(), folder.get)
+    return folder, arch
+
+
+def hf_dtypes(folder: HFFolder, arch: ModelArchitecture) -> dict[str, torch.dtype]:
+    """Name -> dtype of the tensors that the model needs. Raises ValueError for quantized ones."""
+    found = {}
+    for name in hf_names(arch):
+        text = folder.dtype(name)
+        if text not in TORCH_DTYPE_OF:
+            raise ValueError(f"{folder.path}: {name} is {text}; convert the checkpoint to bf16 or fp32 first")
+        found[name] = TORCH_DTYPE_OF[text]
+    return found
+
+
+def hf_to_megatron(
+    folder: HFFolder,
+    arch: ModelArchitecture,
+    target: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_file_bytes: int,
+    advance: Advance,
+) -> Path:
+    """Returns ``target``, newly written: a distributed checkpoint beside config.json, tokenizer and other small files.
+
+    Raises ValueError if ``target`` exists, OSError where the disk is full.
+    """
+    with new_folder(target) as work, MegatronWriter(work, max_file_bytes=max_file_bytes) as writer:
+        write_megatron(arch, folder.get, writer, dtype=dtype, advance=advance)
+        writer.finish()
+        _write_config(work, folder.config, dtype)
+        copy_extra_files(folder.path, work)
+    return target
+
+
+def megatron_to_hf(
+    tensors: Iterable[tuple[str, Tensor]],
+    arch: ModelArchitecture,
+    target: Path,
+    *,
+    dtypes: Mapping[str, torch.dtype],
+    like: Path,
+    max_shard_bytes: int,
+    advance: Advance,
+) -> Path:
+    """Returns ``target``, newly written from the (HF name, tensor) pairs of a model.
+
+    dtypes: the dtype in which each tensor is written. like: the folder whose config.json, tokenizer and generation
+    settings are carried over. Raises ValueError if ``target`` exists or a tensor is missing or unexpected; OSError
+    where the disk is full.
+    """
+    specs = hf_specs(arch, dtypes)
+    config = HFConfig(like).table
+    with new_folder(target) as work, SafetensorsWriter(work, specs, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+            advance(specs[name].num_bytes)
+        writer.finish()
+        same = set(dtypes.values())
+        _write_config(work, config, same.pop() if len(same) == 1 else None)
+        copy_extra_files(like, work)
+    return target
+
+
+def hf_specs(arch: ModelArchitecture, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
+    """HF name -> shape and dtype of every tensor that is written."""
+    return {name: TensorSpec(shape, dtypes[name]) for name, shape in hf_names(arch).items()}
+
+
+class HFConfig:
+    """The config.json of a folder that need not hold weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError where there is none."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{path} holds no config.json; name the Hugging Face folder of the model")
+        try:
+            self.table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def check_space(target: Path, num_bytes: int) -> None:
+    """Returns nothing; raises ValueError where the disk of ``target`` has too little room for ``num_bytes``."""
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes + _METADATA_BYTES:
+        raise ValueError(
+            f"{target} needs {num_bytes / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; choose another disk"
+        )
+
+
+def compare(
+    expected: Callable[[str], Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    found: Iterable[tuple[str, Tensor]],
+    advance: Advance,
+) -> int:
+    """Returns the number of tensors in ``found``, all of them equal to the expected ones bit for bit.
+
+    dtypes: names that must be there, and the dtype to which an expected tensor is converted first. Raises
+    RuntimeError naming the first tensor that differs in shape, dtype or bits, or is missing or unexpected.
+    """
+    missing = set(dtypes)
+    for name, tensor in found:
+        if name not in missing:
+            raise RuntimeError(f"verification failed: {name} is not expected")
+        missing.remove(name)
+        wanted = expected(name).to(dtypes[name])
+        if (wanted.shape, wanted.dtype) != (tensor.shape, tensor.dtype):
+            raise RuntimeError(
+                f"verification failed: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted.dtype}"
+                f" {tuple(wanted.shape)}"
+            )
+        if not torch.equal(_bits(wanted), _bits(tensor)):
+            where = (wanted != tensor).flatten().nonzero()
+            raise RuntimeError(f"verification failed: {name} has other bits ({len(where)} elements differ in value)")
+        advance(tensor.nbytes)
+    if missing:
+        raise RuntimeError(f"verification failed: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:4])}")
+    return len(dtypes)
+
+
+def _write_config(work: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    text = json.dumps(config_with_dtype(config, dtype), indent=2)
+    (work / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,189 @@
+"""Ends a run that hangs, and says on every rank what it was waiting for.
+
+Each rank's watchdog is a daemon thread that looks at one attribute: what the rank is doing and since when. The trainer
+moves it on by entering phases (report/timer.py), and around single calls with ``waiting``; both cost an attribute
+write. A rank that stays in one place for longer than the timeout says so and raises an alarm in the store that all
+ranks share; every other rank then adds where it stands, however busy it is, and each ends its process.
+
+The collective need not name itself: the main thread's stack does. A second line stands behind the thread: the
+faulthandler's own timer, which also fires while a C++ call holds the interpreter, and torch.distributed's timeouts.
+
+This file does NOT print (the caller hands in a function) and knows neither models nor checkpoints.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+HANG_EXIT_CODE = 124  # that of timeout(1)
+
+_ALARM = "aer_megatron/hang"
+_GRACE_PERIODS = 4  # how long a rank stays after its report, so that the others see the alarm before the launcher acts
+# files whose functions are the calls that a rank can wait in, and helpers in them that name nothing
+_CALL_FILES = ("/distributed_c10d.py", "/p2p_communication.py", "/http/client.py", "/urllib/request.py")
+_HELPERS = ("_read_status", "begin", "do_open")
+
+
+class AlarmStore(Protocol):
+    """What the ranks share: the part of a torch.distributed store that is used."""
+
+    def check(self, keys: list[str]) -> bool: ...
+    def set(self, key: str, value: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a rank is doing, and since when (``time.monotonic``). Example: ``Place("train", 3, None, 12.5)``."""
+
+    phase: str
+    step: int | None
+    call: str | None
+    since: float
+
+
+class Watchdog:
+    """Watches the thread that made it. A ``timeout_s`` of 0 switches everything off but the attribute writes.
+
+    Args:
+        rank: of this process, for the report.
+        timeout_s: longest stay in one phase or one call.
+        say: takes the report, a text of several lines; called from the watchdog's thread.
+        store: shared by all ranks and used by nobody else (a clone), or None for a rank on its own.
+        advice: called for the report's last line, which says where the run can go on; must not communicate.
+        stop: ends the process; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        timeout_s: float,
+        say: Callable[[str], None],
+        store: AlarmStore | None,
+        advice: Callable[[], str],
+        stop: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._rank = rank
+        self._timeout_s = timeout_s
+        self._say = say
+        self._store = store
+        self._advice = advice
+        self._stop = stop
+        self._period_s = min(5.0, timeout_s / 10)
+        self._main = threading.get_ident()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._place = Place("start", None, None, time.monotonic())
+
+    def __enter__(self) -> Self:
+        if self._timeout_s:
+            self._thread = threading.Thread(target=self._watch, name="hang-watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def enter_phase(self, phase: str, step: int | None) -> None:
+        """Says that the rank has moved on; also cancels the call it was in."""
+        self._place = Place(phase, step, None, time.monotonic())
+
+    @contextmanager
+    def waiting(self, call: str) -> Iterator[None]:
+        """Names a call that may hang: a collective, an HTTP request. Works nested; the innermost one counts."""
+        before = self._place
+        self._place = Place(before.phase, before.step, call, time.monotonic())
+        try:
+            yield
+        finally:
+            self._place = Place(before.phase, before.step, before.call, time.monotonic())
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._period_s):
+            self._arm_second_line()
+            late = time.monotonic() - self._place.since > self._timeout_s
+            alarm = not late and self._alarm_raised()
+            if late or alarm:
+                self._end(late)
+                return
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self, late: bool) -> None:
+        if late:
+            self._raise_alarm()
+        # the report comes first: what follows may block
+        self._say(self._report(late))
+        self._over.wait(self._period_s * _GRACE_PERIODS)
+        self._stop(HANG_EXIT_CODE)
+
+    def _report(self, late: bool) -> str:
+        place, stack = self._place, self._main_stack()
+        call = " in ".join(filter(None, (place.call, call_name(stack))))
+        step = "" if place.step is None else f" of step {place.step}"
+        what = f"waits in {call}" if call else "is in no collective or HTTP call that Python sees"
+        why = f"longer than run.hang_timeout_s={self._timeout_s:g}" if late else "another rank hangs"
+        lines = [
+            f"hang watchdog: phase {place.phase}{step}: {what}, for {time.monotonic() - place.since:.1f} s ({why})",
+            "stack of the main thread, innermost call last:",
+            *(line for part in stack for line in _lines(part)),
+            f"{self._advice()}; if the run was only slow, raise run.hang_timeout_s",
+        ]
+        return "\n".join(f"[rank {self._rank}] {line}" for line in lines)
+
+    def _main_stack(self) -> list[traceback.FrameSummary]:
+        frame: FrameType | None = sys._current_frames().get(self._main)
+        return list(traceback.extract_stack(frame)) if frame else []
+
+    def _alarm_raised(self) -> bool:
+        try:
+            return self._store is not None and self._store.check([_ALARM])
+        except RuntimeError:  # the store lives in rank 0 or the launcher: its end is reported by torch
+            return False
+
+    def _raise_alarm(self) -> None:
+        try:
+            if self._store is not None:
+                self._store.set(_ALARM, str(self._rank))
+        except RuntimeError:
+            self._say(f"[rank {self._rank}] hang watchdog: the store of all ranks is gone, the others cannot be told")
+
+    def _arm_second_line(self) -> None:
+        """Fires if this thread, which needs the interpreter, has not come round again for a whole timeout."""
+        faulthandler.dump_traceback_later(self._timeout_s + self._period_s * _GRACE_PERIODS, exit=True)
+
+
+def call_name(stack: list[traceback.FrameSummary]) -> str | None:
+    """Returns the innermost collective or HTTP call of a stack, as ``all_reduce``; None without one."""
+    for part in reversed(stack):
+        if part.filename.endswith(_CALL_FILES) and part.name not in _HELPERS:
+            return part.name
+    return None
+
+
+def distributed_store() -> AlarmStore | None:
+    """Returns a connection of its own to the default process group's store; None for a process on its own."""
+    import torch.distributed as dist
+
+    if dist.get_world_size() == 1:
+        return None
+    store: AlarmStore = dist.distributed_c10d._get_default_store().clone()
+    return store
+
+
+def _lines(part: traceback.FrameSummary) -> list[str]:
+    place = f'  File "{part.filename}", line {part.lineno}, in {part.name}'
+    return [place, f"    {part.line}"] if part.line else [place]

@@ -1,0 +1,77 @@
+"""Weights through a folder that trainer and servers share: safetensors files and /update_weights_from_disk.
+
+The folder of the version in service stays until the next one is in service: a restarted server is restored from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aer_megatron.convert.hf_folder import fill_hf_folder
+from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
+
+
+class DiskSync(ServerSync):
+    """Publishes through ``folder``, which every server must be able to read under the same path.
+
+    Args:
+        fleet, context: see ``sync.servers``.
+        folder: holds one subfolder per version; this transport makes and removes them.
+        hf_config: content of config.json.
+        max_shard_bytes: of one safetensors file, which is also the memory that writing takes.
+    """
+
+    def __init__(
+        self, fleet: Fleet, context: SyncContext, *, folder: Path, hf_config: Mapping[str, Any], max_shard_bytes: int
+    ) -> None:
+        super().__init__(fleet, context)
+        self._folder = folder.absolute()
+        self._hf_config = hf_config
+        self._max_shard_bytes = max_shard_bytes
+
+    def close(self) -> None:
+        """Removes the folder."""
+        if self._context.leads:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(
+        self, named_tensors: Iterator[tuple[str, Tensor]], version: int, indices: Sequence[int]
+    ) -> dict[int, str]:
+        target = self._path(version)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        # not flushed to disk: the files live for a step, and a checkpoint holds what must survive
+        fill_hf_folder(
+            target, named_tensors, config=self._hf_config, max_shard_bytes=self._max_shard_bytes, dtype=None
+        )
+        refused = self._in_parallel(lambda index: self._load(index, version), indices)
+        if len(refused) < len(indices):
+            for other in self._folder.iterdir():
+                if other != target:
+                    shutil.rmtree(other, ignore_errors=True)
+        return refused
+
+    def _resend(self, index: int, published: Published) -> None:
+        self._learn(index)
+        if self._tp_size[index] not in published.expected:
+            raise Untransferred(f"it came back with tp_size {self._tp_size[index]}, another one than before")
+        self._load(index, published.version)
+        self._verify(index, published)
+
+    def _load(self, index: int, version: int) -> None:
+        body = {
+            "model_path": str(self._path(version)),
+            "weight_version": self._context.labels.unverified(version),
+            "abort_all_requests": True,  # nothing of this run is under way while weights are transferred
+            "flush_cache": True,
+        }
+        self._post(index, "/update_weights_from_disk", body)
+
+    def _path(self, version: int) -> Path:
+        return self._folder / f"version-{version}"

@@ -1,0 +1,218 @@
+"""Weights over a process group: the trainer broadcasts flattened buckets, each server loads them as they come.
+
+Every server has a group of its own (rank 0 = the trainer, then its tensor-parallel ranks), so one that fails or hangs
+costs only itself. Servers from 0.5.21 load only inside a session (/begin_weight_update ... /end_weight_update); older
+ones answer 404 to it and need none. The HTTP reply is watched while a broadcast is under way: a server that refuses would
+otherwise leave the trainer waiting for a receiver that never comes.
+
+Nothing is kept of the weights: a restarted server gets its own with the next publication.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+
+from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
+
+_LOG = logging.getLogger(__name__)
+_POLL_S = 0.0005
+_FAREWELL_S = 5.0  # for the calls that tidy up a server after a failure
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """The group that the trainer shares with one server."""
+
+    name: str
+    group: Any  # torch's ProcessGroup
+    store: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Tensors of one dtype as one uint8 vector."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    flat: Tensor
+
+
+class DistributedSync(ServerSync):
+    """Publishes by broadcast.
+
+    Args:
+        fleet, context: see ``sync.servers``.
+        backend: "gloo", or "nccl" where trainer and servers have GPUs.
+        address: of this process, as the servers reach it.
+        bucket_bytes: of one broadcast (a larger tensor travels alone).
+    """
+
+    def __init__(
+        self, fleet: Fleet, context: SyncContext, *, backend: str, address: str, bucket_bytes: int
+    ) -> None:
+        super().__init__(fleet, context)
+        self._backend = backend
+        self._address = address
+        self._bucket_bytes = bucket_bytes
+        self._links: dict[int, _Link] = {}
+        self._has_sessions: dict[int, bool] = {}
+        self._numbers = itertools.count()
+        self._calls = ThreadPoolExecutor(thread_name_prefix="sglang-transfer")
+
+    def close(self) -> None:
+        """Leaves all groups."""
+        for index in list(self._links):
+            self._unlink(index)
+        self._calls.shutdown(wait=False)
+
+    def _send(
+        self, named_tensors: Iterator[tuple[str, Tensor]], version: int, indices: Sequence[int]
+    ) -> dict[int, str]:
+        refused = self._in_parallel(self._open, indices)
+        for bucket in buckets(named_tensors, self._bucket_bytes):
+            alive = [index for index in indices if index not in refused]
+            refused |= self._in_parallel(lambda index, sent=bucket: self._broadcast(index, sent, version), alive)
+        alive = [index for index in indices if index not in refused]
+        refused |= self._in_parallel(self._end, alive)
+        for index in refused:
+            self._tidy(index)
+        return refused
+
+    def _resend(self, index: int, published: Published) -> None:
+        self._links.pop(index, None)
+        raise Untransferred("it is given weights with the next publication (sglang.transport='distributed')")
+
+    def _open(self, index: int) -> None:
+        """Links a server that is not linked yet and begins a session where the server has them."""
+        if index not in self._links:
+            self._link(index)
+        reply = self._control(index, "/begin_weight_update", {})
+        if reply.status == 400:  # one was left open
+            self._control(index, "/end_weight_update", {})
+            reply = self._control(index, "/begin_weight_update", {})
+        self._has_sessions[index] = reply.status != 404
+        if reply.status not in (200, 404):
+            raise Untransferred(f"/begin_weight_update answers {reply.status}: {reply.text}")
+
+    def _link(self, index: int) -> None:
+        name = f"aer-{next(self._numbers)}-{index}"
+        size = 1 + self._tp_size[index]
+        timeout = timedelta(seconds=self._context.timeout_s)
+        # a store of its own: torchrun's would be taken for the launcher's
+        store = dist.TCPStore(self._address, 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
+        body = {
+            "master_address": self._address,
+            "master_port": store.port,
+            "rank_offset": 1,
+            "world_size": size,
+            "group_name": name,
+            "backend": self._backend,
+        }
+        call = self._calls.submit(self._post, index, "/init_weights_update_group", body)
+        try:
+            group, _ = _new_process_group_helper(
+                size, 0, [], Backend(self._backend), PrefixStore(name, store), group_name=name, timeout=timeout
+            )
+        except (RuntimeError, ValueError) as error:
+            raise Untransferred(f"no process group with it: {error}") from None
+        call.result()
+        self._links[index] = _Link(name, group, store)
+
+    def _broadcast(self, index: int, bucket: _Bucket, version: int) -> None:
+        link = self._links[index]
+        body = {
+            "names": bucket.names,
+            "dtypes": bucket.dtypes,
+            "shapes": bucket.shapes,
+            "group_name": link.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+            "weight_version": self._context.labels.unverified(version),
+        }
+        call = self._calls.submit(self._post, index, "/update_weights_from_distributed", body)
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        try:
+            work = link.group.broadcast([bucket.flat], options)
+            self._await(work, call)
+            call.result()
+        except RuntimeError as error:
+            self._links.pop(index, None)
+            raise Untransferred(f"the broadcast to it failed: {error}") from None
+        except Untransferred:
+            self._links.pop(index, None)
+            raise
+
+    def _await(self, work: Any, call: Future[Any]) -> None:
+        """Returns when the broadcast is done; raises what the call raised, or Untransferred after ``timeout_s``."""
+        deadline = time.monotonic() + self._context.timeout_s
+        while not work.is_completed():
+            if call.done():
+                call.result()  # raises where the server refused: nobody will receive
+            if time.monotonic() > deadline:
+                raise Untransferred(f"it did not receive a bucket within {self._context.timeout_s:g} s")
+            time.sleep(_POLL_S)
+        work.wait()
+
+    def _end(self, index: int) -> None:
+        if self._has_sessions[index]:
+            self._post(index, "/end_weight_update", {})
+
+    def _tidy(self, index: int) -> None:
+        """Leaves a server that failed without an open session and without a group, as far as it answers."""
+        self._unlink(index)
+        if self._has_sessions.get(index):
+            try:
+                self._fleet.control(index, "/end_weight_update", {}, timeout_s=_FAREWELL_S)
+            except RuntimeError as error:
+                _LOG.debug("server %d: %s", index, error)
+
+    def _unlink(self, index: int) -> None:
+        link = self._links.pop(index, None)
+        if link is None:
+            return
+        try:
+            self._fleet.control(
+                index, "/destroy_weights_update_group", {"group_name": link.name}, timeout_s=_FAREWELL_S
+            )
+        except RuntimeError as error:
+            _LOG.debug("server %d: %s", index, error)
+
+    def _control(self, index: int, path: str, body: dict[str, Any]) -> Any:
+        return self._fleet.control(index, path, body, timeout_s=self._context.timeout_s)
+
+
+def buckets(named_tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[_Bucket]:
+    """Yields the stream in buckets of one dtype and at most ``limit`` bytes, or of one larger tensor."""
+    held: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in named_tensors:
+        if held and (size + tensor.nbytes > limit or tensor.dtype != held[0][1].dtype):
+            yield _flatten(held)
+            held, size = [], 0
+        held.append((name, tensor.detach()))
+        size += tensor.nbytes
+    if held:
+        yield _flatten(held)
+
+
+def _flatten(held: list[tuple[str, Tensor]]) -> _Bucket:
+    return _Bucket(
+        names=[name for name, _ in held],
+        dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in held],
+        shapes=[list(tensor.shape) for _, tensor in held],
+        flat=torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in held]),
+    )

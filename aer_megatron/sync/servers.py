@@ -1,0 +1,245 @@
+"""What every weight transport to servers has in common: who leads, what is verified, which servers may serve.
+
+    withdraw all -> transfer -> checksum of every tensor -> version label -> serve
+
+A server carries the label of a version only after every checksum agreed; until then its label says "unverified", and no
+rank accepts a token of it. So a transfer that fails anywhere leaves a server out of service, never in service with a
+mixture. One rank leads; the others take part in gathering the weights and are told the outcome.
+
+This file does NOT know how bytes travel: transports give ``_send`` and ``_send_again``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.sglang_weights import ServedChecksums, by_rank, first_difference
+
+_LOG = logging.getLogger(__name__)
+
+
+class ControlReply(Protocol):
+    @property
+    def status(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    def json(self) -> Any: ...
+
+
+class Fleet(Protocol):
+    """What a transport needs of the servers; ``rollout.fleet.ServerFleet`` has it."""
+
+    @property
+    def num_servers(self) -> int: ...
+    def control(
+        self, index: int, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> ControlReply: ...
+    def withdraw(self, reason: str) -> None: ...
+    def serve(self, version: int, refused: Mapping[int, str]) -> None: ...
+    def may_transfer(self, index: int) -> bool: ...
+    def describe(self) -> str: ...
+
+
+class Untransferred(Exception):
+    """A server that did not take the weights, verified; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """How a server's weight version is spelled, before and after verification."""
+
+    verified: Callable[[int], str]
+    unverified: Callable[[int], str]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncContext:
+    """What every transport is given."""
+
+    arch: ModelArchitecture
+    labels: Labels
+    timeout_s: float  # of one transfer call
+    leads: bool  # whether this rank talks to the servers
+    exchange: Callable[[Any], list[Any]]  # a JSON value -> every rank's
+    replace: Callable[[int], None]  # has a server restarted that answered garbage
+
+
+@dataclass(slots=True)
+class Published:
+    """What the servers were last given."""
+
+    version: int
+    expected: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # tp size -> rank -> name -> checksum
+    agreed: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # the same, of the first CUDA server
+
+
+class ServerSync:
+    """Publishes policy weights to the servers of a fleet; subclasses are the transports."""
+
+    def __init__(self, fleet: Fleet, context: SyncContext) -> None:
+        self._fleet = fleet
+        self._context = context
+        self._lock = threading.Lock()  # between publishing and restoring a restarted server
+        self._published: Published | None = None
+        self._tp_size: dict[int, int] = {}
+        self._device: dict[int, str] = {}
+
+    def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Puts the tensors into service as policy ``version``: ``transfer``."""
+        self.transfer(named_tensors, version)
+
+    def transfer(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> Mapping[str, int]:
+        """Returns the checksum of every parameter that the servers now serve as policy ``version``, by their names.
+
+        Every rank calls it with the same stream of tensors. Servers that did not take the weights are out of service.
+
+        Raises:
+            RuntimeError: on every rank, if no server took them, or the weights could not be written or gathered.
+        """
+        with self._lock:
+            self._fleet.withdraw(f"policy version {version} is being transferred")
+            for report in self._context.exchange([i for i in self._all() if not self._fleet.may_transfer(i)]):
+                for index in report if self._context.leads else ():
+                    self._context.replace(index)
+            outcome: dict[str, Any] = {}
+            if self._context.leads:
+                outcome = self._lead(iter(named_tensors), version)
+            else:
+                for _ in named_tensors:
+                    pass
+            outcome = self._context.exchange(outcome)[0]
+            if "error" in outcome:
+                raise RuntimeError(f"weight transfer of policy version {version}: {outcome['error']}")
+            self._fleet.serve(version, {int(index): reason for index, reason in outcome["refused"].items()})
+            return {name: int(value, 16) for name, value in outcome["checksums"].items()}
+
+    def restore(self, index: int) -> None:
+        """Gives the last published weights to a server that lost them; RuntimeError where it does not take them."""
+        with self._lock:
+            if self._published is None:
+                return  # the first publication is still to come
+            self._tp_size.pop(index, None)
+            try:
+                self._resend(index, self._published)
+            except Untransferred as error:
+                raise RuntimeError(f"server {index}: {error}") from None
+
+    def close(self) -> None:
+        """Releases what the transport holds."""
+
+    # -- transports -------------------------------------------------------------------------------------------------
+
+    def _send(
+        self, named_tensors: Iterator[tuple[str, Tensor]], version: int, indices: Sequence[int]
+    ) -> dict[int, str]:
+        """Takes the weights to servers, exhausting the stream; returns the reasons of those that did not take them.
+
+        Raises OSError, ValueError or RuntimeError where nobody can have taken them.
+        """
+        raise NotImplementedError
+
+    def _resend(self, index: int, published: Published) -> None:
+        """Takes the published weights to one server and verifies them; raises Untransferred."""
+        raise NotImplementedError
+
+    # -- shared -----------------------------------------------------------------------------------------------------
+
+    def _lead(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        distrusted = "it answered garbage and was not restarted"
+        refused = {i: distrusted for i in self._all() if not self._fleet.may_transfer(i)}
+        indices = [i for i in self._all() if i not in refused]
+        refused |= self._in_parallel(self._learn, indices)
+        indices = [i for i in indices if i not in refused]
+        published = Published(version)
+        try:
+            if not indices:
+                raise RuntimeError(f"no server can take weights: {refused}")
+            sizes = {self._tp_size[i] for i in indices}
+            digests = {size: ServedChecksums(self._context.arch, tp_size=size) for size in sorted(sizes)}
+            refused |= self._send(_metered(named_tensors, digests), version, indices)
+            published.expected = {size: digest.result() for size, digest in digests.items()}
+            indices = [i for i in indices if i not in refused]
+            refused |= self._in_parallel(lambda index: self._verify(index, published), indices)
+        except (OSError, ValueError, RuntimeError) as error:
+            return {"error": str(error)}
+        finally:
+            for _ in named_tensors:  # the other ranks gather until the stream ends
+                pass
+        if len(refused) == self._fleet.num_servers:
+            return {"error": f"no server took the weights: {refused}"}
+        self._published = published
+        return {"refused": refused, "checksums": next(iter(published.expected.values()))[0]}
+
+    def _all(self) -> range:
+        return range(self._fleet.num_servers)
+
+    def _in_parallel(self, action: Callable[[int], None], indices: Sequence[int]) -> dict[int, str]:
+        """Returns the reasons of the servers for which ``action`` failed."""
+
+        def reason(index: int) -> str:
+            try:
+                action(index)
+            except (Untransferred, RuntimeError) as error:
+                _LOG.warning("server %d does not take weights: %s", index, error)
+                return str(error)
+            return ""
+
+        if not indices:
+            return {}
+        with ThreadPoolExecutor(len(indices)) as pool:
+            reasons = list(pool.map(reason, indices))
+        return {index: text for index, text in zip(indices, reasons, strict=True) if text}
+
+    def _learn(self, index: int) -> None:
+        """Notes the tensor-parallel size and the device of a server, which must answer."""
+        table = self._get(index, "/server_info")
+        self._tp_size[index] = int(table.get("tp_size") or 1)
+        self._device[index] = str(table.get("device"))
+
+    def _verify(self, index: int, published: Published) -> None:
+        """Labels a server that holds exactly what was sent; raises Untransferred otherwise."""
+        size = self._tp_size[index]
+        ranks = self._post(index, "/weights_checker", {"action": "checksum"}).get("ranks")
+        expected = published.expected[size]
+        if self._device[index] != "cpu":
+            # another hash than ours: all that can be asked is that the servers agree
+            expected = published.agreed.setdefault(size, by_rank(ranks))
+        difference = first_difference(expected, ranks)
+        if difference:
+            raise Untransferred(f"what it holds is not what was sent: {difference}")
+        label = self._context.labels.verified(published.version)
+        self._post(index, "/update_weight_version", {"new_version": label, "abort_all_requests": False})
+        held = self._get(index, "/model_info").get("weight_version")
+        if held != label:
+            raise Untransferred(f"it reports weight version {held!r} after {label!r} was set")
+
+    def _post(self, index: int, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the JSON table of a successful call; raises Untransferred."""
+        return _checked(self._fleet.control(index, path, body, timeout_s=self._context.timeout_s), path)
+
+    def _get(self, index: int, path: str) -> Mapping[str, Any]:
+        return _checked(self._fleet.control(index, path), path)
+
+
+def _checked(reply: ControlReply, path: str) -> Mapping[str, Any]:
+    table = reply.json()
+    if reply.status != 200 or not isinstance(table, Mapping) or table.get("success") is False:
+        raise Untransferred(f"{path} answers {reply.status}: {reply.text}")
+    return table
+
+
+def _metered(
+    named_tensors: Iterator[tuple[str, Tensor]], digests: Mapping[int, ServedChecksums]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in named_tensors:
+        for digest in digests.values():
+            digest.add(name, tensor)
+        yield name, tensor

@@ -1,0 +1,160 @@
+"""The protocol as the trainer uses it, against the double and - marker ``sglang`` - the real server: same tests."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
+from aer_megatron.types import VersionSpan
+from tests.support.runs import ROOT
+from tests.support.sglang_double import SGLangDouble
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
+
+SERVER_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
+LAUNCH = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "mem_fraction_static": 0.1,
+    "max_total_tokens": 4096,
+    "max_running_requests": 16,
+    "skip_tokenizer_init": True,
+}
+ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("contract") / "model")
+
+
+@pytest.fixture(scope="module", params=["double", pytest.param("real", marks=pytest.mark.sglang)])
+def url(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    """The address of a server with the weights of ``folder``."""
+    if request.param == "double":
+        with SGLangDouble(folder, token_s=0.002) as double:
+            yield double.url
+        return
+    options = LaunchOptions(
+        python=str(SERVER_PYTHON),
+        model_path=str(folder),
+        host="127.0.0.1",
+        arguments=LAUNCH,
+        environment=dict(os.environ) | ENVIRONMENT,
+        log_folder=folder.parent / "logs",
+        start_timeout_s=600.0,
+        max_restarts=0,
+    )
+    with ServerGroup(1, options, command=command_line) as group:
+        yield group.start()[0]
+
+
+@pytest.fixture
+def server(url: str, folder: Path) -> Iterator[Rollouts]:
+    with rollouts([url], folder) as made:
+        yield made
+
+
+def test_completions_hold_what_the_engine_promises(server: Rollouts) -> None:
+    server.sync.publish(iter(weights(0).items()), 0)
+    asked = requests(24)
+    completions = server.engine.generate(asked, OPTIONS)
+    assert len(completions) == len(asked)
+    for completion in completions:
+        length = len(completion.token_ids)
+        assert len(completion.logprobs) == length
+        assert all(value <= 1e-4 for value in completion.logprobs)
+        assert completion.policy_versions == (VersionSpan(0, 0, length),)
+        stopped = completion.token_ids[-1] in OPTIONS.stop_token_ids
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        assert not any(token in OPTIONS.stop_token_ids for token in completion.token_ids[:-1])
+        assert stopped or length == 6
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+
+
+def test_published_weights_are_the_served_ones(server: Rollouts) -> None:
+    for version, seed in ((3, 1), (4, 2)):
+        names = server.sync.transfer(iter(weights(seed).items()), version)
+        assert "model.layers.0.self_attn.qkv_proj.weight" in names
+        assert server.engine.policy_version == version
+        for completion in server.engine.generate(requests(2), OPTIONS):
+            assert [span.version for span in completion.policy_versions] == [version]
+
+
+def test_another_model_than_the_one_sent_is_refused(server: Rollouts) -> None:
+    server.sync.publish(iter(weights(0).items()), 0)
+    wrong = server.fleet.control(0, "/update_weights_from_disk", {"model_path": "/nonexistent"})
+    assert wrong.status == 400
+    assert not wrong.json()["success"]
+    checked = server.fleet.control(0, "/weights_checker", {"action": "checksum"}).json()
+    assert checked["ranks"][0]["checksums"]["model.norm.weight"]
+    assert server.engine.generate(requests(1), OPTIONS)  # the old weights are still in service
+
+
+def test_a_weight_version_is_what_was_set(server: Rollouts) -> None:
+    body = {"new_version": "7-unverified", "abort_all_requests": False}
+    assert server.fleet.control(0, "/update_weight_version", body).json()["success"]
+    assert server.fleet.control(0, "/model_info").json()["weight_version"] == "7-unverified"
+
+
+def test_an_aborted_request_comes_back_as_such(server: Rollouts) -> None:
+    server.sync.publish(iter(weights(0).items()), 0)
+    reply: dict[str, Any] = {}
+
+    def generate() -> None:
+        body = {
+            "rid": "long",
+            "input_ids": [3],
+            "sampling_params": {"max_new_tokens": 50, "ignore_eos": True, "stop_token_ids": []},
+            "return_logprob": True,
+        }
+        reply.update(server.fleet.control(0, "/generate", body).json())
+
+    thread = threading.Thread(target=generate)
+    thread.start()
+    while thread.is_alive():
+        assert server.fleet.control(0, "/abort_request", {"rid": "long"}).status == 200
+        time.sleep(0.005)
+    thread.join()
+    assert reply["meta_info"]["finish_reason"]["type"] in ("abort", "length")  # it may have been fast
+    assert len(reply["meta_info"]["output_token_logprobs"]) == len(reply["output_ids"])
+
+
+def test_an_invalid_request_is_refused_and_the_server_stays(server: Rollouts) -> None:
+    server.sync.publish(iter(weights(0).items()), 0)
+    reply = server.fleet.control(0, "/generate", {"rid": "bad", "input_ids": [], "sampling_params": {}})
+    assert reply.status == 400
+    assert reply.text
+    assert server.engine.generate(requests(1), OPTIONS)
+
+
+@pytest.mark.sglang
+def test_log_probabilities_are_those_of_the_published_weights(url: str, server: Rollouts) -> None:
+    """Against transformers on the same weights, at two temperatures; the double has no model to compare."""
+    from tests.support.policies import tiny_hf_model
+
+    info = server.fleet.control(0, "/server_info").json()
+    if "version" not in info:
+        pytest.skip("the double makes its log-probabilities up")
+    for version, (seed, temperature) in enumerate([(0, 1.0), (5, 0.7)]):
+        server.sync.publish(iter(weights(seed).items()), version)
+        model = tiny_hf_model(seed=seed)
+        asked = [GenerateRequest((3, 4, 5 + place), place, 12) for place in range(8)]
+        options = SamplingOptions(temperature, 0.9, 5, frozenset({2}))
+        for request, completion in zip(asked, server.engine.generate(asked, options), strict=True):
+            ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
+            expected = torch.log_softmax(logits / temperature, -1).gather(1, ids[0, len(request.prompt_ids) :, None])
+            assert torch.allclose(expected[:, 0], torch.tensor(completion.logprobs), atol=1e-5)

@@ -1,0 +1,181 @@
+"""The plan's activation and head terms against the live storages of real updates (fp32, local attention, CPU)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aer_megatron.algo.entropy import LogprobEntropy
+from aer_megatron.algo.memory_plan import BatchShape, StageMemory, TrainingForm, chunk_rows, stage_memory
+from aer_megatron.algo.model_size import Layout, rank_parameters
+from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.parallel import fused_head, vocab, vocab_shard
+from aer_megatron.types import Experience, TrainBatch
+from tests.support.spawn import run_distributed
+from tests.support.storage_tracker import StorageTracker
+
+QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 192, "vocab_size": 1000,
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}  # fmt: skip
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective"}
+
+# model, sequences, length, head, [megatron]
+CASES: dict[str, tuple[dict[str, Any], int, int, str, dict[str, Any]]] = {
+    "fused head": ({}, 4, 64, "fused", {}),
+    "whole logits": ({"vocab_size": 4000}, 4, 64, "logits", {}),
+    "textbook": ({"vocab_size": 4000}, 4, 64, "textbook", {}),
+    "score matrices": ({"num_hidden_layers": 3}, 1, 320, "fused", {}),
+    "wide and deep": ({"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512}, 2, 64, "fused", {}),
+    "whole heads": ({"num_attention_heads": 8, "num_key_value_heads": 8}, 4, 64, "fused", {}),
+    "no norm of q and k": (LLAMA, 4, 64, "fused", {}),
+    "tied": ({"tie_word_embeddings": True, "vocab_size": 8000}, 4, 64, "fused", {}),
+    "full recomputation": ({"num_hidden_layers": 6}, 4, 96, "fused", FULL),
+    "selective recomputation": ({"num_hidden_layers": 3}, 1, 192, "fused", SELECTIVE),
+}
+
+
+def textbook(logits_TW: Tensor, labels_T: Tensor, **options: Any) -> LogprobEntropy:
+    logp_TV = torch.log_softmax(logits_TW.float() / options["temperature"], dim=-1)
+    return LogprobEntropy(logp_TV.gather(1, labels_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1))
+
+
+def batch(sequences: int, length: int, vocab_size: int) -> TrainBatch:
+    rng = np.random.default_rng(0)
+    prompt = length // 4
+    experience = Experience(
+        prompt_id_B=np.arange(sequences, dtype=np.uint64),
+        group_index_B=np.arange(sequences, dtype=np.int64),
+        prompt_length_B=np.full(sequences, prompt, dtype=np.int64),
+        response_length_B=np.full(sequences, length - prompt, dtype=np.int64),
+        token_ids_L=rng.integers(0, vocab_size, sequences * length).astype(np.int64),
+        rollout_logprob_T=np.zeros(sequences * (length - prompt), dtype=np.float32),
+        reward_B=np.zeros(sequences),
+        truncated_B=np.zeros(sequences, dtype=np.bool_),
+        policy_version_B=np.zeros(sequences, dtype=np.int64),
+    )
+    return TrainBatch(
+        experience=experience,
+        advantage_B=rng.normal(size=sequences),
+        entropy_weight_B=rng.uniform(0.0, 0.1, sequences),
+        old_logprob_T=np.full(experience.num_response_tokens, -7.0, dtype=np.float32),
+    )
+
+
+def _all_tensors() -> list[Tensor]:
+    gc.collect()
+    return [item for item in gc.get_objects() if isinstance(item, Tensor)]
+
+
+def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, int]]:
+    """Returns for every case the peak of live bytes that an update adds, and the parameters of this rank."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import CheckpointFunction
+
+    from aer_megatron.actor.actor import Actor
+    from aer_megatron.config import config_from_table
+    from aer_megatron.convert.random_weights import random_hf_weights
+    from aer_megatron.parallel import platform
+    from aer_megatron.parallel.topology import initialize_topology
+
+    platform.install_platform()
+    recompute = CheckpointFunction.backward
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        with platform._CpuForCuda():  # torch leaves function modes out of a backward pass
+            return recompute(ctx, *grads)
+
+    results = []
+    for name in names:
+        changes, sequences, length, form, megatron = CASES[name]
+        table = {**QWEN3, **changes}
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel = {"micro_batch_size": sequences, "tp": tp, "sequence_parallel": sequence_parallel}
+        config = config_from_table(
+            {
+                "model": {"path": "unused", "dtype": "fp32", "head": "fused" if form == "fused" else "logits"},
+                "data": {"train": {"task": "countdown"}},
+                "parallel": parallel,
+                "megatron": megatron,
+            }
+        )
+        actor = Actor(
+            architecture_from_hf_config(table),
+            config,
+            initialize_topology(tp=tp, pp=1, seed=0),
+            device=torch.device("cpu"),
+            optimizer=config.optimizer,
+            num_updates_planned=2,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(table), encoding="utf-8")
+            actor.load_hf_weights(random_hf_weights(folder, 0))
+        given = batch(sequences, length, table["vocab_size"])
+        patches = [mock.patch.object(CheckpointFunction, "backward", staticmethod(backward))]
+        if form == "textbook":
+            patches.append(mock.patch("aer_megatron.actor.model.vocab_parallel_logprob_entropy", textbook))
+        for patch in patches:
+            patch.start()
+        actor.train(given, seed=0, entropy_gradient=True)  # makes the optimizer's state
+        reused = {t.untyped_storage()._cdata for t in parallel_state.get_global_memory_buffer().buffer.values()}
+        tensors = [t for t in _all_tensors() if t.untyped_storage().nbytes()]
+        with StorageTracker(*(t for t in tensors if t.untyped_storage()._cdata not in reused)) as tracker:
+            actor.train(given, seed=0, entropy_gradient=True)
+        for patch in patches:
+            patch.stop()
+        results.append((tracker.peak_bytes, sum(parameter.numel() for parameter in actor.model.parameters())))
+        del actor, tensors
+    return results
+
+
+def planned(name: str, tp: int = 1, sequence_parallel: bool = False) -> tuple[StageMemory, int]:
+    """Returns the plan of a case and the parameters that it gives a rank."""
+    changes, sequences, length, form, megatron = CASES[name]
+    arch = architecture_from_hf_config({**QWEN3, **changes})
+    layout = Layout(tp, 1, 1, 1, sequence_parallel, megatron.get("recompute_granularity", "none"))
+    chunk = fused_head._CPU_CHUNK_BYTES if form == "fused" else vocab._CPU_CHUNK_BYTES
+    rows = arch.vocab_size
+    training = TrainingForm(4, "local", form, rows, chunk, on_cpu=True)  # type: ignore[arg-type]
+    responses = sequences * (length - length // 4)
+    memory = stage_memory(
+        arch, layout, BatchShape(sequences, length, responses), training, stage=0, num_micro_batches=1
+    )
+    return memory, rank_parameters(arch, layout, stage=0, vocab_rows=rows).total
+
+
+def check(names: list[str], tp: int = 1, sequence_parallel: bool = False) -> None:
+    for name, (peak, parameters) in zip(
+        names, run_distributed(measure, tp, names, tp, sequence_parallel, timeout_s=300)[0], strict=True
+    ):
+        memory, held = planned(name, tp, sequence_parallel)
+        assert held == parameters, name
+        assert memory.transient + memory.scores == pytest.approx(peak, rel=0.1), name
+
+
+def test_one_rank() -> None:
+    check(list(CASES))
+
+
+def test_sequence_parallel_ranks() -> None:
+    check(["fused head", "wide and deep"], tp=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize("responses", [1, 40, 3000])
+@pytest.mark.parametrize("columns", [50, 5000, 151_936])
+def test_chunks_are_the_kernels_own(responses: int, columns: int) -> None:
+    wanted = vocab_shard.rows_per_chunk(torch.empty(responses, 0), columns, None, fused_head._CPU_CHUNK_BYTES)
+    assert chunk_rows(columns, responses, fused_head._CPU_CHUNK_BYTES) == wanted

@@ -1,0 +1,392 @@
+"""Speaks SGLang's RL protocol (0.5.23) without a model: faults on demand, sub-second, in this process or as a program.
+
+The weights are real: it loads safetensors folders, joins them as the server does and reports SHA-256 checksums. The
+tokens are not: they are drawn from a hash of the request, their log-probabilities are made up, and a request lasts
+``token_s`` per token. ``tests/contract`` holds it to the real server.
+
+    python tests/support/sglang_double.py --model-path FOLDER --host 127.0.0.1 --port PORT [--token-s S]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import math
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from aiohttp import web
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+Fault = Literal["none", "slow", "500", "reset", "truncated", "hang", "wrong_version", "nan", "counts", "not_json"]
+_SLOW_S = 0.3
+
+
+@dataclass
+class Running:
+    """A request under way."""
+
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class SGLangDouble:
+    """One stand-in server; ``fault`` applies to the next ``num_faults`` /generate calls (-1 = all)."""
+
+    def __init__(
+        self,
+        model_path: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token_s: float = 0.0,
+        api_key: str | None = None,
+        vocab_size: int = 25,
+        legacy: bool = False,
+    ) -> None:
+        self.fault: Fault = "none"
+        self.num_faults = -1
+        self.update_fault: Literal["none", "500", "drops_a_tensor", "hang", "keeps_version"] = "none"
+        self.running: dict[str, Running] = {}
+        self.aborts: list[str] = []
+        self.rids: list[str] = []
+        self.num_completed = 0
+        self.weight_version = "default"
+        self.weights = served_weights(model_path)
+        self.legacy = legacy
+        self.in_session = False
+        self.groups: dict[str, Any] = {}
+        self.received: dict[str, NDArray[Any]] = {}
+        self._args = (host, port, token_s, api_key, vocab_size)
+        self._loop = asyncio.new_event_loop()
+        self._runner: web.AppRunner | None = None
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> SGLangDouble:
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    def stop(self) -> None:
+        """The port refuses connections from now on; running requests break."""
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+
+    def start_again(self, weight_version: str) -> None:
+        """The same port answers again."""
+        self.weight_version = weight_version
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self._args[0]}:{self._args[1]}"
+
+    async def _start(self) -> None:
+        app = web.Application(middlewares=[self._authorize])
+        app.add_routes(
+            [
+                web.post("/generate", self._generate),
+                web.post("/abort_request", self._abort),
+                web.get("/ready", self._ok),
+                web.get("/health", self._ok),
+                web.get("/model_info", self._info),
+                web.get("/server_info", self._info),
+                web.post("/weights_checker", self._checksums),
+                web.post("/update_weights_from_disk", self._update_from_disk),
+                web.post("/update_weight_version", self._update_version),
+                web.post("/init_weights_update_group", self._init_group),
+                web.post("/destroy_weights_update_group", self._destroy_group),
+                web.post("/update_weights_from_distributed", self._update_distributed),
+            ]
+        )
+        if not self.legacy:  # up to 0.5.20 there were no sessions
+            app.add_routes([web.post("/begin_weight_update", self._begin), web.post("/end_weight_update", self._end)])
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await self._runner.setup()
+        host, port, *rest = self._args
+        site = web.TCPSite(self._runner, host, port, reuse_address=True)
+        await site.start()
+        assert site._server is not None
+        self._args = (host, site._server.sockets[0].getsockname()[1], *rest)  # type: ignore[attr-defined]
+
+    async def _stop(self) -> None:
+        for running in self.running.values():
+            running.aborted.set()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # -- handlers -----------------------------------------------------------------------------------------------------
+
+    @web.middleware
+    async def _authorize(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        key = self._args[3]
+        if key and request.headers.get("Authorization") != f"Bearer {key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    async def _ok(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _info(self, request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.weight_version, "tp_size": 1, "device": "cpu"})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        rid, version = body["rid"], self.weight_version
+        if rid in self.running:
+            return web.json_response({"error": {"message": f"Duplicate request ID detected: {rid}"}}, status=400)
+        if not body["input_ids"]:
+            return web.json_response({"error": {"message": "input_ids is empty"}}, status=400)
+        fault = self._take_fault()
+        running = self.running[rid] = Running()
+        self.rids.append(rid)
+        try:
+            if fault == "reset":
+                assert request.transport is not None
+                request.transport.abort()
+            if fault == "500":
+                return web.json_response({"error": {"message": "internal"}}, status=500)
+            reply = await self._complete(body, running, fault)
+            reply["meta_info"]["weight_version"] = version
+            reply["meta_info"]["weight_versions"] = [
+                {"version": version, "start": 0, "end": len(reply["output_ids"])}
+            ]
+        finally:
+            del self.running[rid]
+        self.num_completed += 1
+        return await self._spoiled(request, reply, fault)
+
+    async def _complete(self, body: dict[str, Any], running: Running, fault: Fault) -> dict[str, Any]:
+        params, output, reason = body["sampling_params"], [], None
+        limit = params["max_new_tokens"]
+        pause_s = {"slow": _SLOW_S, "hang": 3600.0}.get(fault, 0.0)
+        if pause_s:
+            await _until(running.aborted, pause_s)
+        while reason is None:
+            if running.aborted.is_set():
+                reason = {"type": "abort", "message": "Abort", "status_code": None, "err_type": None}
+                break
+            if self._args[2]:
+                await _until(running.aborted, self._args[2])
+            text = f"{body['rid']} {params.get('sampling_seed')} {len(output)}".encode()
+            output.append(hashlib.sha256(text).digest()[0] % self._args[4])
+            if output[-1] in params["stop_token_ids"]:
+                reason = {"type": "stop", "matched": output[-1]}
+            elif len(output) == limit:
+                reason = {"type": "length", "length": limit}
+        logprobs = [[-0.5 - 0.001 * token, token, None] for token in output]
+        meta = {
+            "id": body["rid"],
+            "finish_reason": reason,
+            "prompt_tokens": len(body["input_ids"]),
+            "completion_tokens": len(output),
+            "output_token_logprobs": logprobs,
+            "output_token_logprobs_length": len(output),
+        }
+        return {"text": "", "output_ids": output, "meta_info": meta}
+
+    async def _spoiled(self, request: web.Request, reply: dict[str, Any], fault: Fault) -> web.StreamResponse:
+        meta = reply["meta_info"]
+        if fault == "nan":
+            meta["output_token_logprobs"][-1][0] = math.nan
+        elif fault == "counts":
+            meta["output_token_logprobs"].pop()
+        elif fault == "wrong_version":
+            meta["weight_versions"][0]["version"] = "99999"
+        raw = json.dumps(reply).encode()
+        if fault == "not_json":
+            raw = raw[: len(raw) // 2]
+        if fault != "truncated":
+            return web.Response(body=raw, content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Length": str(len(raw))})
+        await response.prepare(request)
+        await response.write(raw[: len(raw) // 2])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.aborts.append(body.get("rid", ""))
+        for rid, running in self.running.items():
+            if body.get("abort_all") or rid == body.get("rid"):
+                running.aborted.set()
+        return web.Response()
+
+    async def _checksums(self, request: web.Request) -> web.Response:
+        checksums = {name: served_checksum(tensor) for name, tensor in self.weights.items()}
+        info = [{"role": "target", "tp_rank": 0, "tp_size": 1}]
+        ranks = [{"checksums": checksums, "per_gpu_checksum": "", "parallelism_info": info}]
+        return web.json_response({"success": True, "message": "Success.", "ranks": ranks})
+
+    async def _update_from_disk(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.update_fault == "hang":
+            await asyncio.sleep(3600)
+        if self.update_fault == "500":
+            return web.json_response({"success": False, "message": "no"}, status=500)
+        try:
+            new = served_weights(Path(body["model_path"]))
+        except (OSError, SafetensorError, KeyError) as error:
+            message = f"Failed to get weights iterator: {error}."
+            return web.json_response({"success": False, "message": message}, status=400)
+        if self.update_fault == "drops_a_tensor":
+            lost = "model.layers.0.self_attn.o_proj.weight"
+            new[lost] = self.weights[lost]
+        self.weights = new
+        self.weight_version = body.get("weight_version") or self.weight_version
+        return web.json_response({"success": True, "message": "Succeeded to update model weights."})
+
+    async def _update_version(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.update_fault != "keeps_version":
+            self.weight_version = body["new_version"]
+        return web.json_response({"success": True, "message": "", "new_version": body["new_version"]})
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        if self.in_session:
+            return web.json_response({"success": False, "message": "a weight-update session is already open"}, status=400)
+        self.in_session = True
+        return web.json_response({"success": True, "message": "Success"})
+
+    async def _end(self, request: web.Request) -> web.Response:
+        if not self.in_session:
+            return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
+        self.in_session = False
+        return web.json_response({"success": True, "message": "Success"})
+
+    async def _init_group(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.groups[body["group_name"]] = await asyncio.to_thread(_join_group, body)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _destroy_group(self, request: web.Request) -> web.Response:
+        known = self.groups.pop((await request.json())["group_name"], None)
+        return web.json_response({"success": known is not None, "message": ""}, status=200 if known else 400)
+
+    async def _update_distributed(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if not (self.in_session or self.legacy) or self.update_fault == "500":
+            message = "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
+            return web.json_response({"success": False, "message": message}, status=400)
+        if self.update_fault == "hang":
+            await asyncio.sleep(3600)
+        sizes = [int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in zip(body["shapes"], body["dtypes"])]
+        flat = await asyncio.to_thread(_receive, self.groups[body["group_name"]], sum(sizes))
+        for name, shape, kind, end, size in zip(
+            body["names"], body["shapes"], body["dtypes"], np.cumsum(sizes), sizes, strict=True
+        ):
+            self.received[name] = flat[end - size : end].view(kind).reshape(shape)
+        if self.update_fault == "drops_a_tensor":
+            self.received.pop("model.layers.0.self_attn.o_proj.weight", None)
+        for name, array in joined(self.received).items():
+            self.weights[name] = array
+        self.weight_version = body.get("weight_version") or self.weight_version
+        return web.json_response({"success": True, "message": ""})
+
+    def _take_fault(self) -> Fault:
+        if self.fault == "none" or self.num_faults == 0:
+            return "none"
+        self.num_faults -= 1
+        return self.fault
+
+
+async def _until(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except TimeoutError:
+        return
+
+
+def served_weights(folder: Path) -> dict[str, NDArray[Any]]:
+    """The parameters of a dense model as the server holds them, by its own names (NumPy: the double starts at once)."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise OSError(f"no safetensors in {folder}")
+    return joined({name: tensor for file in files for name, tensor in load_file(file).items()})
+
+
+def joined(hf: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The served parameters that can be made of Hugging Face tensors."""
+    served: dict[str, NDArray[Any]] = {}
+    for name in list(hf):
+        if name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight")):
+            continue
+        tensor = hf[name]
+        if any(other not in hf for other in _neighbours(name)):
+            continue
+        if name.endswith("q_proj.weight"):
+            tensor = np.concatenate([tensor, *(hf[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))])
+            name = name.replace("q_proj", "qkv_proj")
+        elif name.endswith("gate_proj.weight"):
+            tensor = np.concatenate([tensor, hf[name.replace("gate_proj", "up_proj")]])
+            name = name.replace("gate_proj", "gate_up_proj")
+        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            padded = np.zeros((math.ceil(len(tensor) / 64) * 64, tensor.shape[1]), dtype=tensor.dtype)
+            padded[: len(tensor)] = tensor
+            tensor = padded
+        served[name] = tensor
+    return served
+
+
+def _neighbours(name: str) -> list[str]:
+    if name.endswith("q_proj.weight"):
+        return [name.replace("q_proj", other) for other in ("k_proj", "v_proj")]
+    return [name.replace("gate_proj", "up_proj")] if name.endswith("gate_proj.weight") else []
+
+
+def _join_group(body: dict[str, Any]) -> Any:
+    """Joins as SGLang does; torch is imported here, where it is needed."""
+    from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, rendezvous
+
+    address = f"tcp://{body['master_address']}:{body['master_port']}"
+    store, rank, size = next(rendezvous(address, body["rank_offset"], body["world_size"]))
+    name = body["group_name"]
+    group, _ = _new_process_group_helper(
+        size, rank, [], Backend(body["backend"]), PrefixStore(name, store), group_name=f"{name}-server"
+    )
+    return group
+
+
+def _receive(group: Any, size: int) -> NDArray[Any]:
+    import torch
+
+    flat = torch.empty(size, dtype=torch.uint8)
+    options = torch.distributed.BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([flat], options).wait()
+    array: NDArray[Any] = flat.numpy()
+    return array
+
+
+def served_checksum(array: NDArray[Any]) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-path", type=Path, required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--token-s", type=float, default=0.0)
+    given = parser.parse_args()
+    with SGLangDouble(given.model_path, host=given.host, port=given.port, token_s=given.token_s):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

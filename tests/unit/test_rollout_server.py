@@ -1,0 +1,177 @@
+"""Launched servers: ready, watched, restarted with the right weights, and gone without a trace whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
+from tests.support.runs import ROOT
+from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
+
+DOUBLE = ROOT / "tests" / "support" / "sglang_double.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("server") / "model")
+
+
+def double_command(options: LaunchOptions, port: int) -> list[str]:
+    arguments = ["--model-path", options.model_path, "--host", options.host, "--port", str(port)]
+    return [options.python, str(DOUBLE), *arguments, "--token-s", "0.02"]
+
+
+def launch_options(model: Path, logs: Path, **given: object) -> LaunchOptions:
+    values: dict[str, object] = {
+        "python": sys.executable,
+        "model_path": str(model),
+        "host": "127.0.0.1",
+        "arguments": {},
+        "environment": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        "log_folder": logs,
+        "start_timeout_s": 60.0,
+        "max_restarts": 2,
+    }
+    return LaunchOptions(**{**values, **given})  # type: ignore[arg-type]
+
+
+def processes_of(port: int) -> list[int]:
+    """Returns the processes with the port on their command line, guards included."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(port).encode() in command:
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def group(folder: Path, tmp_path: Path) -> Iterator[ServerGroup]:
+    with ServerGroup(2, launch_options(folder, tmp_path / "logs"), command=double_command) as made:
+        made.start()
+        yield made
+
+
+def port_of(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+def test_options_become_flags() -> None:
+    options = launch_options(
+        Path("m"), Path("l"), arguments={"mem_fraction_static": 0.5, "skip_x": True, "no_y": False, "many": [1, 2]}
+    )
+    tail = command_line(options, 7)[3:]
+    assert tail == [
+        *("--model-path", "m", "--host", "127.0.0.1", "--port", "7"),
+        *("--mem-fraction-static", "0.5", "--skip-x", "--many", "1", "2"),
+    ]
+
+
+def test_a_killed_server_is_restored_before_it_serves_and_no_completion_is_lost(
+    group: ServerGroup, folder: Path
+) -> None:
+    with rollouts(group.urls, folder, recovery_timeout_s=60.0) as made:
+        made.sync.publish(iter(weights(7).items()), 5)
+        group.watch(restore=made.sync.restore, renewed=made.fleet.renew)
+        victim = processes_of(port_of(group.urls[0]))
+        for process in victim:
+            os.kill(process, signal.SIGKILL)
+        completions = made.engine.generate(requests(40), OPTIONS)
+        assert len(completions) == 40
+        assert all(span.version == 5 for completion in completions for span in completion.policy_versions)
+        # a later step finds it again: restarted, restored, verified
+        assert wait_until(lambda: made.engine.generate(requests(8), OPTIONS) and made.fleet.in_service() == [0, 1], 60)
+        assert made.fleet.control(0, "/model_info").json()["weight_version"] == "5"
+        assert not set(victim) & set(processes_of(port_of(group.urls[0])))
+
+
+def test_nothing_is_left_after_the_end(folder: Path, tmp_path: Path) -> None:
+    with ServerGroup(2, launch_options(folder, tmp_path / "logs"), command=double_command) as made:
+        urls = made.start()
+        ports = [port_of(url) for url in urls]
+        assert all(is_listening(port) and len(processes_of(port)) == 2 for port in ports)  # guard and server
+    assert not any(is_listening(port) or processes_of(port) for port in ports)
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["server-0.log", "server-1.log"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_when_the_trainer_is_killed(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
+    """A process that launched servers dies of a signal: its servers follow."""
+    program = (
+        "import os, sys, time, pathlib\n"
+        "from aer_megatron.rollout.server import LaunchOptions, ServerGroup\n"
+        "model, logs, double = sys.argv[1:]\n"
+        "options = LaunchOptions(sys.executable, model, '127.0.0.1', {}, os.environ, pathlib.Path(logs), 60.0, 0)\n"
+        "def command(options, port):\n"
+        "    return [sys.executable, double, '--model-path', model, '--host', options.host, '--port', str(port)]\n"
+        "with ServerGroup(1, options, command=command) as made:\n"
+        "    print(made.start()[0], flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder), str(tmp_path / "logs"), str(DOUBLE)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    assert trainer.stdout is not None
+    port = port_of(trainer.stdout.readline().strip())
+    assert is_listening(port)
+    os.killpg(trainer.pid, number)  # as a terminal or a launcher would
+    trainer.wait(30)
+    trainer.stdout.close()
+    assert wait_until(lambda: not processes_of(port))
+    assert not is_listening(port)
+
+
+def test_a_server_that_ends_while_it_starts_is_explained_by_its_log(folder: Path, tmp_path: Path) -> None:
+    def broken(options: LaunchOptions, port: int) -> list[str]:
+        return [sys.executable, "-c", "print('no such device'); raise SystemExit(3)"]
+
+    with (
+        ServerGroup(1, launch_options(folder, tmp_path / "logs"), command=broken) as made,
+        pytest.raises(RuntimeError, match=r"(?s)server 0 ended while it started.*no such device"),
+    ):
+        made.start()
+
+
+def test_a_server_that_is_never_ready_is_given_up(folder: Path, tmp_path: Path) -> None:
+    def deaf(options: LaunchOptions, port: int) -> list[str]:
+        return [sys.executable, "-c", f"import time; {port}; time.sleep(600)", str(port)]
+
+    options = launch_options(folder, tmp_path / "logs", start_timeout_s=0.5)
+    with (
+        ServerGroup(1, options, command=deaf) as made,
+        pytest.raises(RuntimeError, match=r"not ready after sglang.start_timeout_s=0.5"),
+    ):
+        made.start()
+    assert processes_of(port_of(made.urls[0])) == []

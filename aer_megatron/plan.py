@@ -33,7 +33,8 @@ from aer_megatron.algo.memory_plan import (
 )
 from aer_megatron.algo.model_size import Layout, Recompute, parameter_count
 from aer_megatron.algo.step_plan import Candidate, Workload, fits_kv, step_flops, step_time, step_traffic
-from aer_megatron.config import Config, load_config
+from aer_megatron.config import Config
+from aer_megatron.config_loading import load_config
 from aer_megatron.convert.architecture import (
     ModelArchitecture,
     architecture_from_hf_config,

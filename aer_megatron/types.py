@@ -144,8 +144,8 @@ class TrainBatch:
     """Everything the policy update needs; the coefficients are data, the loss reads no global.
 
     ``entropy_weight_B[i]`` is alpha * d(q_i); ``advantage_B`` is per sequence; ``old_logprob_T`` is the log-probability
-    under the policy at the start of the step, ``ref_logprob_T`` that under the reference policy, where the loss has a KL
-    to one.
+    under the policy at the start of the step, ``ref_logprob_T`` that under the reference policy, where the loss has a
+    KL to one.
     """
 
     experience: Experience

@@ -160,7 +160,7 @@ def draw(folder: Path, pictures: Path) -> None:
     """Writes one picture of the three updates and one of the constant coefficients, where their runs are done."""
     pictures.mkdir(parents=True, exist_ok=True)
     for name, runs in {
-        "updates.png": [f"{rule}-0.5" for rule in ("pi", "proportional", "sign")],
+        "updates.png": [f"{rule}-0.7" for rule in ("pi", "proportional", "sign")],
         "fixed.png": ["fixed-0.007-0", "pi-0.5", "fixed-0.7-0"],
     }.items():
         folders = [folder / run for run in runs]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from aer_megatron.config import describe_options
+from aer_megatron.config_loading import describe_options
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aer_megatron.actor.model import gpt_arguments
 from aer_megatron.actor.weights import load_hf_weights
-from aer_megatron.config import config_from_table
+from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.parallel.topology import Topology, destroy_topology, initialize_topology

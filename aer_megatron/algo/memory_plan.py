@@ -141,11 +141,12 @@ def _attention(model: ModelSizes, layout: Layout, batch: BatchShape, form: Train
     grouped = model.padded_heads > model.padded_kv_heads
     keep_core = layout.recompute != "selective"
     columns = 2 * width.query  # rotated queries, context
-    if model.qk_norm:
-        queries_copied = width.kv > model.head_dim  # one key head per rank leaves the query a plain view
-        columns += width.query * (2 if queries_copied else 1) + width.kv + width.mixed
-    elif form.attention == "flash" or not grouped:
-        columns += width.mixed  # the value is a view of it
+    if model.qk_norm and width.kv > model.head_dim:
+        columns += width.query  # copied for its norm; with one key head per rank it is a plain view
+    if model.qk_norm and form.attention == "local":
+        columns += width.query + width.kv  # normalised rows
+    if model.qk_norm or form.attention == "flash" or not grouped:
+        columns += width.mixed  # key or value are views of it
     if form.attention == "flash":
         columns += (2 if model.qk_norm else 1) * width.kv + width.kv  # key copied for its norm, rotated key, value
         statistics = tokens * model.padded_heads // layout.tp * _FP32

@@ -98,7 +98,9 @@ class MegatronWriter:
             storage_meta=StorageMeta(checkpoint_id=None, save_id=str(uuid.uuid4())),
         )
         (self._work / _METADATA_NAME).write_bytes(pickle.dumps(metadata))
-        torch.save({}, self._work / _COMMON_NAME)
+        common = io.BytesIO()  # torch's own files say nothing of a full disk
+        torch.save({}, common)
+        (self._work / _COMMON_NAME).write_bytes(common.getvalue())
         (self._work / _FORMAT_NAME).write_text(json.dumps(_FORMAT), encoding="utf-8")
 
     def _store(self, index: MetadataIndex, content: object, num_bytes: int) -> None:

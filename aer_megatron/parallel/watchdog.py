@@ -28,6 +28,7 @@ from typing import Any, Protocol, Self
 HANG_EXIT_CODE = 124  # that of timeout(1)
 
 _ALARM = "aer_megatron/hang"
+_SECOND_LINE_S = 15.0  # how much later than the thread the faulthandler fires: a loaded machine may starve the thread
 _GRACE_PERIODS = 4  # how long a rank stays after its report, so that the others see the alarm before the launcher acts
 # files whose functions are the calls that a rank can wait in, and helpers in them that name nothing
 _CALL_FILES = ("/distributed_c10d.py", "/p2p_communication.py", "/http/client.py", "/urllib/request.py")
@@ -79,7 +80,7 @@ class Watchdog:
         self._store = store
         self._advice = advice
         self._stop = stop
-        self._period_s = min(5.0, timeout_s / 10)
+        self._period_s = min(3.0, timeout_s / 10)
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -125,7 +126,6 @@ class Watchdog:
     def _end(self, late: bool) -> None:
         if late:
             self._raise_alarm()
-        # the report comes first: what follows may block
         self._say(self._report(late))
         self._over.wait(self._period_s * _GRACE_PERIODS)
         self._stop(HANG_EXIT_CODE)
@@ -163,7 +163,7 @@ class Watchdog:
 
     def _arm_second_line(self) -> None:
         """Fires if this thread, which needs the interpreter, has not come round again for a whole timeout."""
-        faulthandler.dump_traceback_later(self._timeout_s + self._period_s * _GRACE_PERIODS, exit=True)
+        faulthandler.dump_traceback_later(self._timeout_s + _SECOND_LINE_S, exit=True)
 
 
 def call_name(stack: list[traceback.FrameSummary]) -> str | None:
@@ -180,8 +180,9 @@ def distributed_store() -> AlarmStore | None:
 
     if dist.get_world_size() == 1:
         return None
-    store: AlarmStore = dist.distributed_c10d._get_default_store().clone()
-    return store
+    store: Any = dist.distributed_c10d._get_default_store()
+    clone: AlarmStore = store.clone()
+    return clone
 
 
 def _lines(part: traceback.FrameSummary) -> list[str]:

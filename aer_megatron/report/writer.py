@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from aer_megatron.config import Config, config_digest
+from aer_megatron.config import Config
+from aer_megatron.config_loading import config_digest
 from aer_megatron.report.metrics import MACHINE_PREFIX, Metric, unit_of
 
 METRICS_FILE = "metrics.jsonl"

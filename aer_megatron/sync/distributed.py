@@ -2,17 +2,18 @@
 
 Every server has a group of its own (rank 0 = the trainer, then its tensor-parallel ranks), so one that fails or hangs
 costs only itself. Servers from 0.5.21 load only inside a session (/begin_weight_update ... /end_weight_update); older
-ones answer 404 to it and need none. The HTTP reply is watched while a broadcast is under way: a server that refuses would
-otherwise leave the trainer waiting for a receiver that never comes.
+ones answer 404 to it and need none. The HTTP reply is watched while a broadcast is under way: a server that refuses
+would otherwise leave the trainer waiting for a receiver that never comes.
 
 Nothing is kept of the weights: a restarted server gets its own with the next publication.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import logging
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import Backend, PrefixStore
 
 from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
 
+# what servers use too: the names under which the members find one another depend on it
+_new_group: Any = distributed_c10d._new_process_group_helper
 _LOG = logging.getLogger(__name__)
 _POLL_S = 0.0005
 _FAREWELL_S = 5.0  # for the calls that tidy up a server after a failure
@@ -69,7 +73,6 @@ class DistributedSync(ServerSync):
         self._bucket_bytes = bucket_bytes
         self._links: dict[int, _Link] = {}
         self._has_sessions: dict[int, bool] = {}
-        self._numbers = itertools.count()
         self._calls = ThreadPoolExecutor(thread_name_prefix="sglang-transfer")
 
     def close(self) -> None:
@@ -84,7 +87,7 @@ class DistributedSync(ServerSync):
         refused = self._in_parallel(self._open, indices)
         for bucket in buckets(named_tensors, self._bucket_bytes):
             alive = [index for index in indices if index not in refused]
-            refused |= self._in_parallel(lambda index, sent=bucket: self._broadcast(index, sent, version), alive)
+            refused |= self._in_parallel(functools.partial(self._broadcast, bucket, version), alive)
         alive = [index for index in indices if index not in refused]
         refused |= self._in_parallel(self._end, alive)
         for index in refused:
@@ -108,7 +111,7 @@ class DistributedSync(ServerSync):
             raise Untransferred(f"/begin_weight_update answers {reply.status}: {reply.text}")
 
     def _link(self, index: int) -> None:
-        name = f"aer-{next(self._numbers)}-{index}"
+        name = f"aer-{uuid.uuid4().hex[:12]}"
         size = 1 + self._tp_size[index]
         timeout = timedelta(seconds=self._context.timeout_s)
         # a store of its own: torchrun's would be taken for the launcher's
@@ -123,15 +126,16 @@ class DistributedSync(ServerSync):
         }
         call = self._calls.submit(self._post, index, "/init_weights_update_group", body)
         try:
-            group, _ = _new_process_group_helper(
+            group, _ = _new_group(
                 size, 0, [], Backend(self._backend), PrefixStore(name, store), group_name=name, timeout=timeout
             )
         except (RuntimeError, ValueError) as error:
             raise Untransferred(f"no process group with it: {error}") from None
-        call.result()
+        distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(size)}  # torch asks at its end
         self._links[index] = _Link(name, group, store)
+        call.result()
 
-    def _broadcast(self, index: int, bucket: _Bucket, version: int) -> None:
+    def _broadcast(self, bucket: _Bucket, version: int, index: int) -> None:
         link = self._links[index]
         body = {
             "names": bucket.names,
@@ -150,11 +154,7 @@ class DistributedSync(ServerSync):
             self._await(work, call)
             call.result()
         except RuntimeError as error:
-            self._links.pop(index, None)
             raise Untransferred(f"the broadcast to it failed: {error}") from None
-        except Untransferred:
-            self._links.pop(index, None)
-            raise
 
     def _await(self, work: Any, call: Future[Any]) -> None:
         """Returns when the broadcast is done; raises what the call raised, or Untransferred after ``timeout_s``."""
@@ -190,6 +190,9 @@ class DistributedSync(ServerSync):
             )
         except RuntimeError as error:
             _LOG.debug("server %d: %s", index, error)
+        # a broadcast that nobody receives ends here, not at its timeout
+        link.group.abort()
+        dist.destroy_process_group(link.group)
 
     def _control(self, index: int, path: str, body: dict[str, Any]) -> Any:
         return self._fleet.control(index, path, body, timeout_s=self._context.timeout_s)

@@ -83,13 +83,24 @@ def test_completions_hold_what_the_engine_promises(server: Rollouts) -> None:
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
 
 
-def test_published_weights_are_the_served_ones(server: Rollouts) -> None:
-    for version, seed in ((3, 1), (4, 2)):
-        names = server.sync.transfer(iter(weights(seed).items()), version)
-        assert "model.layers.0.self_attn.qkv_proj.weight" in names
-        assert server.engine.policy_version == version
-        for completion in server.engine.generate(requests(2), OPTIONS):
-            assert [span.version for span in completion.policy_versions] == [version]
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+def test_published_weights_are_the_served_ones(transport: str, url: str, folder: Path) -> None:
+    """Three publications, so that sessions and groups are used again; a second client then finds a clean server."""
+    for first_version in (3, 30):
+        with rollouts([url], folder, transport=transport) as made:
+            for version in range(first_version, first_version + 3):
+                names = made.sync.transfer(iter(weights(version).items()), version)
+                assert "model.layers.0.self_attn.qkv_proj.weight" in names
+                assert made.engine.policy_version == version
+                for completion in made.engine.generate(requests(2), OPTIONS):
+                    assert [span.version for span in completion.policy_versions] == [version]
+
+
+def test_a_broadcast_outside_a_session_is_refused(server: Rollouts) -> None:
+    body = {"names": [], "dtypes": [], "shapes": [], "group_name": "none", "load_format": "flattened_bucket"}
+    reply = server.fleet.control(0, "/update_weights_from_distributed", body)
+    assert reply.status == 400
+    assert "begin_weight_update" in reply.text
 
 
 def test_another_model_than_the_one_sent_is_refused(server: Rollouts) -> None:

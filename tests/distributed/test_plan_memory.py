@@ -86,7 +86,7 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
     from megatron.core.tensor_parallel.random import CheckpointFunction
 
     from aer_megatron.actor.actor import Actor
-    from aer_megatron.config import config_from_table
+    from aer_megatron.config_loading import config_from_table
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.parallel import platform
     from aer_megatron.parallel.topology import initialize_topology

@@ -5,23 +5,20 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.support.runs import ROOT, environment
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
 
 
-def launch(kind: str) -> tuple[subprocess.CompletedProcess[str], float]:
+def launch(kind: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    started = time.monotonic()
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "tests.support.hanging_ranks", str(TIMEOUT_S), kind],
         capture_output=True, text=True, timeout=120, env=environment(), cwd=ROOT, check=False,
     )  # fmt: skip
-    return done, time.monotonic() - started
 
 
 def report(done: subprocess.CompletedProcess[str], rank: int) -> str:
@@ -33,7 +30,7 @@ def report(done: subprocess.CompletedProcess[str], rank: int) -> str:
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["sleep", "late"])
 def test_a_rank_that_sleeps_in_front_of_a_collective_ends_the_run(kind: str) -> None:
-    done, _ = launch(kind)
+    done = launch(kind)
     assert done.returncode != 0
     assert re.search(r"exitcode\s*:\s*124", done.stderr), done.stderr
     waiting, sleeping = report(done, 0), report(done, 1)
@@ -44,7 +41,7 @@ def test_a_rank_that_sleeps_in_front_of_a_collective_ends_the_run(kind: str) -> 
     assert "in all_gather_ragged" in waiting
     assert "sleep_in_front_of_the_collective" in sleeping
     assert "is in no collective" in sleeping
-    seconds = float(re.search(r"for ([0-9.]+) s \(longer than run.hang_timeout_s=2\)", waiting + sleeping)[1])  # type: ignore[index]
+    seconds = float(re.search(r"for ([0-9.]+) s \(longer than run.hang_timeout_s=3\)", waiting + sleeping)[1])  # type: ignore[index]
     assert TIMEOUT_S <= seconds < 2 * TIMEOUT_S
     if kind == "late":  # its own time is not up: the other rank's alarm made it speak
         assert "(another rank hangs)" in sleeping
@@ -52,7 +49,7 @@ def test_a_rank_that_sleeps_in_front_of_a_collective_ends_the_run(kind: str) -> 
 
 @pytest.mark.integration
 def test_a_run_that_moves_on_is_left_alone() -> None:
-    done, _ = launch("none")
+    done = launch("none")
     assert done.returncode == 0, done.stderr
     assert "hang watchdog" not in done.stderr
     assert done.stdout.count("is done") == 2

@@ -14,7 +14,7 @@ import pytest
 
 from aer_megatron.algo.difficulty import normalize_difficulty
 from aer_megatron.algo.flight import BUCKETS, replayed_difficulty
-from aer_megatron.config import config_from_table
+from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.flight import read_flight
 from tests.support.runs import ROOT, environment, metric_lines, train, write_run_file
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from aer_megatron.config import Config, config_from_table
+from aer_megatron.config import Config
+from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.types import Experience, TrainBatch
 

@@ -259,7 +259,8 @@ class SGLangDouble:
 
     async def _begin(self, request: web.Request) -> web.Response:
         if self.in_session:
-            return web.json_response({"success": False, "message": "a weight-update session is already open"}, status=400)
+            message = "a weight-update session is already open; call end_weight_update() first"
+            return web.json_response({"success": False, "message": message}, status=400)
         self.in_session = True
         return web.json_response({"success": True, "message": "Success"})
 
@@ -350,16 +351,16 @@ def _neighbours(name: str) -> list[str]:
 
 
 def _join_group(body: dict[str, Any]) -> Any:
-    """Joins as SGLang does; torch is imported here, where it is needed."""
-    from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, rendezvous
+    """Joins under the names that SGLang's torch uses; by hand, because the trainer may be in the same process."""
+    from datetime import timedelta
 
-    address = f"tcp://{body['master_address']}:{body['master_port']}"
-    store, rank, size = next(rendezvous(address, body["rank_offset"], body["world_size"]))
-    name = body["group_name"]
-    group, _ = _new_process_group_helper(
-        size, rank, [], Backend(body["backend"]), PrefixStore(name, store), group_name=f"{name}-server"
-    )
-    return group
+    from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+    name, wait = body["group_name"], timedelta(seconds=20)
+    store = TCPStore(body["master_address"], body["master_port"], body["world_size"], is_master=False, timeout=wait)
+    for prefix in (name, f"{name}/", "cpu/"):
+        store = PrefixStore(prefix, store)
+    return ProcessGroupGloo(store, body["rank_offset"], body["world_size"], wait)
 
 
 def _receive(group: Any, size: int) -> NDArray[Any]:

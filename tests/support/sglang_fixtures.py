@@ -17,7 +17,8 @@ from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
 from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
 from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
 from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.servers import Labels, SyncContext
+from aer_megatron.sync.distributed import DistributedSync
+from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
 from tests.support.policies import tiny_hf_model
 
 OPTIONS = SamplingOptions(1.0, 1.0, 0, frozenset({2}))
@@ -28,7 +29,7 @@ class Rollouts(NamedTuple):
 
     engine: SGLangEngine
     fleet: ServerFleet
-    sync: DiskSync
+    sync: ServerSync
     replaced: list[int]
 
 
@@ -50,7 +51,13 @@ def requests(count: int, *, max_new_tokens: int = 6) -> list[GenerateRequest]:
 
 @contextmanager
 def rollouts(
-    urls: Sequence[str], folder: Path, *, api_key: str | None = None, max_concurrency: int = 8, **limits: Any
+    urls: Sequence[str],
+    folder: Path,
+    *,
+    api_key: str | None = None,
+    max_concurrency: int = 8,
+    transport: str = "disk",
+    **limits: Any,
 ) -> Iterator[Rollouts]:
     """Yields an engine with short deadlines over ``urls``, the model's configuration being ``folder``'s."""
     hf_config = json.loads((folder / "config.json").read_text())
@@ -81,8 +88,10 @@ def rollouts(
             exchange=lambda value: [json.loads(json.dumps(value))],
             replace=replaced.append,
         )
-        sync = DiskSync(
-            fleet, context, folder=folder.parent / "transfer", hf_config=hf_config, max_shard_bytes=20_000
+        sync: ServerSync = (
+            DiskSync(fleet, context, folder=folder.parent / "transfer", hf_config=hf_config, max_shard_bytes=20_000)
+            if transport == "disk"
+            else DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=20_000)
         )
         stack.callback(sync.close)
         engine = SGLangEngine(fleet, RequestLimits(**chosen), transfer=sync.transfer)

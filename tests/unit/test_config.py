@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from aer_megatron.config import Config, config_digest, config_from_table, describe_options, load_config
+from aer_megatron.config import Config
+from aer_megatron.config_loading import config_digest, config_from_table, describe_options, load_config
 from tools import write_configuration_docs
 
 MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
@@ -265,7 +266,7 @@ def test_the_digest_changes_with_any_value_and_not_with_the_process() -> None:
     digest = config_digest(build().model_dump(mode="json"))
     assert digest != config_digest(build(run={"seed": 1}).model_dump(mode="json"))
     program = (
-        "from aer_megatron.config import config_digest, config_from_table;"
+        "from aer_megatron.config_loading import config_digest, config_from_table;"
         f"print(config_digest(config_from_table({MINIMAL!r}).model_dump(mode='json')))"
     )
     root = str(Path(__file__).resolve().parents[2])

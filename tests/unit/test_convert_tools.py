@@ -171,7 +171,8 @@ def _break_checkpoint(folder: Path, what: str) -> None:
     elif what == "other format":
         (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     else:
-        _edit_config(folder, **{"other model": {"num_hidden_layers": 3}, "untied": {"tie_word_embeddings": False}}[what])
+        changes = {"other model": {"num_hidden_layers": 3}, "untied": {"tie_word_embeddings": False}}
+        _edit_config(folder, **changes[what])
 
 
 @pytest.mark.parametrize(
@@ -229,10 +230,10 @@ def test_existing_output_is_left_alone(tools: Callable[..., None], tmp_path: Pat
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB: less than the tiny model takes."""
+    """A file system of 64 KiB: less than the tiny model takes."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.strip()}")
@@ -280,7 +281,7 @@ def test_a_lost_bit_is_found(tools: Callable[..., None], tmp_path: Path) -> None
 
 def test_random_checkpoints_have_the_shapes_of_their_config(tools: Callable[..., None], tmp_path: Path) -> None:
     model = save_tiny_model("qwen2", tmp_path / "model")
-    tools("make_random_checkpoint", model / "config.json", tmp_path / "out", "--max-shard-gb", 5e-5)
+    tools("make_random_checkpoint", model / "config.json", tmp_path / "out", "--max-shard-gb", 2e-5)
     folder, _ = folders.checked_hf_folder(tmp_path / "out", 1)
     assert folder.shapes() == HFFolder(model).shapes()
     files = sorted((tmp_path / "out").glob("*.safetensors"))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from aer_megatron import replay as command
-from aer_megatron.config import EntropySection, config_from_table
+from aer_megatron.config import EntropySection
+from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.writer import write_run_manifest
 from tests.support.flights import flight_records

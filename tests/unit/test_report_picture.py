@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aer_megatron.config import config_from_table
+from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.__main__ import main
 from aer_megatron.report.picture import draw_comparison, draw_report, load_runs, smooth
 from aer_megatron.report.writer import MetricsWriter, write_run_manifest

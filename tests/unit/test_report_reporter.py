@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from aer_megatron.config import Config, config_from_table
+from aer_megatron.config import Config
+from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.reporter import NullReporter, Reporter, StepReporter
 from aer_megatron.report.tensorboard import TensorBoardWriter
 from aer_megatron.report.timer import PHASES, PhaseTimer, peak_rss_gb

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aer_megatron.config import config_digest, config_from_table
+from aer_megatron.config_loading import config_digest, config_from_table
 from aer_megatron.report.writer import (
     MetricsWriter,
     package_versions,

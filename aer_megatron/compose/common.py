@@ -1,0 +1,121 @@
+"""What both stages need: the policy, its weights, the reporter, the watchdog; each from the run's configuration."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from aer_megatron.actor.actor import Actor
+from aer_megatron.config import Config, OptimizerSection
+from aer_megatron.convert.architecture import (
+    ModelArchitecture,
+    architecture_from_hf_config,
+    check_parallel,
+    pad_query_groups,
+)
+from aer_megatron.convert.hf_folder import HFFolder
+from aer_megatron.convert.mapping import check_hf_tensors
+from aer_megatron.parallel.platform import Platform
+from aer_megatron.parallel.topology import Topology, initialize_topology
+from aer_megatron.parallel.watchdog import Watchdog, distributed_store
+from aer_megatron.report.reporter import NullReporter, Reporter
+from aer_megatron.report.writer import package_versions, write_run_manifest
+
+MAX_SHARD_BYTES = 5 * 10**9
+VERSIONED_PACKAGES = (
+    "aer-megatron",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "transformer-engine",
+    "numpy",
+    "math-verify",
+    "reasoning-gym",
+)
+
+
+def build_topology(config: Config) -> Topology:
+    """Returns this rank's place in the layout of ``[parallel]``; every rank calls it."""
+    parallel = config.parallel
+    return initialize_topology(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=config.run.seed)
+
+
+def build_actor(
+    config: Config, path: str, platform: Platform, topology: Topology, *, optimizer: OptimizerSection, num_updates: int
+) -> Actor:
+    """Returns the policy of the folder ``path``, without its weights; ``num_updates`` is the schedule's length."""
+    return Actor(
+        architecture(path, tp=config.parallel.tp),
+        config,
+        topology,
+        device=platform.device,
+        optimizer=optimizer,
+        num_updates_planned=num_updates,
+    )
+
+
+def architecture(path: str, tp: int = 1) -> ModelArchitecture:
+    """Returns the architecture of a Hugging Face folder, with zero query groups where tp does not divide the heads."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model folder {path!r} has no config.json; give a Hugging Face folder (model.path, sft.init)")
+    return pad_query_groups(architecture_from_hf_config(json.loads(file.read_text(encoding="utf-8"))), tp)
+
+
+def check_model(config: Config, path: str) -> None:
+    """Raises ValueError unless the layout fits the model and the longest sequence its positions."""
+    arch = architecture(path, tp=config.parallel.tp)
+    check_parallel(arch, config.parallel.tp, config.parallel.pp, ep=config.parallel.ep)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    if longest > arch.max_positions:
+        raise ValueError(
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} = {longest} exceeds the model's {arch.max_positions} positions; lower one"
+        )
+
+
+def checked_weights(path: str) -> Callable[[str], Tensor]:
+    """Returns the getter of a Hugging Face folder whose tensors are exactly those of its architecture."""
+    folder = HFFolder(path)
+    check_hf_tensors(architecture(path), folder.shapes(), folder.get)
+    return folder.get
+
+
+def open_reporter(config: Config, platform: Platform, start_step: int, arguments: Sequence[str]) -> Any:
+    """Returns rank 0's reporter, which has written run.json, and one that does nothing elsewhere."""
+    if platform.rank != 0:
+        return NullReporter()
+    write_run_manifest(
+        config.run.output_dir,
+        config,
+        package_versions(VERSIONED_PACKAGES),
+        command=["aer_megatron.train", *arguments],
+        num_ranks=platform.world_size,
+    )
+    return Reporter.open(
+        config, folder=config.run.output_dir, num_steps=config.run.num_steps, start_step=start_step
+    )
+
+
+def open_watchdog(config: Config, platform: Platform) -> Watchdog:
+    """Returns the watchdog that ends a run in which a phase takes longer than ``run.hang_timeout_s``."""
+
+    def advice() -> str:
+        folder = Path(config.run.output_dir) / "checkpoints"
+        newest = max((path for path in folder.glob("step_*") if path.name[5:].isdigit()), default=None)
+        resume = f"the newest is {newest}, from which the same command goes on" if newest else "there is none yet"
+        return f"no checkpoint can be made now: {resume}"
+
+    return Watchdog(
+        rank=platform.rank,
+        timeout_s=config.run.hang_timeout_s,
+        say=functools.partial(print, file=sys.stderr, flush=True),
+        store=distributed_store(),
+        advice=advice,
+    )

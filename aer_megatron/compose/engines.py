@@ -1,0 +1,140 @@
+"""The rollout engine and the way that weights reach it: in this process, or SGLang servers over HTTP."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from aer_megatron.actor.model import TORCH_DTYPES
+from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
+from aer_megatron.config import Config
+from aer_megatron.parallel.agreement import exchange_json, on_first_rank
+from aer_megatron.parallel.platform import Platform
+from aer_megatron.rollout.embedded import EmbeddedEngine
+from aer_megatron.rollout.engine import RolloutEngine
+from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
+from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
+from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
+from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.sync.checksum import tensor_checksum
+from aer_megatron.sync.disk import DiskSync
+from aer_megatron.sync.distributed import DistributedSync
+from aer_megatron.sync.in_process import InProcessSync
+from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
+from aer_megatron.trainer import WeightSync
+
+SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
+def build_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
+    """Returns the engine that ``rollout.engine`` names and its weight transport; ``stack`` closes them."""
+    build = sglang_engine if config.rollout.engine == "sglang" else embedded_engine
+    return build(config, platform, stack)
+
+
+def embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
+
+    engine = EmbeddedEngine(
+        AutoConfig.from_pretrained(config.model.path),
+        dtype=TORCH_DTYPES[config.model.dtype],
+        device=platform.device,
+        max_batch_size=config.rollout.max_batch_size,
+        checksum=tensor_checksum,
+    )
+    stack.callback(engine.close)
+    return engine, InProcessSync(engine, checksum=tensor_checksum)
+
+
+def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
+    """Returns engine and weight transport over the servers, which rank 0 launches where the run file says so."""
+    options = config.sglang
+    group: ServerGroup | None = None
+    urls = list(options.urls)
+    if options.num_servers:
+        if platform.rank == 0:
+            group = stack.enter_context(
+                ServerGroup(options.num_servers, _launch_options(config), command=command_line)
+            )
+        urls = on_first_rank(lambda: group and group.start(), rank=platform.rank, device=platform.device)
+    fleet = stack.enter_context(
+        ServerFleet(
+            urls,
+            FleetOptions(
+                max_concurrency=options.max_concurrency,
+                connect_timeout_s=options.connect_timeout_s,
+                control_timeout_s=options.control_timeout_s,
+                api_key=_api_key(config),
+            ),
+        )
+    )
+    context = SyncContext(
+        arch=architecture(config.model.path),
+        labels=Labels(version_label, unverified_label),
+        timeout_s=options.transfer_timeout_s,
+        leads=platform.rank == 0,
+        exchange=functools.partial(exchange_json, device=platform.device),
+        replace=group.replace if group else lambda index: None,
+    )
+    sync = _server_sync(config, platform, fleet, context)
+    stack.callback(sync.close)
+    if group:
+        group.watch(restore=sync.restore, renewed=fleet.renew)
+    limits = RequestLimits(
+        request_timeout_s=options.request_timeout_s,
+        max_attempts=options.max_attempts,
+        max_failures=options.max_failures,
+        recovery_timeout_s=options.recovery_timeout_s,
+        probe_interval_s=options.probe_interval_s,
+    )
+    return SGLangEngine(fleet, limits, transfer=sync.transfer), sync
+
+
+def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context: SyncContext) -> ServerSync:
+    options = config.sglang
+    if options.transport == "distributed":
+        return DistributedSync(
+            fleet,
+            context,
+            backend=platform.backend,
+            address=options.trainer_address,
+            bucket_bytes=options.bucket_mb * 10**6,
+        )
+    return DiskSync(
+        fleet,
+        context,
+        folder=Path(options.transfer_dir or Path(config.run.output_dir) / "weights"),
+        hf_config=json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")),
+        max_shard_bytes=MAX_SHARD_BYTES,
+    )
+
+
+def _launch_options(config: Config) -> LaunchOptions:
+    options, api_key = config.sglang, _api_key(config)
+    # a server is no rank of this job
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_VARIABLES)}
+    return LaunchOptions(
+        python=options.python or sys.executable,
+        model_path=str(Path(config.model.path).absolute()),
+        host=options.host,
+        arguments={"dtype": SERVER_DTYPES[config.model.dtype]}
+        | options.launch
+        | ({"api_key": api_key} if api_key else {}),
+        environment=environment | options.environment,
+        log_folder=Path(config.run.output_dir) / "sglang",
+        start_timeout_s=options.start_timeout_s,
+        max_restarts=options.max_restarts,
+    )
+
+
+def _api_key(config: Config) -> str | None:
+    name = config.sglang.api_key_env
+    if name and not os.environ.get(name):
+        raise ValueError(f"sglang.api_key_env={name!r} is not set in the environment; export it, or leave this empty")
+    return os.environ[name] if name else None

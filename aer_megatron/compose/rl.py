@@ -1,0 +1,176 @@
+"""The reinforcement-learning stage: builds its parts, resumes, and hands them to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from aer_megatron._C import DifficultyLedger
+from aer_megatron.actor.checkpoint import CheckpointStore
+from aer_megatron.algo import controller
+from aer_megatron.compose.common import build_actor, checked_weights, open_reporter
+from aer_megatron.compose.engines import build_engine
+from aer_megatron.config import Config
+from aer_megatron.data.prompts import PromptCursor, PromptSet
+from aer_megatron.data.sources import load_records
+from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
+from aer_megatron.parallel.gather import gather_counts, gather_experience
+from aer_megatron.parallel.platform import Platform
+from aer_megatron.parallel.topology import Topology
+from aer_megatron.parallel.watchdog import Watchdog
+from aer_megatron.report.flight import FlightWriter
+from aer_megatron.report.timer import PhaseTimer
+from aer_megatron.rewards.pool import VerifierPool
+from aer_megatron.rewards.registry import check_verifiers
+from aer_megatron.rewards.scoring import reason_counts, score_groups
+from aer_megatron.rollout.collect import RolloutCollector
+from aer_megatron.rollout.engine import SamplingOptions
+from aer_megatron.rollout.seeds import stream_seed
+from aer_megatron.trainer import Parts, Progress, Trainer
+
+
+def run_rl(
+    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
+) -> None:
+    """Returns when the last step is done and saved; continues from the newest checkpoint of ``run.output_dir``."""
+    actor = build_actor(
+        config,
+        config.model.path,
+        platform,
+        topology,
+        optimizer=config.optimizer,
+        num_updates=config.run.num_steps * config.algo.num_minibatches,
+    )
+    data = _load_data(config)
+    cursor = PromptCursor(data.train, config.run.seed)
+    ledger = DifficultyLedger(config.algo.ledger.decay, len(data.train))
+    store = CheckpointStore(
+        Path(config.run.output_dir) / "checkpoints",
+        topology=topology,
+        device=platform.device,
+        keep=config.run.keep_checkpoints,
+    )
+    start = Progress(0, 0, controller.initial_state(config.algo.entropy), cursor.state_dict())
+    checkpoint = store.latest()
+    if checkpoint is not None and not config.run.resume:
+        raise ValueError(
+            f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds checkpoints up to step "
+            f"{checkpoint.step}; remove them, choose another run.output_dir, or set run.resume=true"
+        )
+    if checkpoint is not None:
+        start = _progress_from(store.load(checkpoint, actor))
+        cursor.load_state_dict(start.cursor)
+        ledger = DifficultyLedger.load(str(checkpoint.path_of("ledger")))
+    else:
+        actor.load_hf_weights(checked_weights(config.model.path))
+    if config.algo.kl_coefficient:  # also on resume: the reference is the policy that the run began with
+        actor.hold_reference(checked_weights(config.model.path))
+
+    def save(progress: Progress) -> None:
+        store.save(
+            actor,
+            step=progress.next_step,
+            state=_progress_table(progress),
+            files={"ledger": lambda path: ledger.save(str(path))},
+        )
+
+    timer = PhaseTimer(on_phase=watchdog.enter_phase, first_step=start.next_step)
+    with ExitStack() as stack:
+        reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
+        flight = _open_flight_recorder(config, platform, start.next_step)
+        parts = _rollout_parts(config, platform, data, stack) | {
+            "prompts": cursor,
+            "policy": actor,
+            "ledger": ledger,
+            "save": save,
+            "flight": flight,
+            "reporter": reporter,
+            "timer": timer,
+        }
+        Trainer(config, Parts(**parts), start).run()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Data:
+    """Prompt sets and the tokenizer's functions."""
+
+    train: Any
+    evaluation: Sequence[Any]
+    decode: Callable[[Sequence[int]], str]
+    stop_ids: tuple[int, ...]
+
+
+def _load_data(config: Config) -> Data:
+    tokenizer = load_tokenizer(config.model.path)
+    stop_ids = stop_token_ids(config.model.path, tokenizer)
+    read = functools.partial(
+        load_records, on_bad_record=config.data.on_bad_record, default_verifier=config.data.verifier
+    )
+    train = PromptSet(read(config.data.train).records, tokenizer, config.data)
+    evaluation: Sequence[Any] = ()
+    if config.data.eval is not None:
+        evaluation = PromptSet(read(config.data.eval).records, tokenizer, config.data)[: config.eval.num_prompts]
+    check_verifiers(train.verifiers | {prompt.verifier for prompt in evaluation})
+    return Data(train, evaluation, make_decoder(tokenizer, stop_ids), stop_ids)
+
+
+def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:
+    """Returns collectors, verifier pool and weight sync around the engine; ``stack`` closes them."""
+    rollout = config.rollout
+    engine, weight_sync = build_engine(config, platform, stack)
+    pool = stack.enter_context(VerifierPool(config.rewards.num_workers, config.rewards.timeout_s))
+
+    def collector(num_samples: int, temperature: float, stream: str) -> RolloutCollector:
+        return RolloutCollector(
+            engine,
+            SamplingOptions(temperature, rollout.top_p, rollout.top_k, frozenset(data.stop_ids)),
+            num_samples=num_samples,
+            max_new_tokens=rollout.max_new_tokens,
+            stream_seed=stream_seed(config.run.seed, stream),
+            rank=platform.rank,
+            world_size=platform.world_size,
+        )
+
+    def gather(scored: list[Any]) -> tuple[Any, dict[str, int]]:
+        experience = gather_experience(scored, device=platform.device)
+        return experience, gather_counts(reason_counts(scored), device=platform.device)
+
+    return {
+        "collector": collector(rollout.group_size, rollout.temperature, "train"),
+        "eval_collector": collector(config.eval.num_samples, config.eval.temperature, "eval"),
+        "eval_prompts": data.evaluation,
+        "score_groups": functools.partial(score_groups, decode=data.decode, pool=pool),
+        "gather": gather,
+        "weight_sync": weight_sync,
+    }
+
+
+def _open_flight_recorder(config: Config, platform: Platform, start_step: int) -> Any:
+    """Returns rank 0's recorder, None elsewhere; records beyond the resume step go, also with the recorder off."""
+    if platform.rank != 0:
+        return None
+    writer = FlightWriter(config.run.output_dir)
+    writer.truncate_from(start_step)
+    return writer if config.report.flight_recorder else None
+
+
+def _progress_table(progress: Progress) -> dict[str, Any]:
+    return {
+        "next_step": progress.next_step,
+        "policy_version": progress.policy_version,
+        "controller": controller.state_to_dict(progress.controller_state),
+        "cursor": dict(progress.cursor),
+    }
+
+
+def _progress_from(table: Mapping[str, Any]) -> Progress:
+    return Progress(
+        next_step=table["next_step"],
+        policy_version=table["policy_version"],
+        controller_state=controller.state_from_dict(table["controller"]),
+        cursor=table["cursor"],
+    )

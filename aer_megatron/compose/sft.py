@@ -1,0 +1,130 @@
+"""The supervised stage: trains the model of ``sft.init`` and writes ``model.path``, once per configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from aer_megatron.actor.actor import Actor
+from aer_megatron.compose.common import MAX_SHARD_BYTES, build_actor, checked_weights, open_reporter
+from aer_megatron.config import Config
+from aer_megatron.config_loading import config_digest
+from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
+from aer_megatron.convert.random_weights import random_hf_weights
+from aer_megatron.data.supervised import SupervisedSource
+from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
+from aer_megatron.parallel.exchange import barrier
+from aer_megatron.parallel.platform import Platform
+from aer_megatron.parallel.topology import Topology
+from aer_megatron.parallel.watchdog import Watchdog
+from aer_megatron.report.timer import PhaseTimer
+from aer_megatron.trainer_sft import run_supervised
+
+STAGE_FILE = "aer_stage.json"
+
+
+def run_sft(
+    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
+) -> None:
+    """Returns when ``model.path`` is written."""
+    init, options = init_path(config), config.sft
+    if options.source is None:
+        raise ValueError("--stage=sft needs a [sft.source] table: a file with responses, or task = \"countdown\"")
+    if options.batch_size % topology.dp:
+        raise ValueError(
+            f"sft.batch_size={options.batch_size} must be a multiple of the data-parallel size {topology.dp}; "
+            f"use {-(-options.batch_size // topology.dp) * topology.dp}"
+        )
+    tokenizer = load_tokenizer(init)
+    source = SupervisedSource(
+        options.source,
+        config.data,
+        tokenizer,
+        eos_id=stop_token_ids(init, tokenizer)[0],
+        batch_size=options.batch_size,
+        seed=config.run.seed,
+    )
+    actor = build_actor(
+        config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps
+    )
+    actor.load_hf_weights(checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed))
+    folder = Path(config.run.output_dir) / "sft"
+    sft_config = config.model_copy(
+        update={
+            "run": config.run.model_copy(
+                update={"output_dir": str(folder), "name": f"{config.run.name} (sft)", "num_steps": options.num_steps}
+            ),
+            "report": config.report.model_copy(update={"picture": False}),
+        }
+    )
+    with open_reporter(sft_config, platform, 0, arguments) as reporter:
+        timer = PhaseTimer(on_phase=watchdog.enter_phase)
+        run_supervised(actor, source.batch, num_steps=options.num_steps, reporter=reporter, timer=timer)
+    _write_policy(config, actor, init, platform)
+
+
+def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -> None:
+    """Writes model.path from the actor; a folder that an earlier supervised stage made is replaced."""
+    target = Path(config.model.path)
+    weights: Iterator[tuple[str, Any]] = actor.hf_weights()
+    if platform.rank == 0:
+        if (target / STAGE_FILE).is_file():
+            shutil.rmtree(target)
+        hf_config = json.loads((Path(init) / "config.json").read_text(encoding="utf-8"))
+        write_hf_folder(
+            target,
+            weights,
+            config=hf_config,
+            extra_files_from=init,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            dtype=None,
+        )
+        HFFolder(target)  # reads back what was written
+        (target / STAGE_FILE).write_text(json.dumps({"digest": _stage_digest(config)}) + "\n", encoding="utf-8")
+    else:
+        for _ in weights:
+            pass
+    barrier()
+
+
+def init_path(config: Config) -> str:
+    """Returns the folder that the stage starts from; raises ValueError if there is none."""
+    if config.sft.init is None:
+        raise ValueError("--stage=sft needs sft.init: the Hugging Face folder to start from")
+    return config.sft.init
+
+
+def _has_weights(path: str) -> bool:
+    return any(Path(path).glob("*.safetensors"))
+
+
+def _stage_digest(config: Config) -> str:
+    """Changes with anything that the supervised stage's result depends on."""
+    init = Path(init_path(config))
+    files = {file.name: file.stat().st_size for file in sorted(init.iterdir()) if file.is_file()}
+    return config_digest(
+        {
+            "sft": config.sft.model_dump(),
+            "data": config.data.model_dump(),
+            "seed": config.run.seed,
+            "dtype": config.model.dtype,
+            "model": (init / "config.json").read_text(encoding="utf-8"),
+            "files": files,
+        }
+    )
+
+
+def is_made(config: Config) -> bool:
+    """Returns whether ``model.path`` is this configuration's result; raises ValueError if it is somebody else's."""
+    target = Path(config.model.path)
+    stamp = target / STAGE_FILE
+    if stamp.is_file():
+        return bool(json.loads(stamp.read_text(encoding="utf-8")).get("digest") == _stage_digest(config))
+    if target.exists():
+        raise ValueError(
+            f"model.path={config.model.path!r} exists and was not made by --stage=sft; it is left alone: choose another"
+        )
+    return False

@@ -1,0 +1,105 @@
+"""Servers shared by training ranks: one leads the transfer, all learn its outcome, errors reach everyone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.parallel.agreement import exchange_json, on_first_rank
+from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
+from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.sync.disk import DiskSync
+from aer_megatron.sync.servers import Labels, SyncContext
+from tests.support.sglang_double import SGLangDouble
+from tests.support.sglang_fixtures import model_folder, weights
+from tests.support.spawn import run_distributed
+
+CPU = torch.device("cpu")
+
+
+def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts: int | None) -> dict[str, Any]:
+    """Returns what a rank sees after one publication; ``distrusts`` is a server that rank 1 caught with garbage."""
+    hf_config = json.loads((Path(folder) / "config.json").read_text())
+    replaced: list[int] = []
+    options = FleetOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
+    with ServerFleet(urls, options) as fleet:
+        context = SyncContext(
+            arch=architecture_from_hf_config(hf_config),
+            labels=Labels(version_label, unverified_label),
+            timeout_s=10.0,
+            leads=rank == 0,
+            exchange=lambda value: exchange_json(value, device=CPU),
+            replace=replaced.append,
+        )
+        sync = DiskSync(
+            fleet, context, folder=Path(folder).parent / "shared", hf_config=hf_config, max_shard_bytes=10**6
+        )
+        if rank == 1 and distrusts is not None:
+            fleet.servers[distrusts].comeback = "restart"
+        read = 0
+        error = ""
+
+        def stream() -> Any:
+            nonlocal read
+            for item in weights(1).items():
+                read += 1
+                yield item
+
+        try:
+            sync.publish(stream(), 4)
+        except RuntimeError as raised:
+            error = str(raised)
+        seen = {"version": fleet.policy_version, "serves": fleet.in_service(), "read": read, "error": error}
+        sync.close()
+        return seen | {"replaced": replaced}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("ranks") / "model")
+
+
+def test_all_ranks_learn_who_serves(folder: Path) -> None:
+    with SGLangDouble(folder) as first, SGLangDouble(folder) as second:
+        second.update_fault = "drops_a_tensor"
+        seen = run_distributed(publish, 2, [first.url, second.url], str(folder), None)
+    assert [rank["serves"] for rank in seen] == [[0], [0]]
+    assert [rank["version"] for rank in seen] == [4, 4]
+    assert [rank["read"] for rank in seen] == [len(weights(1))] * 2
+
+
+def test_what_one_rank_distrusts_is_replaced_by_the_leader(folder: Path) -> None:
+    with SGLangDouble(folder) as first, SGLangDouble(folder) as second:
+        seen = run_distributed(publish, 2, [first.url, second.url], str(folder), 1)
+    assert [rank["replaced"] for rank in seen] == [[1], []]
+    assert seen[1]["serves"] == [0]
+
+
+def test_a_failed_transfer_is_an_error_on_every_rank(folder: Path) -> None:
+    with SGLangDouble(folder) as server:
+        server.update_fault = "500"
+        seen = run_distributed(publish, 2, [server.url], str(folder), None)
+    assert all("no server took the weights" in rank["error"] for rank in seen)
+    assert [rank["serves"] for rank in seen] == [[], []]
+
+
+def agree(rank: int, world_size: int, fails: bool) -> Any:
+    def compute() -> list[str]:
+        if fails:
+            raise OSError("no such interpreter")
+        return [f"url of rank {rank}"]
+
+    try:
+        return on_first_rank(compute, rank=rank, device=CPU)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_the_first_rank_s_value_or_error_is_everyone_s() -> None:
+    assert run_distributed(agree, 2, False) == [["url of rank 0"]] * 2
+    assert run_distributed(agree, 2, True) == ["no such interpreter"] * 2

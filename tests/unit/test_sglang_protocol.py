@@ -1,0 +1,102 @@
+"""What is sent to /generate, what is believed of its reply, and what the run file must say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.rollout.sglang_protocol import BadReply, generate_body, parse_completion, parse_json
+from aer_megatron.types import Completion, VersionSpan
+from tests.support.policies import policy_config
+
+REQUEST = GenerateRequest((4, 1), (1 << 64) - 1, 4)
+REPLY: dict[str, Any] = {
+    "output_ids": [9, 7, 2],
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 2},
+        "completion_tokens": 3,
+        "weight_version": "5",
+        "weight_versions": [{"version": "5", "start": 0, "end": 3}],
+        "output_token_logprobs": [[-0.5, 9, None], [-1.5, 7, None], [0.0, 2, None]],
+    },
+}
+
+
+def test_a_request_carries_the_sampling_options() -> None:
+    body = generate_body(REQUEST, SamplingOptions(0.7, 0.9, 0, frozenset({2, 1})), rid="r")
+    assert (body["rid"], body["input_ids"], body["return_logprob"]) == ("r", [4, 1], True)
+    params = body["sampling_params"]
+    assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 0.9, -1)
+    assert (params["max_new_tokens"], params["stop_token_ids"]) == (4, [1, 2])
+    assert params["sampling_seed"] == (1 << 63) - 1  # the server takes signed 64-bit numbers
+
+
+def test_a_whole_reply_is_a_completion() -> None:
+    expected = Completion((9, 7, 2), (-0.5, -1.5, 0.0), "stop", (VersionSpan(5, 0, 3),))
+    assert parse_completion(REPLY, REQUEST, version=5) == expected
+    old = copy.deepcopy(REPLY)
+    del old["meta_info"]["weight_versions"]  # before 0.5.19
+    assert parse_completion(old, REQUEST, version=5) == expected
+
+
+def edit(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(reply: dict[str, Any]) -> None:
+        node: Any = reply
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = value
+
+    return apply
+
+
+SPANS = ("meta_info", "weight_versions")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit("output_ids", value=[]), "not token ids"),
+        (edit("output_ids", value=[9, -7, 2]), "not token ids"),
+        (edit("output_ids", value="972"), "no output_ids"),
+        (edit("output_ids", value=[9, 7, 2, 3, 3]), "max_new_tokens is 4"),
+        (edit("meta_info", value=None), "no meta_info"),
+        (edit("meta_info", "completion_tokens", value=2), "completion_tokens is 2"),
+        (edit("meta_info", "output_token_logprobs", value=None), "no output_token_logprobs"),
+        (edit("meta_info", "output_token_logprobs", 1, 0, value=None), "log-probability 1 is None"),
+        (edit("meta_info", "output_token_logprobs", 1, 0, value=float("nan")), "log-probability 1 is nan"),
+        (edit("meta_info", "output_token_logprobs", 1, 0, value=0.3), r"log-probability 1 is 0\.3"),
+        (edit("meta_info", "output_token_logprobs", 1, 1, value=8), "not one of token 7"),
+        (edit("meta_info", "finish_reason", value=None), "no finish_reason"),
+        (edit("meta_info", "finish_reason", "type", value="odd"), "finish_reason 'odd'"),
+        (edit(*SPANS, 0, "version", value="4"), "policy version 4, not 5"),
+        (edit(*SPANS, 0, "version", value="5-unverified"), "never verified"),
+        (edit(*SPANS, 0, "version", value="default"), "never verified"),
+        (edit(*SPANS, 0, "end", value=2), "do not cover"),
+        (edit(*SPANS, 0, "start", value=1), "do not cover"),
+        (edit(*SPANS, value=[7]), "are no table"),
+    ],
+)
+def test_a_damaged_reply_is_not_believed(damage: Callable[[dict[str, Any]], None], message: str) -> None:
+    reply = copy.deepcopy(REPLY)
+    damage(reply)
+    with pytest.raises(BadReply, match=message):
+        parse_completion(reply, REQUEST, version=5)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"<html>", b"\xff\xfe"])
+def test_what_is_not_json_is_not_believed(raw: bytes) -> None:
+    with pytest.raises(BadReply, match="not JSON"):
+        parse_json(raw)
+
+
+def test_the_run_file_says_where_the_servers_are() -> None:
+    launched = policy_config(rollout={"engine": "sglang"}, sglang={"num_servers": 2, "launch": {"tp_size": 2}})
+    assert launched.sglang.launch == {"tp_size": 2}
+    policy_config(rollout={"engine": "sglang"}, sglang={"urls": ["http://h:1"]})
+    for sglang in ({}, {"num_servers": 1, "urls": ["http://h:1"]}):
+        with pytest.raises(ValueError, match=r"needs exactly one of them"):
+            policy_config(rollout={"engine": "sglang"}, sglang=sglang)

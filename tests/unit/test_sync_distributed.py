@@ -1,0 +1,89 @@
+"""Weights by broadcast, against doubles: both protocols, and faults that cost only the server that has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aer_megatron.sync.distributed import buckets
+from tests.support.sglang_double import SGLangDouble
+from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("distributed") / "model")
+
+
+@pytest.fixture(params=[False, True], ids=["sessions", "legacy"])
+def pair(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[SGLangDouble, SGLangDouble]]:
+    with SGLangDouble(folder, legacy=request.param) as first, SGLangDouble(folder, legacy=request.param) as second:
+        yield first, second
+
+
+def test_servers_hold_what_was_broadcast_and_groups_are_left(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+) -> None:
+    with rollouts([one.url for one in pair], folder, transport="distributed") as made:
+        for version in (1, 2):
+            sent = weights(version)
+            made.sync.publish(iter(sent.items()), version)
+            for server in pair:
+                name = "model.layers.1.mlp.down_proj.weight"
+                assert np.array_equal(server.weights[name], sent[name].numpy())
+                assert server.weight_version == str(version)
+                assert len(server.groups) == 1 and not server.in_session
+        assert len(made.engine.generate(requests(6), OPTIONS)) == 6
+    assert [server.groups for server in pair] == [{}, {}]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("500", "must run between begin_weight_update"),
+        ("hang", "within 2 s"),
+        ("drops_a_tensor", "model.layers.0.self_attn.o_proj.weight has checksum"),
+        ("keeps_version", "reports weight version"),
+    ],
+)
+def test_a_server_that_fails_costs_only_itself_and_may_come_back(
+    fault: str, reason: str, pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+) -> None:
+    with ExitStack() as stack:
+        urls = [one.url for one in pair]
+        made = stack.enter_context(rollouts(urls, folder, transport="distributed", transfer_timeout_s=2.0))
+        made.sync.publish(iter(weights(0).items()), 0)
+        pair[0].update_fault = fault  # type: ignore[assignment]
+        made.sync.publish(iter(weights(1).items()), 1)
+        assert made.fleet.in_service() == [1]
+        assert reason in made.fleet.servers[0].reason
+        assert {c.policy_versions[0].version for c in made.engine.generate(requests(4), OPTIONS)} == {1}
+        pair[0].update_fault = "none"
+        made.sync.publish(iter(weights(2).items()), 2)
+        assert made.fleet.in_service() == [0, 1]
+
+
+def test_a_restarted_server_waits_for_the_next_publication(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+) -> None:
+    with rollouts([one.url for one in pair], folder, transport="distributed") as made:
+        made.sync.publish(iter(weights(0).items()), 0)
+        pair[0].stop()
+        pair[0].start_again("default")
+        with pytest.raises(RuntimeError, match="next publication"):
+            made.sync.restore(0)
+        made.sync.publish(iter(weights(1).items()), 1)
+        assert made.fleet.in_service() == [0, 1]
+
+
+def test_buckets_keep_order_dtype_and_limit() -> None:
+    tensors = [("a", torch.zeros(4)), ("b", torch.ones(4)), ("c", torch.ones(3).bfloat16()), ("d", torch.ones(100))]
+    made = list(buckets(iter(tensors), 32))
+    assert [bucket.names for bucket in made] == [["a", "b"], ["c"], ["d"]]
+    assert made[0].flat.view(torch.float32).tolist() == [0.0] * 4 + [1.0] * 4
+    assert (made[1].dtypes, made[1].shapes) == (["bfloat16"], [[3]])

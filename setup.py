@@ -34,7 +34,8 @@ extension = Pybind11Extension(
     depends=sorted(glob("cpp/**/*.hpp", recursive=True)),
     cxx_std=17,
     # Contracted multiply-adds would give other bits on machines that have them.
-    extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic"],
+    extra_compile_args=["-O3", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra", "-Wpedantic"],
+    extra_link_args=["-pthread"],
 )
 
 ParallelCompile(default=0).install()

@@ -128,14 +128,13 @@ def plan_text(config: Config) -> str:
 
 def run_stage(stage: str, config: Config, arguments: Sequence[str]) -> None:
     """Returns when the stage is done; every rank calls it."""
-    from aer_megatron.compose.common import build_topology, check_model, open_watchdog
+    from aer_megatron.compose.common import build_topology, check_model, collective_timeout_s, open_watchdog
     from aer_megatron.parallel import platform as platforms
     from aer_megatron.parallel.topology import destroy_topology
 
     platform = platforms.install_platform()
     config.check_world_size(platform.world_size)
-    # torch's own limit is the second line: it must not fire before the watchdog has spoken
-    platforms.initialize_process_group(platform, timeout_s=60.0 + 1.5 * (config.run.hang_timeout_s or 600.0))
+    platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(config))
     try:
         with open_watchdog(config, platform) as watchdog:
             if stage == "sft":

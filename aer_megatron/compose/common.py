@@ -43,7 +43,14 @@ VERSIONED_PACKAGES = (
 def build_topology(config: Config) -> Topology:
     """Returns this rank's place in the layout of ``[parallel]``; every rank calls it."""
     parallel = config.parallel
-    return initialize_topology(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=config.run.seed)
+    return initialize_topology(
+        tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=config.run.seed, timeout_s=collective_timeout_s(config)
+    )
+
+
+def collective_timeout_s(config: Config) -> float:
+    """Returns torch's own limit for one collective: it must not fire before the watchdog has spoken."""
+    return 60.0 + 1.5 * (config.run.hang_timeout_s or 600.0)
 
 
 def build_actor(

@@ -116,20 +116,19 @@ def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context
 
 
 def _launch_options(config: Config) -> LaunchOptions:
-    options, api_key = config.sglang, _api_key(config)
+    options = config.sglang
     # a server is no rank of this job
     environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_VARIABLES)}
     return LaunchOptions(
         python=options.python or sys.executable,
         model_path=str(Path(config.model.path).absolute()),
         host=options.host,
-        arguments={"dtype": SERVER_DTYPES[config.model.dtype]}
-        | options.launch
-        | ({"api_key": api_key} if api_key else {}),
+        arguments={"dtype": SERVER_DTYPES[config.model.dtype]} | options.launch,
         environment=environment | options.environment,
         log_folder=Path(config.run.output_dir) / "sglang",
         start_timeout_s=options.start_timeout_s,
         max_restarts=options.max_restarts,
+        api_key=_api_key(config),
     )
 
 

@@ -180,6 +180,13 @@ def _redirect_cuda_to_cpu() -> None:
 
     megatron_random._get_cuda_rng_state = _get_rng_state
     megatron_random._set_cuda_rng_state = _set_rng_state
+    recompute = megatron_random.CheckpointFunction.backward
+
+    def recompute_on_cpu(ctx: Any, *grads: Any) -> Any:
+        with _CpuForCuda():  # torch leaves function modes out of a backward pass
+            return recompute(ctx, *grads)
+
+    megatron_random.CheckpointFunction.backward = staticmethod(recompute_on_cpu)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ This file does NOT move data.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -53,8 +54,10 @@ class Topology:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def initialize_topology(*, tp: int, pp: int, seed: int, ep: int = 1) -> Topology:
+def initialize_topology(*, tp: int, pp: int, seed: int, ep: int = 1, timeout_s: float = 1800.0) -> Topology:
     """Returns the topology after building Megatron's groups and its random-number tracker.
+
+    ``timeout_s`` is the groups' own limit for one collective, the second line behind the watchdog.
 
     The default process group must exist; its size must be a multiple of ``tp * pp * ep`` (config.check_world_size says
     so in the user's words).
@@ -64,6 +67,7 @@ def initialize_topology(*, tp: int, pp: int, seed: int, ep: int = 1) -> Topology
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             expert_model_parallel_size=ep,
+            distributed_timeout_minutes=math.ceil(timeout_s / 60.0),
         )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(

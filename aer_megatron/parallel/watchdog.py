@@ -120,7 +120,7 @@ class Watchdog:
             alarm = not late and self._alarm_raised()
             if late or alarm:
                 self._end(late)
-                return
+                break
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self, late: bool) -> None:

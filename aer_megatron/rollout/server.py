@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -48,6 +48,7 @@ class LaunchOptions:
     log_folder: Path
     start_timeout_s: float
     max_restarts: int  # of one server
+    api_key: str | None = field(repr=False)  # asked of every client
 
 
 def command_line(options: LaunchOptions, port: int) -> list[str]:
@@ -65,7 +66,7 @@ def command_line(options: LaunchOptions, port: int) -> list[str]:
             command += [flag, *(str(item) for item in value)]
         elif value is not False:
             command += [flag, str(value)]
-    return command
+    return [*command, "--api-key", options.api_key] if options.api_key else command
 
 
 class ServerProcess:
@@ -90,7 +91,8 @@ class ServerProcess:
         command = [sys.executable, str(_GUARD), *self._command(self._options, self.port)]
         log: IO[bytes]
         with self.log_file.open("ab") as log:
-            log.write((" ".join(command[2:]) + "\n").encode())
+            shown = ["***" if word == self._options.api_key else word for word in command[2:]]
+            log.write((" ".join(shown) + "\n").encode())
             log.flush()
             self._guard = subprocess.Popen(
                 command,
@@ -118,9 +120,11 @@ class ServerProcess:
         """Returns whether the server answers and has generated a first token."""
         address = urlsplit(self.url)
         connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=_READY_TIMEOUT_S)
+        key = self._options.api_key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             for path in ("/ready", "/health"):  # /ready came with 0.5.20
-                connection.request("GET", path)
+                connection.request("GET", path, headers=headers)
                 reply = connection.getresponse()
                 reply.read()
                 if reply.status != 404:

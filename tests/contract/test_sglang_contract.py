@@ -55,6 +55,7 @@ def url(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
         log_folder=folder.parent / "logs",
         start_timeout_s=600.0,
         max_restarts=0,
+        api_key=None,
     )
     with ServerGroup(1, options, command=command_line) as group:
         yield group.start()[0]

@@ -20,6 +20,7 @@ class Layout(NamedTuple):
     micro_batch_size: int = 12
     tied: bool = True
     head: str = "fused"
+    recompute: str = ""  # activation recompute: "selective" or "full"
 
 
 WHOLE = [Layout(tied=tied, head=head) for tied in (True, False) for head in ("fused", "logits")]
@@ -30,12 +31,20 @@ SHAPES = [
     Layout(pp=2, micro_batch_size=3),
 ]
 SHARDED = [s._replace(tied=tied, head=head) for s in SHAPES for tied in (True, False) for head in ("fused", "logits")]
+SHARDED += [Layout(tp=2, recompute="full"), Layout(micro_batch_size=2, recompute="selective")]
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "": {},
+    "selective": {"recompute_granularity": "selective"},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 
 
 def _updates(layout: Layout) -> dict[str, Any]:
     parallel = {"tp": layout.tp, "pp": layout.pp, "sequence_parallel": layout.sequence_parallel}
     config = policy_config(
-        model={"head": layout.head}, parallel={**parallel, "micro_batch_size": layout.micro_batch_size}
+        model={"head": layout.head},
+        parallel={**parallel, "micro_batch_size": layout.micro_batch_size},
+        megatron=RECOMPUTE[layout.recompute],
     )
     actor = build_actor(config, tied=layout.tied)
     batch = fixed_batch()

@@ -83,7 +83,6 @@ def _all_tensors() -> list[Tensor]:
 def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, int]]:
     """Returns for every case the peak of live bytes that an update adds, and the parameters of this rank."""
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import CheckpointFunction
 
     from aer_megatron.actor.actor import Actor
     from aer_megatron.config_loading import config_from_table
@@ -92,12 +91,6 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
     from aer_megatron.parallel.topology import initialize_topology
 
     platform.install_platform()
-    recompute = CheckpointFunction.backward
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        with platform._CpuForCuda():  # torch leaves function modes out of a backward pass
-            return recompute(ctx, *grads)
-
     results = []
     for name in names:
         changes, sequences, length, form, megatron = CASES[name]
@@ -125,17 +118,15 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
             (Path(folder) / "config.json").write_text(json.dumps(table), encoding="utf-8")
             actor.load_hf_weights(random_hf_weights(folder, 0))
         given = batch(sequences, length, table["vocab_size"])
-        patches = [mock.patch.object(CheckpointFunction, "backward", staticmethod(backward))]
+        patch = mock.patch("aer_megatron.actor.model.vocab_parallel_logprob_entropy", textbook)
         if form == "textbook":
-            patches.append(mock.patch("aer_megatron.actor.model.vocab_parallel_logprob_entropy", textbook))
-        for patch in patches:
             patch.start()
         actor.train(given, seed=0, entropy_gradient=True)  # makes the optimizer's state
         reused = {t.untyped_storage()._cdata for t in parallel_state.get_global_memory_buffer().buffer.values()}
         tensors = [t for t in _all_tensors() if t.untyped_storage().nbytes()]
         with StorageTracker(*(t for t in tensors if t.untyped_storage()._cdata not in reused)) as tracker:
             actor.train(given, seed=0, entropy_gradient=True)
-        for patch in patches:
+        if form == "textbook":
             patch.stop()
         results.append((tracker.peak_bytes, sum(parameter.numel() for parameter in actor.model.parameters())))
         del actor, tensors

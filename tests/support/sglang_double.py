@@ -384,8 +384,11 @@ def main() -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--token-s", type=float, default=0.0)
+    parser.add_argument("--api-key")
     given = parser.parse_args()
-    with SGLangDouble(given.model_path, host=given.host, port=given.port, token_s=given.token_s):
+    with SGLangDouble(
+        given.model_path, host=given.host, port=given.port, token_s=given.token_s, api_key=given.api_key
+    ):
         threading.Event().wait()
 
 

@@ -40,6 +40,7 @@ def launch_options(model: Path, logs: Path, **given: object) -> LaunchOptions:
         "log_folder": logs,
         "start_timeout_s": 60.0,
         "max_restarts": 2,
+        "api_key": None,
     }
     return LaunchOptions(**{**values, **given})  # type: ignore[arg-type]
 
@@ -94,6 +95,20 @@ def test_options_become_flags() -> None:
     ]
 
 
+def test_the_api_key_goes_to_the_server_and_not_to_the_log(folder: Path, tmp_path: Path) -> None:
+    def command(options: LaunchOptions, port: int) -> list[str]:
+        return [*double_command(options, port), *command_line(options, port)[-2:]]
+
+    options = launch_options(folder, tmp_path / "logs", api_key="sesame")
+    with ServerGroup(1, options, command=command) as made, rollouts(made.start(), folder, api_key="sesame") as client:
+        assert client.fleet.control(0, "/model_info").status == 200
+    with ServerGroup(1, options, command=command) as made, rollouts(made.start(), folder) as client:
+        assert client.fleet.control(0, "/model_info").status == 401
+    log = (tmp_path / "logs" / "server-0.log").read_text()
+    assert "--api-key ***" in log
+    assert "sesame" not in log
+
+
 def test_a_killed_server_is_restored_before_it_serves_and_no_completion_is_lost(
     group: ServerGroup, folder: Path
 ) -> None:
@@ -128,7 +143,8 @@ def test_nothing_is_left_when_the_trainer_is_killed(number: signal.Signals, fold
         "import os, sys, time, pathlib\n"
         "from aer_megatron.rollout.server import LaunchOptions, ServerGroup\n"
         "model, logs, double = sys.argv[1:]\n"
-        "options = LaunchOptions(sys.executable, model, '127.0.0.1', {}, os.environ, pathlib.Path(logs), 60.0, 0)\n"
+        "logs = pathlib.Path(logs)\n"
+        "options = LaunchOptions(sys.executable, model, '127.0.0.1', {}, os.environ, logs, 60.0, 0, None)\n"
         "def command(options, port):\n"
         "    return [sys.executable, double, '--model-path', model, '--host', options.host, '--port', str(port)]\n"
         "with ServerGroup(1, options, command=command) as made:\n"

@@ -38,14 +38,14 @@ from aer_megatron.algo.experience import (
     num_groups,
     select_groups,
 )
-from aer_megatron.algo.flight import BatchProfile, FlightRecord, bucket_means, profile_batch
+from aer_megatron.algo.flight import BatchProfile, FlightRecord, profile_batch
 from aer_megatron.algo.passk import pass_at_k
 from aer_megatron.algo.selection import skip_decided
 from aer_megatron.config import Config
-from aer_megatron.report.metrics import Metric, by_difficulty, pass_at, reason_count
+from aer_megatron.report.metrics import Metric, pass_at, reason_count
 from aer_megatron.report.reporter import StepReporter
 from aer_megatron.report.timer import PhaseTimer
-from aer_megatron.report.training import training_metrics
+from aer_megatron.report.training import controller_metrics, difficulty_metrics, training_metrics
 from aer_megatron.types import (
     Experience,
     Float32Array,
@@ -167,7 +167,7 @@ class Trainer:
             decision = controller.update(controller_state, entropy, assessed.observation)
             controller_state = decision.state
             coefficient = controller.loss_coefficient(
-                controller_state, entropy, token_entropy=_mean_entropy(assessed.observation)
+                controller_state, entropy, token_entropy=assessed.observation.token_mean
             )
             batch = TrainBatch(
                 experience=experience,
@@ -190,8 +190,8 @@ class Trainer:
             parts.reporter.step(
                 {Metric.STEP: step, Metric.AER_COEFFICIENT: coefficient}
                 | self._rollout_metrics(collected, scores)
-                | self._controller_metrics(decision, assessed)
-                | _difficulty_metrics(assessed.profile, coefficient)
+                | controller_metrics(decision, entropy, assessed.observation, assessed.advantages)
+                | difficulty_metrics(assessed.profile, coefficient)
                 | training_metrics(stats, kl_coefficient=config.algo.kl_coefficient)
                 | eval_metrics
                 | timer.take(num_tokens=len(experience.token_ids_L))
@@ -373,29 +373,3 @@ class Trainer:
             Metric.ROLLOUT_REFILLS: collected.num_refills,
             Metric.DATA_PROMPTS_SKIPPED: collected.num_skipped,
         } | {reason_count(label): count for label, count in collected.reasons.items()}
-
-    def _controller_metrics(self, decision: Decision, assessed: Assessment) -> dict[str, Any]:
-        counts, successes = assessed.advantages.counts_P, assessed.advantages.successes_P
-        return {
-            Metric.REWARD_SOLVED_ALL: float((successes == counts).mean()),
-            Metric.REWARD_SOLVED_NONE: float((successes == 0).mean()),
-            Metric.ENTROPY_TOKEN_MEAN: _mean_entropy(assessed.observation),
-            Metric.ENTROPY_INITIAL: decision.state.initial_entropy,
-            Metric.ENTROPY_TARGET: controller.target_entropy(decision.state, self._config.algo.entropy),
-            Metric.AER_ALPHA: decision.state.alpha,
-            Metric.AER_DIFFICULTY_MEAN: assessed.observation.difficulty_mean,
-            Metric.AER_HELD: decision.held,
-            Metric.AER_FROZEN: decision.frozen,
-            Metric.AER_REASON: decision.reason,
-            Metric.AER_ALARM: decision.alarm,
-        }
-
-
-def _difficulty_metrics(profile: BatchProfile, coefficient: float) -> dict[str, Any]:
-    """Returns the metrics of the difficulty buckets that are not empty."""
-    means = bucket_means(profile.buckets, coefficient)
-    return {by_difficulty(name, bucket): value for bucket, row in means.items() for name, value in row.items()}
-
-
-def _mean_entropy(observation: Observation) -> float:
-    return observation.entropy_sum / observation.token_count if observation.token_count else float("nan")

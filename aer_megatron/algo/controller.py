@@ -51,6 +51,11 @@ class Observation:
     token_count: float
     difficulty_mean: float
 
+    @property
+    def token_mean(self) -> float:
+        """H in nats, as it was measured; NaN without tokens."""
+        return self.entropy_sum / self.token_count if self.token_count else math.nan
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:

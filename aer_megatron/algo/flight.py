@@ -256,14 +256,13 @@ def replay(
         state = controller.anchor(state, observation)
         decision = controller.update(state, options, observation)
         state = decision.state
-        mean = observation.entropy_sum / observation.token_count if observation.token_count else math.nan
         steps.append(
             ReplayedStep(
                 step=record.step,
                 observation=observation,
                 decision=decision,
                 target=controller.target_entropy(state, options),
-                coefficient=controller.loss_coefficient(state, options, token_entropy=mean),
+                coefficient=controller.loss_coefficient(state, options, token_entropy=observation.token_mean),
             )
         )
     return steps

@@ -1,11 +1,17 @@
-"""The metrics of a policy update, from the sums that the loss reported.
+"""The metrics of one training step: what the loss reported, what the controller saw and did, prompts by difficulty.
 
 This file does NOT spell metric names (metrics.py) or reduce over ranks.
 """
 
 from __future__ import annotations
 
-from aer_megatron.report.metrics import Metric
+from typing import Any
+
+from aer_megatron.algo.advantage import AdvantageResult
+from aer_megatron.algo.controller import Decision, Observation, target_entropy
+from aer_megatron.algo.flight import BatchProfile, bucket_means
+from aer_megatron.config import EntropySection
+from aer_megatron.report.metrics import Metric, by_difficulty
 from aer_megatron.types import StepStats
 
 
@@ -32,3 +38,29 @@ def training_metrics(stats: StepStats, *, kl_coefficient: float) -> dict[str, fl
         # (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n where one token has all of it
         metrics[Metric.TRAIN_TIS_SAMPLE_SIZE] = stats.mean("tis_weight") ** 2 / stats.mean("tis_weight_squared")
     return metrics
+
+
+def controller_metrics(
+    decision: Decision, entropy: EntropySection, observation: Observation, advantages: AdvantageResult
+) -> dict[str, Any]:
+    """Returns entropy and target, what the controller did, and the groups without an advantage."""
+    counts_P, successes_P = advantages.counts_P, advantages.successes_P
+    return {
+        Metric.REWARD_SOLVED_ALL: float((successes_P == counts_P).mean()),
+        Metric.REWARD_SOLVED_NONE: float((successes_P == 0).mean()),
+        Metric.ENTROPY_TOKEN_MEAN: observation.token_mean,
+        Metric.ENTROPY_INITIAL: decision.state.initial_entropy,
+        Metric.ENTROPY_TARGET: target_entropy(decision.state, entropy),
+        Metric.AER_ALPHA: decision.state.alpha,
+        Metric.AER_DIFFICULTY_MEAN: observation.difficulty_mean,
+        Metric.AER_HELD: decision.held,
+        Metric.AER_FROZEN: decision.frozen,
+        Metric.AER_REASON: decision.reason,
+        Metric.AER_ALARM: decision.alarm,
+    }
+
+
+def difficulty_metrics(profile: BatchProfile, coefficient: float) -> dict[str, Any]:
+    """Returns the metrics of the difficulty buckets that are not empty."""
+    means = bucket_means(profile.buckets, coefficient)
+    return {by_difficulty(name, bucket): value for bucket, row in means.items() for name, value in row.items()}

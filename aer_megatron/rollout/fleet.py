@@ -103,7 +103,7 @@ class ServerFleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
-        self._changed = asyncio.Condition()
+        self._changed: asyncio.Future[None] = self._loop.create_future()
         self._session: aiohttp.ClientSession | None = None
         self._background: set[asyncio.Task[Any]] = set()
 
@@ -158,19 +158,27 @@ class ServerFleet:
 
     def serve(self, version: int, refused: Mapping[int, str]) -> None:
         """Puts every server into service with policy ``version`` but those of ``refused`` (index -> reason)."""
-        self.policy_version = version
-        for server in self.servers:
-            if server.index in refused:
-                # whatever carries the label of this version was verified: a supervisor may have restored it meanwhile
-                self.run(self.retire(server, refused[server.index], "probe"))
-            elif server.comeback != "restart":
-                self.run(self.admit(server))
+
+        async def apply() -> None:
+            self.policy_version = version
+            for server in self.servers:
+                if server.index in refused:
+                    # what carries this version's label was verified: a supervisor may have restored it meanwhile
+                    self.retire(server, refused[server.index], "probe")
+                elif server.comeback != "restart":
+                    self.admit(server)
+
+        self.run(apply())
 
     def withdraw(self, reason: str) -> None:
         """Takes every server out of service until ``serve``."""
-        for server in self.servers:
-            if server.in_service:
-                self.run(self.retire(server, reason, "transfer", level=logging.DEBUG))
+
+        async def apply() -> None:
+            for server in self.servers:
+                if server.in_service:
+                    self.retire(server, reason, "transfer", level=logging.DEBUG)
+
+        self.run(apply())
 
     def renew(self, index: int) -> None:
         """Notes that a server runs in a new process, which may be given weights."""
@@ -224,49 +232,43 @@ class ServerFleet:
         service, and as long as needed for a free place.
         """
         deadline = self._loop.time() + timeout_s
-        async with self._changed:
-            while True:
-                alive = [server for server in self.servers if server.in_service]
-                preferred = [server for server in alive if server.index not in avoid] or alive
-                free = [server for server in preferred if server.in_flight < self.options.max_concurrency]
-                if free:
-                    server = min(free, key=lambda item: item.in_flight)
-                    server.in_flight += 1
-                    return server
-                left = deadline - self._loop.time()
-                if not alive and left <= 0:
-                    return None
-                try:
-                    await asyncio.wait_for(self._changed.wait(), None if alive else left)
-                except TimeoutError:
-                    continue
+        while True:
+            alive = [server for server in self.servers if server.in_service]
+            preferred = [server for server in alive if server.index not in avoid] or alive
+            free = [server for server in preferred if server.in_flight < self.options.max_concurrency]
+            if free:
+                server = min(free, key=lambda item: item.in_flight)
+                server.in_flight += 1
+                return server
+            if alive:
+                deadline = self._loop.time() + timeout_s
+            elif self._loop.time() >= deadline:
+                return None
+            # a plain future and no lock: all of this runs on one thread, and asyncio's Condition can lose a wake-up
+            # when a waiter is cancelled (Python 3.11)
+            await asyncio.wait({self._changed}, timeout=None if alive else deadline - self._loop.time())
 
-    async def release(self, server: Server) -> None:
+    def release(self, server: Server) -> None:
         """Gives a place back."""
-        async with self._changed:
-            server.in_flight -= 1
-            self._changed.notify_all()
+        server.in_flight -= 1
+        self._wake()
 
-    async def admit(self, server: Server) -> None:
+    def admit(self, server: Server) -> None:
         """Puts a server into service."""
-        async with self._changed:
-            if not server.in_service:
-                _LOG.debug("server %d (%s) is in service", server.index, server.url)
-            server.in_service, server.reason, server.num_failures = True, "", 0
-            server.comeback = "probe"
-            self._changed.notify_all()
+        if not server.in_service:
+            _LOG.debug("server %d (%s) is in service", server.index, server.url)
+        server.in_service, server.reason, server.num_failures = True, "", 0
+        server.comeback = "probe"
+        self._wake()
 
-    async def retire(
-        self, server: Server, reason: str, comeback: Comeback, *, level: int = logging.WARNING
-    ) -> None:
+    def retire(self, server: Server, reason: str, comeback: Comeback, *, level: int = logging.WARNING) -> None:
         """Takes a server out of service, logged at ``level``; running calls to it end by themselves."""
-        async with self._changed:
-            if server.in_service:
-                _LOG.log(level, "server %d (%s) is out of service: %s", server.index, server.url, reason)
-            server.in_service, server.reason, server.num_failures = False, reason, 0
-            if server.comeback != "restart":
-                server.comeback = comeback
-            self._changed.notify_all()
+        if server.in_service:
+            _LOG.log(level, "server %d (%s) is out of service: %s", server.index, server.url, reason)
+        server.in_service, server.reason, server.num_failures = False, reason, 0
+        if server.comeback != "restart":
+            server.comeback = comeback
+        self._wake()
 
     def start_background(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         """Runs a coroutine that nobody waits for, except ``settle``."""
@@ -278,6 +280,11 @@ class ServerFleet:
         """Returns when no background coroutine is left."""
         while self._background:
             await asyncio.wait(set(self._background))
+
+    def _wake(self) -> None:
+        """Has everyone who waits for a place look again."""
+        changed, self._changed = self._changed, self._loop.create_future()
+        changed.set_result(None)
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -138,7 +138,7 @@ class SGLangEngine:
                 failures.append(f"server {server.index} ({server.url}): {failure}")
                 tried |= {server.index}
             finally:
-                await self._fleet.release(server)
+                self._fleet.release(server)
             await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
         raise RuntimeError(f"a request failed sglang.max_attempts={len(failures)} times: " + "; ".join(failures))
 
@@ -153,12 +153,12 @@ class SGLangEngine:
             raise
         except TimeoutError:
             self._abort(server, rid)
-            raise await self._out(server, f"no answer to /generate within {timeout_s:g} s", "transfer") from None
+            raise self._out(server, f"no answer to /generate within {timeout_s:g} s", "transfer") from None
         except aiohttp.ClientConnectorError as error:
-            raise await self._out(server, describe(error), "probe") from None
+            raise self._out(server, describe(error), "probe") from None
         except (aiohttp.ClientError, OSError) as error:
             self._abort(server, rid)
-            raise await self._failed(server, describe(error), "probe") from None
+            raise self._failed(server, describe(error), "probe") from None
         if reply.status in (400, 422):
             raise ValueError(f"server {server.index} ({server.url}) refuses a request: {reply.text}")
         if reply.status in (401, 403):
@@ -167,25 +167,25 @@ class SGLangEngine:
                 "the environment variable that holds its API key"
             )
         if reply.status != 200:
-            raise await self._failed(server, f"/generate answers {reply.status}: {reply.text}", "transfer")
+            raise self._failed(server, f"/generate answers {reply.status}: {reply.text}", "transfer")
         try:
             completion = parse_completion(parse_json(reply.body), request, version=self._fleet.policy_version)
         except BadReply as error:
-            raise await self._out(server, f"it answers garbage: {error}", "restart") from None
+            raise self._out(server, f"it answers garbage: {error}", "restart") from None
         if completion.finish_reason == "abort":
-            raise await self._failed(server, "the request was aborted on the server", "transfer")
+            raise self._failed(server, "the request was aborted on the server", "transfer")
         server.num_failures = 0
         return completion
 
-    async def _out(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
-        await self._fleet.retire(server, reason, comeback)
+    def _out(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
+        self._fleet.retire(server, reason, comeback)
         return _Failed(reason)
 
-    async def _failed(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
+    def _failed(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
         server.num_failures += 1
         if server.in_service and server.num_failures >= self._limits.max_failures:
             text = f"{server.num_failures} calls in a row failed, the last: {reason}"
-            await self._fleet.retire(server, text, comeback)
+            self._fleet.retire(server, text, comeback)
         return _Failed(reason)
 
     def _abort(self, server: Server, rid: str) -> None:
@@ -201,7 +201,7 @@ class SGLangEngine:
             await asyncio.sleep(self._limits.probe_interval_s)
             for server in self._fleet.servers:
                 if not server.in_service and server.comeback == "probe" and await self._is_back(server):
-                    await self._fleet.admit(server)
+                    self._fleet.admit(server)
 
     async def _is_back(self, server: Server) -> bool:
         try:

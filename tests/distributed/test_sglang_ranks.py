@@ -88,18 +88,18 @@ def test_a_failed_transfer_is_an_error_on_every_rank(folder: Path) -> None:
     assert [rank["serves"] for rank in seen] == [[], []]
 
 
-def agree(rank: int, world_size: int, fails: bool) -> Any:
-    def compute() -> list[str]:
-        if fails:
-            raise OSError("no such interpreter")
-        return [f"url of rank {rank}"]
+def agree(rank: int, world_size: int) -> tuple[Any, str]:
+    value = on_first_rank(lambda: [f"url of rank {rank}"], rank=rank, device=CPU)
+
+    def fail() -> None:
+        raise OSError("no such interpreter")
 
     try:
-        return on_first_rank(compute, rank=rank, device=CPU)
+        on_first_rank(fail, rank=rank, device=CPU)
     except RuntimeError as error:
-        return str(error)
+        return value, str(error)
+    return value, ""
 
 
 def test_the_first_rank_s_value_or_error_is_everyone_s() -> None:
-    assert run_distributed(agree, 2, False) == [["url of rank 0"]] * 2
-    assert run_distributed(agree, 2, True) == ["no such interpreter"] * 2
+    assert run_distributed(agree, 2) == [(["url of rank 0"], "no such interpreter")] * 2

@@ -46,13 +46,15 @@ def fp32_bytes(arch: ModelArchitecture) -> int:
     return 4 * sum(torch.Size(shape).numel() for shape in hf_names(arch).values())
 
 
-def transformers_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Returns fp32 [length, vocabulary] logits of each prompt from transformers' implementation."""
+def transformers_logits(
+    folder: Path, prompts: Sequence[Sequence[int]], *, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Returns [length, vocabulary] logits of each prompt from transformers' implementation, computed in ``dtype``."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     with torch.no_grad():
-        return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
+        return [model(torch.tensor([prompt])).logits[0] for prompt in prompts]
 
 
 def megatron_logits(

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from aer_megatron.convert import folders
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.megatron_folder import MegatronFolder
+from tests.support.spawn import run_distributed
 from tests.support.tiny_models import FAMILIES, save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,6 +291,29 @@ def test_random_checkpoints_have_the_shapes_of_their_config(tools: Callable[...,
     for file in files:
         with safe_open(file, framework="pt") as opened:
             assert all(opened.get_tensor(name).isfinite().all() for name in opened.keys())  # noqa: SIM118
+
+
+def _verified_with_another_rope(rank: int, world_size: int, model: Path) -> str:
+    import torch.distributed as dist
+
+    from aer_megatron.actor.conversion_check import load_from_hf
+
+    sys.path.insert(0, str(TOOLS))
+    import conversion_cli
+
+    dist.destroy_process_group()  # the comparison makes its own
+    folder, arch = folders.checked_hf_folder(model, 1)
+    try:
+        conversion_cli.verify_logits(model, replace(arch, rope_theta=100.0), load_from_hf(arch, folder.get))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was found"
+
+
+def test_verify_finds_other_mathematics(tmp_path: Path) -> None:
+    model = save_tiny_model("qwen3", tmp_path / "model")
+    (found,) = run_distributed(_verified_with_another_rope, 1, model)
+    assert "verification failed: logits" in found and "from transformers in fp64" in found
 
 
 def test_verify_compares_logits_in_a_process_of_its_own(tmp_path: Path) -> None:

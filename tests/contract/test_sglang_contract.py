@@ -69,7 +69,7 @@ def server(url: str, folder: Path) -> Iterator[Rollouts]:
 
 def test_completions_hold_what_the_engine_promises(server: Rollouts) -> None:
     server.sync.publish(iter(weights(0).items()), 0)
-    asked = requests(24)
+    asked = requests(120)  # enough for both reasons to finish, whatever is sampled
     completions = server.engine.generate(asked, OPTIONS)
     assert len(completions) == len(asked)
     for completion in completions:

@@ -140,8 +140,9 @@ def test_nothing_is_left_after_the_end(folder: Path, tmp_path: Path) -> None:
 def test_nothing_is_left_when_the_trainer_is_killed(number: signal.Signals, folder: Path, tmp_path: Path) -> None:
     """A process that launched servers dies of a signal: its servers follow."""
     program = (
-        "import os, sys, time, pathlib\n"
+        "import os, signal, sys, time, pathlib\n"
         "from aer_megatron.rollout.server import LaunchOptions, ServerGroup\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it ignored
         "model, logs, double = sys.argv[1:]\n"
         "logs = pathlib.Path(logs)\n"
         "options = LaunchOptions(sys.executable, model, '127.0.0.1', {}, os.environ, logs, 60.0, 0, None)\n"

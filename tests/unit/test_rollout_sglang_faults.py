@@ -149,6 +149,15 @@ def test_a_step_waits_for_a_server_that_comes_back(pair: tuple[SGLangDouble, SGL
         assert len(made.engine.generate(requests(8), OPTIONS)) == 8
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run as a background job, which inherits it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_aborts_what_is_under_way(folder: Path) -> None:
     with SGLangDouble(folder, token_s=0.2) as server, rollouts([server.url], folder) as made:
         made.sync.publish(iter(weights(0).items()), 0)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import mmap
 import pickle
 import uuid
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -181,8 +183,7 @@ class MegatronFolder:
         info = self._storage[MetadataIndex(key, chunk.offsets)]
         try:
             with (self.path / info.relative_path).open("rb") as file:
-                window: Any = _Window(file, info.offset, info.length)
-                tensor = torch.load(window, map_location="cpu", weights_only=True)
+                tensor = _mapped_tensor(file, info.offset, info.length)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{self.path / info.relative_path} is damaged at {key}: {error}") from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
@@ -262,6 +263,27 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")[: max(0, self._length - self.tell())]
         return self._file.readinto(view)  # type: ignore[attr-defined, no-any-return]
+
+
+def _mapped_tensor(file: IO[bytes], start: int, length: int) -> Tensor:
+    """Returns the tensor that torch.save wrote at bytes [start, start + length), its data mapped and not read.
+
+    A read would fill fresh memory, whose page faults cost as much as the copy. The mapping is private: writing to the
+    tensor changes no file. It goes with the tensor.
+    """
+    window: Any = _Window(file, start, length)
+    with FakeTensorMode():  # reads the layout and leaves the data, but says where it begins
+        layout = torch.load(window, map_location="cpu", weights_only=True)
+    storage = layout.untyped_storage()
+    begin, size = storage._checkpoint_offset, storage.nbytes()
+    if begin is None or begin + size > length:
+        raise EOFError(f"the data of {size} bytes ends beyond its {length}")
+    if not size:
+        return torch.empty(layout.shape, dtype=layout.dtype)
+    before = (start + begin) % mmap.ALLOCATIONGRANULARITY
+    data = mmap.mmap(file.fileno(), before + size, offset=start + begin - before, access=mmap.ACCESS_COPY)
+    flat = torch.frombuffer(data, dtype=layout.dtype, count=size // layout.dtype.itemsize, offset=before)
+    return flat.as_strided(layout.shape, layout.stride(), layout.storage_offset())
 
 
 def _contains(chunk: ChunkStorageMetadata, index: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_servers_hold_what_was_broadcast_and_groups_are_left(
     ("fault", "reason"),
     [
         ("500", "must run between begin_weight_update"),
-        ("hang", "within 2 s"),
+        ("hang", "within 2 s|Timed out waiting 2000ms"),  # the request's timer or the broadcast's, whichever is first
         ("drops_a_tensor", "model.layers.0.self_attn.o_proj.weight has checksum"),
         ("keeps_version", "reports weight version"),
     ],
@@ -61,7 +62,7 @@ def test_a_server_that_fails_costs_only_itself_and_may_come_back(
         pair[0].update_fault = fault  # type: ignore[assignment]
         made.sync.publish(iter(weights(1).items()), 1)
         assert made.fleet.in_service() == [1]
-        assert reason in made.fleet.servers[0].reason
+        assert re.search(reason, made.fleet.servers[0].reason)
         assert {c.policy_versions[0].version for c in made.engine.generate(requests(4), OPTIONS)} == {1}
         pair[0].update_fault = "none"
         made.sync.publish(iter(weights(2).items()), 2)

@@ -241,7 +241,7 @@ def training_form(setting: Setting, layout: Layout) -> TrainingForm:
         attention="flash",
         head=model.head,
         vocab_rows=padded_vocab_size(setting.arch.vocab_size, layout.tp, divisible_by=model.vocab_multiple),
-        chunk_bytes=vocab_shard._DEVICE_CHUNK_BYTES,
+        chunk_bytes=vocab_shard.DEVICE_CHUNK_BYTES,
         fused_swiglu=bool(setting.config.megatron.get("bias_activation_fusion")),
     )
 

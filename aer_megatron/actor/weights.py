@@ -28,10 +28,8 @@ from aer_megatron.convert.mapping import (
     shard_shape,
     shards_to_hf,
 )
+from aer_megatron.parallel.collectives import all_gather_flat
 from aer_megatron.parallel.topology import Topology
-
-# torch renamed it; the old name warns where the new one exists
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +161,7 @@ def _gather(
 
 def _gathered(flat: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
     whole = flat.new_empty(size * flat.numel())
-    _all_gather(whole, flat, group=group)
+    all_gather_flat(whole, flat, group=group)
     return whole
 
 

@@ -29,13 +29,14 @@ from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
 from aer_megatron.parallel import vocab_triton
+from aer_megatron.parallel.collectives import all_gather_flat
 
 _LN_2 = math.log(2.0)
 # exp2 of anything below is 0, even as a float64 subnormal. Exponents are raised to it, so that -inf logits
 # give 0 * finite = 0 instead of 0 * inf = NaN; no other result changes.
 _MIN_BITS = -1100.0
 # An accelerator wants few, large launches.
-_DEVICE_CHUNK_BYTES = 1 << 28
+DEVICE_CHUNK_BYTES = 1 << 28
 
 # Rows of a statistics block [K, T]; the last three, sum e^2, sum e^2 s and sum e^2 s^2, are there only with statistics.
 MAX, SUM_EXP, SUM_EXP_SHIFT, LABEL_LOGIT, SUM_EXP_SQ, SUM_EXP_SQ_SHIFT, SUM_EXP_SQ_SHIFT_SQ = range(7)
@@ -142,7 +143,7 @@ def rows_per_chunk(like: Tensor, columns: int, chunk_tokens: int | None, cpu_byt
     least 1."""
     tokens = like.shape[0]
     if chunk_tokens is None:
-        budget = cpu_bytes if like.device.type == "cpu" else _DEVICE_CHUNK_BYTES
+        budget = cpu_bytes if like.device.type == "cpu" else DEVICE_CHUNK_BYTES
         row_bytes = max(1, columns) * compute_dtype(like.dtype).itemsize
         return max(1, min(budget // row_bytes, tokens // 16))
     if chunk_tokens < 1:
@@ -222,7 +223,7 @@ def gather_statistics(stats_KT: Tensor, shard: VocabShard) -> Tensor:
     if ranks == 1 or stats_KT.numel() == 0:
         return stats_KT[None].expand(ranks, -1, -1)
     flat = stats_KT.new_empty(ranks * stats_KT.shape[0], stats_KT.shape[1])
-    dist.all_gather_into_tensor(flat, stats_KT, group=shard.tp_group)
+    all_gather_flat(flat, stats_KT, group=shard.tp_group)
     return flat.view(ranks, *stats_KT.shape)
 
 

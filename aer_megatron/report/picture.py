@@ -155,6 +155,12 @@ def _title(figure: Figure, runs: Sequence[RunCurves]) -> None:
 def _panel(figure: Figure, place: SubplotSpec, title: str, *, share: Axes | None = None) -> Axes:
     axes = figure.add_subplot(place, sharex=share)
     axes.set_title(title, loc="left", fontsize=11, color=_INK, fontweight="bold")
+    style_axes(axes, num_ticks=6)
+    return axes
+
+
+def style_axes(axes: Axes, *, num_ticks: int) -> None:
+    """Gives axes the look of every picture of a run: horizontal grid, no frame, whole steps below."""
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -162,8 +168,7 @@ def _panel(figure: Figure, place: SubplotSpec, title: str, *, share: Axes | None
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_GRID)
     axes.tick_params(colors=_MUTED, labelsize=9, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    return axes
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=num_ticks, integer=True))
 
 
 def _colors(runs: Sequence[RunCurves]) -> list[str]:

@@ -13,11 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
+from aer_megatron.report.picture import style_axes
 from aer_megatron.types import Float64Array
 
-_INK, _MUTED, _GRID, _WARNING = "#1f2933", "#7b8794", "#e4e7eb", "#c0392b"
+_INK, _MUTED, _WARNING = "#1f2933", "#7b8794", "#c0392b"
 _RECORDED, _REPLAYED = "#0072b2", "#d55e00"  # Okabe-Ito
 _CAVEAT = (
     "OPEN LOOP: H is the recorded run's. Under the replayed controller H would have been different, "
@@ -56,14 +56,7 @@ def draw_replay(traces: ReplayTraces, output: str | Path, *, title: str, recorde
 
 def _panel(figure: Figure, row: int) -> Axes:
     axes = figure.add_subplot(2, 1, row)
-    axes.grid(axis="y", color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GRID)
-    axes.tick_params(colors=_MUTED, labelsize=9, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    style_axes(axes, num_ticks=8)
     return axes
 
 

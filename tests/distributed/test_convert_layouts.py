@@ -88,7 +88,7 @@ def _run(rank: int, case: Case, base: Path) -> Result:
         dist_checkpointing.save(model.sharded_state_dict(), str(folder))
 
     calls: dict[str, list[int]] = {"gather": [], "broadcast": []}
-    real_gather, real_broadcast = weights._all_gather, dist.broadcast
+    real_gather, real_broadcast = weights.all_gather_flat, dist.broadcast
 
     def gather(output: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls["gather"].append(output.nbytes)
@@ -98,12 +98,12 @@ def _run(rank: int, case: Case, base: Path) -> Result:
         calls["broadcast"].append(tensor.nbytes)
         return real_broadcast(tensor, *args, **kwargs)
 
-    weights._all_gather, dist.broadcast = gather, broadcast
+    weights.all_gather_flat, dist.broadcast = gather, broadcast
     try:
         stream = weights.iter_hf_weights(model, arch, topology, bucket_bytes=case.bucket_bytes)
         collected = {name: tensor.numpy().copy() for name, tensor in stream}
     finally:
-        weights._all_gather, dist.broadcast = real_gather, real_broadcast
+        weights.all_gather_flat, dist.broadcast = real_gather, real_broadcast
     sizes = calls["gather"] + calls["broadcast"]
     return Result(collected, logits, len(calls["gather"]), len(calls["broadcast"]), max(sizes, default=0))
 

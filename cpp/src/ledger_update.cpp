@@ -21,6 +21,9 @@ namespace {
 constexpr std::size_t kPartitionFrom = 16384;
 constexpr std::size_t kMaxThreads = 256;
 constexpr std::size_t kShards = RecordTable::kShards;
+// A shard of at most so many records fits a core's own cache; one entry per so many of them pays for fetching it whole.
+constexpr std::size_t kCachedRecords = 8192;
+constexpr std::size_t kDensity = 3;
 
 struct Added {
     std::int64_t entropy_sum;
@@ -100,11 +103,13 @@ struct Partition {
     std::array<std::size_t, kShards + 1> begin;
 };
 
-// Entries of one shard, in blocks: index lines, then records, then the arithmetic, so that latencies overlap.
+// Entries of one shard, in blocks: index lines, then records, then the arithmetic, so that latencies overlap. They are
+// latencies of the core's own cache where a dense batch makes it worth to fetch the shard whole beforehand.
 template <class Batch>
 void apply(RecordShard& shard, std::size_t number, Span<const typename Batch::Entry> entries, std::int64_t step, const Decay& decay) {
     constexpr std::size_t kBlock = 64;
     std::array<Record*, kBlock> records;
+    if (shard.size() <= kCachedRecords && shard.size() <= kDensity * entries.size) shard.touch_all();
     for (std::size_t start = 0; start < entries.size; start += kBlock) {
         const auto* const first = entries.begin() + start;
         const std::size_t n = std::min(kBlock, entries.size - start);

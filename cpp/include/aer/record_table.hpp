@@ -38,6 +38,9 @@ class RecordShard {
     void prefetch_bucket(std::uint64_t key) const {
         if (!buckets_.empty()) __builtin_prefetch(&buckets_[home(key, buckets_.size())]);
     }
+    // Brings everything the shard holds into the core's cache in the order of memory, which hardware does at several
+    // times the speed of scattered lines. It reads, because a compiler may drop a function that only prefetches.
+    void touch_all() const;
     // The record that the key probably has (nullptr: probably none), prefetched; compare its key before use.
     Record* probable(std::uint64_t key) const;
 
@@ -137,6 +140,20 @@ inline Record* RecordShard::probable(std::uint64_t key) const {
     __builtin_prefetch(record, 1);
     __builtin_prefetch(reinterpret_cast<const char*>(record) + sizeof(Record) - 1, 1);  // it may cross a line
     return record;
+}
+
+inline void RecordShard::touch_all() const {
+    const auto touch = [](const void* first, std::size_t bytes) {
+        const auto* const line = static_cast<const volatile unsigned char*>(first);
+        for (std::size_t at = 0; at < bytes; at += 64) static_cast<void>(line[at]);
+    };
+    touch(buckets_.data(), buckets_.size() * sizeof(Bucket));
+    std::size_t left = size_;
+    for (std::size_t chunk = 0; left > 0; ++chunk) {
+        const std::size_t n = std::min(left, chunk_size(chunk));
+        touch(chunks_[chunk].get(), n * sizeof(Record));
+        left -= n;
+    }
 }
 
 template <class Visitor>

@@ -10,6 +10,7 @@ This file does NOT read the environment, touch torch or know ranks.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -49,12 +50,34 @@ class ModelSection(Section):
 class ParallelSection(Section):
     tp: int = Field(1, ge=1, description="tensor-parallel size")
     pp: int = Field(1, ge=1, description="pipeline-parallel size")
-    ep: int = Field(1, ge=1, description="expert-parallel size; divides the data-parallel ranks among the experts")
+    vpp: int = Field(1, ge=1, description="model chunks per pipeline rank (interleaved schedule); needs pp > 1")
+    cp: int = Field(1, ge=1, description="context-parallel size: every sequence is cut over so many ranks")
+    ep: int = Field(1, ge=1, description="expert-parallel size; divides the dp * cp ranks among the experts")
     sequence_parallel: bool = Field(False, description="shard norms and dropout along the sequence over tp")
-    micro_batch_size: int = Field(1, ge=1, description="sequences per micro-batch and data-parallel rank")
+    micro_batch_size: int = Field(1, ge=1, description="sequences per padded micro-batch and data-parallel rank")
+    tokens_per_micro_batch: int = Field(
+        0, ge=0, description="token budget of a packed micro-batch (its cp ranks share it); 0 = padded micro-batches"
+    )
     weight_bucket_mb: int = Field(
         256, ge=1, description="weights are gathered for rollouts in buckets of about this many MB (10^6 bytes)"
     )
+
+
+    def check(self, longest: int) -> None:
+        """Raises ValueError where options exclude one another or ``longest`` tokens do not fit a micro-batch."""
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1; set it to false")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp > 1, stages to interleave; set it to 1")
+        shards = self.cp * (self.tp if self.sequence_parallel else 1)
+        multiple = math.lcm(2 * self.cp if self.cp > 1 else 1, shards)
+        needed = -(-longest // multiple) * multiple
+        if 0 < self.tokens_per_micro_batch < needed:
+            raise ValueError(
+                f"parallel.tokens_per_micro_batch={self.tokens_per_micro_batch} must hold the longest sequence: "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} (padded: {needed}); set at least "
+                f"{needed}, or 0 for padded micro-batches"
+            )
 
 
 class OptimizerSection(Section):
@@ -109,9 +132,29 @@ class RolloutSection(Section):
     max_batch_size: int = Field(256, ge=1, description="sequences decoded together by the embedded engine")
     dynamic_sampling: bool = Field(False, description="drop groups solved always or never and sample more prompts")
     max_refills: int = Field(4, ge=0, description="extra rollout rounds that dynamic sampling may take in a step")
+    oversample: float = Field(
+        1.0, ge=1, description="launch this many times the groups needed; the first whole ones win, the rest is aborted"
+    )
+    staleness: int = Field(
+        0, ge=0, description="policy versions that a token may be behind its training; 0 = generate, then train"
+    )
     logprob_gate: float = Field(
         0.0, ge=0, description="stop at step 0 if the rollout/train log-probability difference exceeds this; 0 = off"
     )
+
+    def check(self, tis_clip: float) -> None:
+        """Raises ValueError where an option needs servers, or stale rollouts would be trained on uncorrected."""
+        for name, value, off in (("staleness", self.staleness, 0), ("oversample", self.oversample, 1)):
+            if value > off and self.engine != "sglang":
+                raise ValueError(
+                    f"rollout.{name}={value:g} needs rollout.engine='sglang', servers that generate by themselves; the "
+                    f"embedded engine works in turn with the trainer: set rollout.{name}={off}"
+                )
+        if self.staleness and not tis_clip:
+            raise ValueError(
+                f"rollout.staleness={self.staleness} trains on tokens of older policies and algo.tis_clip=0 does not "
+                "correct for them; set algo.tis_clip (usual: 2)"
+            )
 
 
 class SglangSection(Section):
@@ -126,11 +169,16 @@ class SglangSection(Section):
     )
     environment: dict[str, str] = Field(default_factory=dict, description="variables added to launched servers'")
     api_key_env: str = Field("", description="name of the environment variable that holds the servers' API key")
-    transport: Literal["disk", "distributed"] = Field(
-        "disk", description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL"
+    transport: Literal["disk", "distributed", "tensor"] = Field(
+        "disk",
+        description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL; "
+        "tensor = servers on rank 0's machine: CUDA IPC, on CPU inside the request",
     )
     trainer_address: str = Field("127.0.0.1", description="rank 0 as the servers reach it, for transport=distributed")
-    bucket_mb: int = Field(256, ge=1, description="one broadcast of transport=distributed, MB (10^6 bytes)")
+    bucket_mb: int = Field(64, ge=1, description="one broadcast or request of distributed or tensor, MB (10^6 bytes)")
+    release_memory: bool = Field(
+        False, description="servers on the trainer's GPUs free their memory while it trains (enable_memory_saver)"
+    )
     transfer_dir: str = Field("", description="folder of the disk transport; empty = weights/ under run.output_dir")
     max_concurrency: int = Field(64, ge=1, description="requests under way per server and training rank")
     request_timeout_s: float = Field(600.0, gt=0, description="a generation that takes longer is given up")
@@ -180,6 +228,9 @@ class EntropySection(Section):
     alarm_low: float = Field(0.7, ge=0, description="collapse alarm below this fraction of the target; 0 = off")
     alarm_high: float = Field(
         1.5, ge=0, description="explosion alarm above this multiple of the initial entropy; 0 = off"
+    )
+    mismatch_bound: float = Field(
+        0.1, ge=0, description="alpha is held above this KL (nats) between rollout engine and trainer; 0 = off"
     )
     # baselines
     coefficient: float = Field(1e-3, ge=0, description="constant coefficient of kind = fixed")
@@ -298,8 +349,7 @@ class Config(Section):
                 f"algo.num_minibatches={self.algo.num_minibatches} must divide rollout.prompts_per_step * "
                 f"rollout.group_size = {sequences}; use one of {_divisors(sequences)[:8]}"
             )
-        if self.parallel.sequence_parallel and self.parallel.tp == 1:
-            raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1; set it to false")
+        self.parallel.check(self.data.max_prompt_tokens + self.rollout.max_new_tokens)
         if max(self.eval.k) > self.eval.num_samples:
             raise ValueError(
                 f"eval.k={list(self.eval.k)} asks for pass@{max(self.eval.k)} from eval.num_samples="
@@ -308,6 +358,7 @@ class Config(Section):
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(f"run.eval_every={self.run.eval_every} needs a [data.eval] source; add one or set 0")
         self.algo.check_loss_options(self.rollout.max_new_tokens)
+        self.rollout.check(self.algo.tis_clip)
         if self.rollout.engine == "sglang":
             self.sglang.check()
         if self.rollout.group_size == 1 and self.algo.divide_by_std:
@@ -320,17 +371,20 @@ class Config(Section):
         Raises:
             ValueError: if the sizes do not fit, naming the options and the remedy.
         """
-        model_parallel = self.parallel.tp * self.parallel.pp
+        tp, pp, cp = self.parallel.tp, self.parallel.pp, self.parallel.cp
+        model_parallel = tp * pp * cp
         if world_size % model_parallel:
+            product = f"parallel.tp={tp} * parallel.pp={pp}" + (f" * parallel.cp={cp}" if cp > 1 else "")
             raise ValueError(
-                f"parallel.tp={self.parallel.tp} * parallel.pp={self.parallel.pp} = {model_parallel} must divide the "
-                f"number of ranks {world_size}; launch a multiple of {model_parallel} ranks or lower tp/pp"
+                f"{product} = {model_parallel} must divide the number of ranks {world_size}; launch a multiple of "
+                f"{model_parallel} ranks or lower tp/pp{'/cp' if cp > 1 else ''}"
             )
         dp = world_size // model_parallel
-        if dp % self.parallel.ep:
+        if dp * cp % self.parallel.ep:
+            size = f"data-parallel size {dp}" if cp == 1 else f"dp * cp = {dp} * {cp} ranks"
             raise ValueError(
-                f"parallel.ep={self.parallel.ep} must divide the data-parallel size {dp} = {world_size} ranks / "
-                f"(tp * pp = {model_parallel}); use one of {_divisors(dp)}"
+                f"parallel.ep={self.parallel.ep} must divide the {size} = {world_size} ranks / "
+                f"(tp * pp = {tp * pp}); use one of {_divisors(dp * cp)}"
             )
         per_step = self.rollout.prompts_per_step * self.rollout.group_size // self.algo.num_minibatches
         if per_step % dp:

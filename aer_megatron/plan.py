@@ -12,13 +12,13 @@ Exit codes: 0 done, 2 the settings are impossible or nothing fits (one clear mes
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from aer_megatron.algo.hardware import GPUS, Gpu, gpu_named
 from aer_megatron.algo.memory_plan import (
@@ -43,8 +43,10 @@ from aer_megatron.convert.architecture import (
     padded_vocab_size,
 )
 from aer_megatron.parallel import vocab_shard
+from aer_megatron.report.plan_table import gigabytes, layout_lines, memory_lines
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+MAX_CHUNKS = 4  # model chunks per pipeline rank that are tried: more of them send more and hide less
 HEAD_FORMS: tuple[HeadForm, ...] = ("fused", "logits", "textbook")
 
 
@@ -131,7 +133,7 @@ def check_layout(setting: Setting) -> None:
     config, arch = setting.config, setting.arch
     parallel = config.parallel
     config.check_world_size(setting.num_gpus)
-    check_parallel(pad_query_groups(arch, parallel.tp), parallel.tp, parallel.pp, ep=parallel.ep)
+    check_parallel(pad_query_groups(arch, parallel.tp), parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
     if arch.moe and parallel.tp > 1 and not parallel.sequence_parallel:
         raise ValueError(f"parallel.tp={parallel.tp} with experts needs parallel.sequence_parallel=true; set it")
     if setting.length > arch.max_positions:
@@ -144,10 +146,11 @@ def check_layout(setting: Setting) -> None:
 
 def own_candidate(setting: Setting) -> Candidate:
     """Returns the run file's own layout and micro-batch size, whether they fit or not."""
-    parallel = setting.config.parallel
+    own = setting.config.parallel
     dp, recompute = setting.config.check_world_size(setting.num_gpus), _recompute(setting.config)
-    layout = Layout(parallel.tp, parallel.pp, dp, parallel.ep, parallel.sequence_parallel, recompute)
-    return evaluate(setting, layout, parallel.micro_batch_size)
+    layout = Layout(own.tp, own.pp, dp, own.ep, own.sequence_parallel, recompute, own.cp, own.vpp)
+    packed = own.tokens_per_micro_batch // setting.length  # a packed micro-batch of the longest sequences
+    return evaluate(setting, layout, packed or own.micro_batch_size)
 
 
 def _recompute(config: Config) -> Recompute:
@@ -159,26 +162,38 @@ def _recompute(config: Config) -> Recompute:
 
 def possible_layouts(setting: Setting) -> Iterator[Layout]:
     """Yields the layouts that the model and the batch allow: tp inside a node, no padded heads."""
-    config, arch = setting.config, setting.arch
-    for tp in range(1, min(setting.num_gpus, setting.gpu.gpus_per_node) + 1):
-        for pp in range(1, min(setting.num_gpus // tp, arch.num_layers) + 1):
-            for ep in range(1, min(setting.num_gpus, arch.moe.num_experts if arch.moe else 1) + 1):
-                parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "ep": ep})
-                try:
-                    dp = config.model_copy(update={"parallel": parallel}).check_world_size(setting.num_gpus)
-                    check_parallel(arch, tp, pp, ep=ep)
-                except ValueError:  # this one does not fit the model or the ranks: not a layout
-                    continue
-                for sequence_parallel in (False, True) if tp > 1 and not arch.moe else (tp > 1,):
-                    yield Layout(tp, pp, dp, ep, sequence_parallel, "none")
-                    yield Layout(tp, pp, dp, ep, sequence_parallel, "full")
+    config, arch, num_gpus = setting.config, setting.arch, setting.num_gpus
+    for tp, pp, cp, ep in itertools.product(
+        range(1, min(num_gpus, setting.gpu.gpus_per_node) + 1),
+        range(1, min(num_gpus, arch.num_layers) + 1),
+        _context_sizes(setting),
+        range(1, min(num_gpus, arch.moe.num_experts if arch.moe else 1) + 1),
+    ):
+        if num_gpus % (tp * pp * cp):
+            continue
+        for vpp in sorted({*range(1, MAX_CHUNKS + 1), config.parallel.vpp}) if pp > 1 else (1,):
+            parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "cp": cp, "ep": ep})
+            try:
+                dp = config.model_copy(update={"parallel": parallel}).check_world_size(num_gpus)
+                check_parallel(arch, tp, pp, vpp=vpp, ep=ep)
+            except ValueError:  # this one does not fit the model or the ranks: not a layout
+                continue
+            for sequence_parallel in (False, True) if tp > 1 and not arch.moe else (tp > 1,):
+                yield Layout(tp, pp, dp, ep, sequence_parallel, "none", cp, vpp)
+                yield Layout(tp, pp, dp, ep, sequence_parallel, "full", cp, vpp)
+
+
+def _context_sizes(setting: Setting) -> list[int]:
+    """Returns powers of two, and the run file's own, that leave each rank two chunks of the longest sequence."""
+    powers = {1 << k for k in range(setting.num_gpus.bit_length())}
+    return sorted(cp for cp in powers | {setting.config.parallel.cp} if cp == 1 or 2 * cp <= setting.length)
 
 
 def fitting_candidates(setting: Setting) -> Iterator[Candidate]:
-    """Yields the best candidate of every (tp, pp, dp, ep) that fits, by estimated time, best first."""
+    """Yields the best candidate of every (tp, pp, cp, dp, ep) that fits, by estimated time, best first."""
     best: dict[tuple[int, ...], Candidate] = {}
     for layout in possible_layouts(setting):
-        key = (layout.tp, layout.pp, layout.dp, layout.ep)
+        key = (layout.tp, layout.pp, layout.cp, layout.dp, layout.ep)
         for size in _micro_batch_sizes(setting, layout):
             candidate = evaluate(setting, layout, size)
             if candidate.peak_bytes > setting.usable_bytes:
@@ -212,7 +227,8 @@ def evaluate(setting: Setting, layout: Layout, micro_batch_size: int) -> Candida
     """Returns the cost of one layout."""
     config, arch = setting.config, pad_query_groups(setting.arch, layout.tp)
     form, work = training_form(setting, layout), setting.work
-    length = -(-setting.length // layout.sequence_shards) * layout.sequence_shards
+    multiple = math.lcm(2 * layout.cp if layout.cp > 1 else 1, layout.cp * layout.sequence_shards)
+    length = -(-setting.length // multiple) * multiple
     batch = BatchShape(micro_batch_size, length, micro_batch_size * config.rollout.max_new_tokens)
     micro_batches = math.ceil(work.sequences / work.minibatches / layout.dp / micro_batch_size)
     stages = {
@@ -229,7 +245,7 @@ def evaluate(setting: Setting, layout: Layout, micro_batch_size: int) -> Candida
         engine=engine,
         served=setting.rollout_share * setting.gpu.memory_bytes,
         traffic=step_traffic(arch, work, layout, form),
-        time=step_time(arch, work, layout, form, setting.gpu, micro_tokens=batch.tokens, batch=together),
+        time=step_time(arch, work, layout, form, setting.gpu, micro_tokens=batch.tokens // layout.cp, batch=together),
     )
 
 
@@ -268,31 +284,34 @@ def _nothing_fits(setting: Setting) -> str:
     layouts = list(possible_layouts(setting))
     if not layouts:
         return (
-            f"--gpus={setting.num_gpus}: no tp x pp x dp of that many ranks divides the model and the batch of "
+            f"--gpus={setting.num_gpus}: no tp x pp x cp x dp of that many ranks divides the model and the batch of "
             f"{setting.work.sequences // setting.work.minibatches} sequences; choose --gpus or rollout.prompts_per_step"
             " with common divisors"
         )
     least = min((evaluate(setting, layout, 1) for layout in layouts), key=lambda candidate: candidate.peak_bytes)
     remedies = ["more GPUs", "a lower rollout.max_new_tokens"]
     if setting.config.rollout.engine == "embedded":
-        remedies.append("a lower rollout.max_batch_size")
-        remedies.append("rollout.engine='sglang': the embedded engine keeps the whole model on every GPU")
+        remedies += ["a lower rollout.max_batch_size", "rollout.engine='sglang': embedded keeps the model on every GPU"]
     if setting.rollout_share:
         remedies.append("a lower --rollout-share")
+    memory, gb = least.memory, gigabytes
     return (
         f"nothing fits {setting.num_gpus} x {setting.gpu.name}: the smallest layout, {least.layout.text} with "
-        f"one sequence per micro-batch, needs {_gb(least.peak_bytes)} of {_gb(setting.usable_bytes)} GB per GPU "
-        f"(weights {_gb(least.memory.weights + least.engine.weights)}, gradients {_gb(least.memory.gradients)}, "
-        f"optimizer {_gb(least.memory.optimizer)}, rollout {_gb(least.engine.rollout)}); use {', '.join(remedies)}"
+        f"one sequence per micro-batch, needs {gb(least.peak_bytes)} of {gb(setting.usable_bytes)} GB per GPU "
+        f"(weights {gb(memory.weights + least.engine.weights)}, gradients {gb(memory.gradients)}, "
+        f"optimizer {gb(memory.optimizer)}, rollout {gb(least.engine.rollout)}); use {', '.join(remedies)}"
     )
 
 
 def report(setting: Setting, candidates: Sequence[Candidate], top: int) -> list[str]:
     """Returns the lines of the plan."""
+    own, usable = own_candidate(setting), setting.usable_bytes
+    rows = [(candidate, token_budget(setting, candidate.layout)) for candidate in candidates[:top]]
+    heads = _head_bytes(setting, own)
     return [
         *_header(setting),
-        *_memory_lines(setting, own_candidate(setting)),
-        *_layout_lines(setting, candidates[:top], len(candidates)),
+        *memory_lines(own, usable_bytes=usable, dtype=setting.config.model.dtype, head_bytes=heads),
+        *layout_lines(rows, num_found=len(candidates), length=setting.length, usable_bytes=usable),
     ]
 
 
@@ -304,8 +323,8 @@ def _header(setting: Setting) -> list[str]:
     kv = kv_bytes_per_token(arch, form.dtype_bytes)
     lines = [
         f"model        {config.model.path}: {parameter_count(arch):,} parameters, {arch.num_layers} layers",
-        f"hardware     {setting.num_gpus} x {setting.gpu.name}, {_gb(setting.gpu.memory_bytes)} GB each, "
-        f"{_gb(setting.usable_bytes)} GB to plan with",
+        f"hardware     {setting.num_gpus} x {setting.gpu.name}, {gigabytes(setting.gpu.memory_bytes)} GB each, "
+        f"{gigabytes(setting.usable_bytes)} GB to plan with",
         f"step         {work.sequences} sequences of at most {work.prompt_tokens} + {work.response_tokens} tokens = "
         f"{work.tokens:,} tokens, {work.minibatches} optimizer step(s)",
         f"operations   update {flops.model / 1e15:,.1f} PFLOP (6 N D + attention), scoring {flops.score / 1e15:,.1f}, "
@@ -322,77 +341,14 @@ def _header(setting: Setting) -> list[str]:
     return lines
 
 
-def _memory_lines(setting: Setting, own: Candidate) -> list[str]:
-    """Returns the terms of the run file's own layout."""
-    memory, engine, parallel = own.memory, own.engine, setting.config.parallel
+def _head_bytes(setting: Setting, own: Candidate) -> dict[str, float]:
+    """Returns what each form of the head would take in the run file's layout."""
     form, responses = training_form(setting, own.layout), own.micro_batch_size * setting.config.rollout.max_new_tokens
-    rows_of_rank = form.vocab_rows // own.layout.tp
-    heads = {
+    responses, rows_of_rank = -(-responses // own.layout.cp), form.vocab_rows // own.layout.tp
+    return {
         head: head_memory(setting.arch.hidden_size, rows_of_rank, responses, replace(form, head=head))
         for head in HEAD_FORMS
     }
-    rows: list[tuple[str, float, str]] = [
-        ("weights", memory.weights, f"{setting.config.model.dtype}"),
-        ("gradients", memory.gradients, "fp32"),
-        ("optimizer", memory.optimizer, f"AdamW sharded over dp {own.layout.dp}"),
-        ("rollout weights", engine.weights, "embedded engine: the whole model on every rank"),
-        ("rollout servers", own.served, "co-located, --rollout-share"),
-        ("- update", memory.transient, "the largest of these three counts"),
-        ("    activations", memory.activations, f"recompute {own.layout.recompute}"),
-        ("    head", memory.head, "; ".join(f"{head} {_gb(value)}" for head, value in heads.items())),
-        ("    backward", memory.working, ""),
-        ("- rollout", engine.rollout, "KV cache, prefill, sampling"),
-        ("- weight sync", engine.sync, "second copy of the engine's weights, gathered buckets"),
-    ]
-    lines = ["", f"memory per GPU of the run file's layout ({own.layout.text}, micro_batch_size "
-             f"{parallel.micro_batch_size}), stage {own.stage}, GB"]  # fmt: skip
-    lines += [f"  {name:<18}{_gb(value):>8}  {note}".rstrip() for name, value, note in rows if value]
-    state = "fits" if own.peak_bytes <= setting.usable_bytes else "DOES NOT FIT"
-    return [*lines, f"  {'peak':<18}{_gb(own.peak_bytes):>8}  {state} in {_gb(setting.usable_bytes)}"]
-
-
-def _layout_lines(setting: Setting, candidates: Sequence[Candidate], total: int) -> list[str]:
-    if not candidates:
-        return []
-    names = ("", "micro-", "batch", "peak", "free", "tp", "pp", "dp", "sync", "rollout", "score", "train", "step")
-    units = ("seq", "tokens", "budget", *6 * ("GB",), *4 * ("s",))
-    lines = [
-        "",
-        f"layouts that fit, best first ({total} found); times are ESTIMATES from data-sheet peaks, never measured; "
-        "traffic is GB sent per GPU and step",
-        _row("layout", names),
-        _row("", units),
-    ]
-    for candidate in candidates:
-        traffic, time, layout = candidate.traffic, candidate.time, candidate.layout
-        sizes = (candidate.micro_batch_size, candidate.micro_batch_size * setting.length, token_budget(setting, layout))
-        memory = (candidate.peak_bytes, setting.usable_bytes - candidate.peak_bytes)
-        sent = (traffic.tensor, traffic.pipeline, traffic.data, traffic.weight_sync)
-        seconds = (time.rollout, time.score, time.train, time.total)
-        cells = [f"{n:,}" for n in sizes] + [_gb(n) for n in memory + sent] + [f"{n:,.1f}" for n in seconds]
-        lines.append(_row(layout.text, cells))
-    return [*lines, "", "for the run file:", *_toml(candidates[0])]
-
-
-def _row(name: str, cells: Sequence[str]) -> str:
-    return f"  {name:<34}" + "".join(f"{cell:>9}" for cell in cells)
-
-
-def _toml(candidate: Candidate) -> list[str]:
-    layout = candidate.layout
-    table: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp}
-    if layout.ep > 1:
-        table["ep"] = layout.ep
-    table |= {"sequence_parallel": layout.sequence_parallel, "micro_batch_size": candidate.micro_batch_size}
-    lines = ["  [parallel]", *(f"  {key} = {json.dumps(value)}" for key, value in table.items())]
-    if layout.recompute == "full":
-        lines += ["  [megatron]", '  recompute_granularity = "full"', '  recompute_method = "uniform"',
-                  "  recompute_num_layers = 1"]  # fmt: skip
-    return lines
-
-
-def _gb(value: float) -> str:
-    return f"{value / 1e9:,.1f}"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0
-    _quiet_libraries()
+    quiet_libraries()
     try:
         command = parse_command_line(arguments)
         config = load_config(command.run_file, command.overrides)
@@ -157,7 +157,7 @@ def run_stage(stage: str, config: Config, arguments: Sequence[str]) -> None:
         destroy_topology()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Megatron-Core and torch warn about every optional package that is absent; run.json lists the versions."""
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
     # Megatron reads .grad of the views that it keeps as gradient accumulators

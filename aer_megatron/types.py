@@ -114,6 +114,7 @@ class Experience:
     reward_B: Float64Array
     truncated_B: NDArray[np.bool_]
     policy_version_B: Int64Array  # the oldest version that produced a token of the sequence
+    policy_version_sum_B: Int64Array  # the sum of its tokens' versions
 
     @property
     def num_sequences(self) -> int:

@@ -6,7 +6,8 @@
     SupervisedBatch --train_supervised--> StepStats
 
 Every rank calls every method with the same arguments and gets the same result. Micro-batches run through
-Megatron-Core's own forward-backward schedules. This file does NOT know where batches come from or where weights go.
+Megatron-Core's own forward-backward schedules (forward.py). This file does NOT know where batches come from or where
+weights go.
 """
 
 from __future__ import annotations
@@ -19,21 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aer_megatron.actor.model import build_model
+from aer_megatron.actor.forward import MicroBatchRunner
+from aer_megatron.actor.fp8_emulation import has_fresh_scales
+from aer_megatron.actor.model import build_chunks
 from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_distributed
 from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
-from aer_megatron.algo.batching import (
-    MicroBatch,
-    PackedSequences,
-    micro_batch_indices,
-    minibatch_indices,
-    pad_micro_batch,
-)
+from aer_megatron.algo.batching import MicroBatch, PackedSequences, minibatch_indices
 from aer_megatron.algo.covariance import BoolArray, select_tokens
 from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
 from aer_megatron.config import Config, OptimizerSection
@@ -55,7 +51,10 @@ LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
 
 
 class Actor:
-    """A sharded policy with its optimizer. ``num_updates`` counts optimizer steps taken, resumed ones included."""
+    """A sharded policy with its optimizer. ``num_updates`` counts optimizer steps taken, resumed ones included.
+
+    ``chunks`` are this rank's parts of the model, several where the pipeline is interleaved; ``ddp`` wraps them.
+    """
 
     def __init__(
         self,
@@ -74,26 +73,35 @@ class Actor:
         self._config = config
         self._reference: ReferenceWeights | None = None
         self._schedule = functools.partial(learning_rate, num_steps=num_updates_planned, options=optimizer)
-        self.model = build_model(arch, config, topology).to(device)
-        self.ddp = wrap_distributed(self.model)
+        self.chunks = [chunk.to(device) for chunk in build_chunks(arch, config, topology)]
+        self.ddp = wrap_distributed(self.chunks)
         self.optimizer = build_optimizer(self.ddp, optimizer, config.model.dtype)
-        self.model.config.finalize_model_grads_func = _finalize_without_scaling
-        self.model.config.grad_scale_func = self.optimizer.scale_loss if config.model.dtype == "bf16" else None
+        megatron_config = self.chunks[0].config  # the chunks' common one
+        megatron_config.finalize_model_grads_func = _finalize_without_scaling
+        megatron_config.grad_scale_func = self.optimizer.scale_loss if config.model.dtype == "bf16" else None
+        self._runner = MicroBatchRunner(
+            self.ddp, arch=arch, options=config.parallel, topology=topology, device=device
+        )
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """All of this rank's parameters as one module: the only chunk itself, or the list of several."""
+        return self.chunks[0] if len(self.chunks) == 1 else torch.nn.ModuleList(self.chunks)
 
     def load_hf_weights(self, get: Callable[[str], Tensor]) -> None:
         """Copies Hugging Face tensors in and resets the optimizer's main parameters to them."""
-        load_hf_weights(self.model, self.arch, self.topology, get)
+        load_hf_weights(self.chunks, self.arch, self.topology, get)
         self.optimizer.reload_model_params()
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, whole tensor) on every rank; all ranks must exhaust it together."""
         bucket_bytes = self._config.parallel.weight_bucket_mb * 10**6
-        yield from iter_hf_weights(self.model, self.arch, self.topology, bucket_bytes=bucket_bytes)
+        yield from iter_hf_weights(self.chunks, self.arch, self.topology, bucket_bytes=bucket_bytes)
 
     def hold_reference(self, get: Callable[[str], Tensor]) -> None:
         """Keeps a frozen copy of Hugging Face tensors for ``score_reference``; the policy's own weights stay."""
-        load = functools.partial(load_hf_weights, self.model, self.arch, self.topology, get)
-        self._reference = ReferenceWeights(self.model, load)
+        load = functools.partial(load_hf_weights, self.chunks, self.arch, self.topology, get)
+        self._reference = ReferenceWeights(self.model.parameters(), load)
 
     def score_reference(self, experience: Experience) -> Float32Array:
         """Returns the log-probability of every response token under the reference weights, fp32 [T]."""
@@ -119,9 +127,18 @@ class Actor:
             if self.topology.writes_results:
                 scores_KT[:, torch.from_numpy(micro.packed_t).to(self.device)] = output_Kt
 
-        self._forward_only(self._micro_batches(experience, indices_b), collect)
+        micros = self._micro_batches(experience, indices_b)
+        self._calibrate_fp8(micros)
+        self._runner.forward_only(micros, collect)
         result: Float32Array = all_sum_disjoint(scores_KT).cpu().numpy()
         return result
+
+    def _calibrate_fp8(self, micros: list[MicroBatch]) -> None:
+        """Has delayed FP8 scales found before anything is measured: the second pass runs under the first one's."""
+        if has_fresh_scales(self.model, self.chunks[0].config):
+            with torch.enable_grad():  # scales move only in passes with gradients
+                for _ in range(2):
+                    self._runner.forward_only(micros, lambda *_: None)
 
     def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats:
         """Returns the sums of ``num_minibatches`` policy updates; the weights have moved when it returns.
@@ -240,71 +257,23 @@ class Actor:
         return float(grad_norm)
 
     def _forward_backward(self, micros: list[MicroBatch], loss: LossFunction) -> dict[str, tuple[float, float]]:
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def finish(output_2t: Tensor, *, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        def finish(output_2t: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
             result = loss(output_2t[0], output_2t[1], micro)
             num_tokens = torch.tensor(len(micro.row_t), dtype=torch.int, device=self.device)
             return result.loss, num_tokens, dict(result.sums)
 
-        self.ddp.train()
-        collected = get_forward_backward_func()(
-            forward_step_func=functools.partial(self._forward_step, finish=finish),
-            data_iterator=iter(micros),
-            model=self.ddp,
-            num_microbatches=len(micros),
-            seq_length=micros[0].sequence_length,
-            micro_batch_size=self._config.parallel.micro_batch_size,
-            forward_only=False,
-        )
+        collected = self._runner.forward_backward(micros, finish)
         return self._sum_over_ranks(collected, names=loss_names(collected))
 
-    def _forward_only(self, micros: list[MicroBatch], collect: Callable[[Tensor, MicroBatch], None]) -> None:
-        def finish(output_2t: Tensor, *, micro: MicroBatch, non_loss_data: bool) -> None:
-            del non_loss_data
-            collect(output_2t, micro)
-
-        self.ddp.eval()
-        get_forward_backward_func()(
-            forward_step_func=functools.partial(self._forward_step, finish=finish),
-            data_iterator=iter(micros),
-            model=self.ddp,
-            num_microbatches=len(micros),
-            seq_length=micros[0].sequence_length,
-            micro_batch_size=self._config.parallel.micro_batch_size,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-
-    def _forward_step(
-        self, data_iterator: Iterator[MicroBatch], model: torch.nn.Module, *, finish: Callable[..., Any]
-    ) -> tuple[Tensor, Callable[..., Any]]:
-        micro = next(data_iterator)
-        tokens_bS = torch.from_numpy(micro.tokens_bS).to(self.device)
-        position_bS = torch.arange(micro.sequence_length, device=self.device).expand_as(tokens_bS)
-        output = model(
-            tokens_bS,
-            position_bS,
-            None,  # causal attention alone: padding is on the right
-            labels=torch.from_numpy(micro.label_t).to(self.device),
-            loss_mask=torch.from_numpy(micro.row_t).to(self.device),
-        )
-        return output, functools.partial(finish, micro=micro)
-
-    def _micro_batches(self, sequences: PackedSequences, indices_b: NDArray[Any]) -> list[MicroBatch]:
-        parts = micro_batch_indices(
-            indices_b,
-            sequences.prompt_length_B + sequences.response_length_B,
-            dp_rank=self.topology.dp_rank,
-            dp_size=self.topology.dp,
-            micro_batch_size=self._config.parallel.micro_batch_size,
-        )
-        multiple = self.topology.tp if self._config.parallel.sequence_parallel else 1
-        return [pad_micro_batch(sequences, part, pad_multiple=multiple) for part in parts]
+    def _micro_batches(self, sequences: PackedSequences, indices_b: Int64Array) -> list[MicroBatch]:
+        return self._runner.cut(sequences, indices_b)
 
     def _sum_over_ranks(self, collected: list[dict[str, Any]], names: list[str]) -> dict[str, tuple[float, float]]:
-        """Adds (sum, count) pairs over micro-batches and replicas; one rank speaks for each replica."""
+        """Adds (sum, count) pairs over micro-batches and ranks; each token is spoken for by one rank."""
         local = np.zeros((len(STAT_NAMES), 2), dtype=np.float64)
         if self.topology.writes_results:
             for sums in collected:

@@ -1,8 +1,9 @@
 """Exact causal attention in plain PyTorch: padded or packed sequences, with or without context parallelism.
 
-It stands in for Megatron-Core's local attention, which knows neither packing nor context parallelism and holds the
-whole score matrix. A packed sequence never meets another one: each run of equal lengths is its own call, so that
-changing one sequence changes no bit of the others. Where TransformerEngine's layers run, theirs is used instead.
+It is the core attention of the local layers in place of Megatron-Core's, which knows neither packing nor context
+parallelism and holds the whole score matrix. A packed sequence never meets another one: each run of equal lengths is
+its own call, so that changing one sequence changes no bit of the others. Where TransformerEngine's layers run, theirs
+is used instead.
 
 Shape suffixes: S padded length, b sequences, t packed tokens of this rank, h heads, g query groups (KV heads),
 d head size, n sequences of one length, l their length.

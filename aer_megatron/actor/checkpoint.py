@@ -203,16 +203,16 @@ class CheckpointStore:
     def _write_parts(self, actor: Actor, fresh: Path, files: Mapping[str, Writer]) -> dict[str, Any]:
         """Writes this rank's files and returns their entries by file name."""
         topology = self._topology
-        tp_rank, pp_rank, dp_rank = topology.tp_rank, topology.pp_rank, topology.dp_rank
+        tp_rank, pp_rank, replica = topology.tp_rank, topology.pp_rank, topology.replica_rank
         parts: list[tuple[str, str, Writer]] = [
             ("model", model_file(tp_rank, pp_rank, topology.ep_rank), lambda p: save_file(model_tensors(actor), p)),
-            ("optimizer", optimizer_file(tp_rank, pp_rank, dp_rank), lambda p: save_file(optimizer_tensors(actor), p)),
-            ("rng", rng_file(tp_rank, pp_rank, dp_rank), lambda path: save_file(rng_tensors(), path)),
+            ("optimizer", optimizer_file(tp_rank, pp_rank, replica), lambda p: save_file(optimizer_tensors(actor), p)),
+            ("rng", rng_file(tp_rank, pp_rank, replica), lambda path: save_file(rng_tensors(), path)),
             *(("file", name, writer) for name, writer in files.items()),
         ]
         entries = {}
         for part, name, write in parts:
-            if (part == "model" and dp_rank >= topology.ep) or (part == "file" and topology.rank != 0):
+            if (part == "model" and replica >= topology.ep) or (part == "file" and topology.rank != 0):
                 continue  # replicas hold the same weights; every rank holds the same files
             write(fresh / name)
             entries[name] = asdict(file_entry(fresh / name, part=part, rank=topology.rank))

@@ -32,7 +32,10 @@ class Layout:
     padded_vocab: int
     num_padding_groups: int
     transformer_engine: bool  # its layers name parameters in another way than the local ones
-    ep: int = 1  # manifests written before there was expert parallelism have none
+    # manifests written before there were these have none
+    ep: int = 1
+    cp: int = 1
+    vpp: int = 1
 
 
 @dataclass(frozen=True, slots=True)

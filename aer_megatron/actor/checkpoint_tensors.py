@@ -17,7 +17,7 @@ This file does NOT know folders, manifests' files or agreement between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.checkpoint_manifest import Layout
-from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel, global_name
+from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel, named_weights
+from aer_megatron.actor.weights import has_te_names
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_tensors_of, hf_to_shard, is_expert, shard_shape, shards_to_hf
 from aer_megatron.parallel.topology import Topology
@@ -70,17 +71,19 @@ def actor_layout(actor: Actor) -> Layout:
         tp=topology.tp,
         pp=topology.pp,
         dp=topology.dp,
-        padded_vocab=int(actor.model.vocab_size),
+        padded_vocab=int(actor.chunks[0].vocab_size),
         num_padding_groups=actor.arch.num_padding_groups,
         ep=topology.ep,
-        transformer_engine=any("layer_norm_weight" in name for name, _ in actor.model.named_parameters()),
+        cp=topology.cp,
+        vpp=topology.vpp,
+        transformer_engine=has_te_names(actor.chunks),
     )
 
 
 def actor_dtype(actor: Actor) -> str:
     """Returns the weights' dtype as the run file spells it."""
     names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-    return names[actor.model.config.params_dtype]
+    return names[actor.chunks[0].config.params_dtype]
 
 
 def model_file(tp_rank: int, pp_rank: int, ep_rank: int) -> str:
@@ -88,22 +91,23 @@ def model_file(tp_rank: int, pp_rank: int, ep_rank: int) -> str:
     return f"model-tp{tp_rank:02d}-pp{pp_rank:02d}{experts}.safetensors"
 
 
-def optimizer_file(tp_rank: int, pp_rank: int, dp_rank: int) -> str:
-    return f"optimizer-tp{tp_rank:02d}-pp{pp_rank:02d}-dp{dp_rank:03d}.safetensors"
+def optimizer_file(tp_rank: int, pp_rank: int, replica_rank: int) -> str:
+    """The replica is one of dp x cp: context-parallel ranks share the optimizer's state like data-parallel ones."""
+    return f"optimizer-tp{tp_rank:02d}-pp{pp_rank:02d}-dp{replica_rank:03d}.safetensors"
 
 
-def rng_file(tp_rank: int, pp_rank: int, dp_rank: int) -> str:
-    return f"rng-tp{tp_rank:02d}-pp{pp_rank:02d}-dp{dp_rank:03d}.safetensors"
+def rng_file(tp_rank: int, pp_rank: int, replica_rank: int) -> str:
+    return f"rng-tp{tp_rank:02d}-pp{pp_rank:02d}-dp{replica_rank:03d}.safetensors"
 
 
 def model_tensors(actor: Actor) -> dict[str, Tensor]:
     """Returns CPU copies of this rank's shard of the model."""
     weights = {
         f"{WEIGHT}/{name}": _cpu_copy(parameter)
-        for name, parameter in _named_weights(actor.model)
+        for name, parameter in named_weights(actor.chunks)
         if actor.topology.ep_rank == 0 or is_expert(actor.arch, name)
     }
-    return weights | {f"{BUFFER}/{name}": _cpu_copy(buffer) for name, buffer in _named_buffers(actor.model)}
+    return weights | {f"{BUFFER}/{name}": _cpu_copy(buffer) for name, buffer in _named_buffers(actor.chunks)}
 
 
 def optimizer_tensors(actor: Actor) -> dict[str, Tensor]:
@@ -147,7 +151,7 @@ def read_actor_tensors(actor: Actor, folder: Path, written: Layout, arch: ModelA
     source = _SameLayout(folder, topology) if same else _OtherLayout(folder, written, arch, actor)
     states = source.states()
     weights = {}
-    for name, parameter in _named_weights(actor.model):
+    for name, parameter in named_weights(actor.chunks):
         weights[name] = _fitting(source.read(WEIGHT, name, 0, parameter.numel()), parameter, name)
     optimizer: dict[str, dict[str, Tensor]] = {}
     for piece in optimizer_pieces(actor):
@@ -157,7 +161,7 @@ def read_actor_tensors(actor: Actor, folder: Path, written: Layout, arch: ModelA
             state: source.read(state, piece.name, piece.start, piece.end) for state in sorted(wanted)
         }
     buffers = _SameLayout(folder, topology).buffers() if same else {}
-    coordinates = (topology.tp_rank, topology.pp_rank, topology.dp_rank)
+    coordinates = (topology.tp_rank, topology.pp_rank, topology.replica_rank)
     rng = dict(_read_all(folder / rng_file(*coordinates))) if same else None
     return ActorTensors(weights=weights, buffers=buffers, optimizer=optimizer, rng=rng)
 
@@ -165,10 +169,12 @@ def read_actor_tensors(actor: Actor, folder: Path, written: Layout, arch: ModelA
 @torch.no_grad()
 def apply_actor_tensors(actor: Actor, tensors: ActorTensors, num_updates: int) -> None:
     """Puts weights, optimizer state, random-number states and the update counter into a newly built actor."""
-    for name, parameter in _named_weights(actor.model):
+    for name, parameter in named_weights(actor.chunks):
         parameter.copy_(tensors.weights[name])
-    if tensors.buffers:
-        actor.model.load_state_dict(dict(tensors.buffers), strict=False)
+    for index, chunk in enumerate(actor.chunks if tensors.buffers else []):
+        prefix = _chunk_prefix(index)
+        own = {name.removeprefix(prefix): buffer for name, buffer in tensors.buffers.items() if name.startswith(prefix)}
+        chunk.load_state_dict(own, strict=False)
     for optimizer in _distributed_optimizers(actor):
         # looking a parameter up leaves an empty entry, which Megatron would take for allocated state
         optimizer.optimizer.state.clear()
@@ -188,7 +194,7 @@ def apply_actor_tensors(actor: Actor, tensors: ActorTensors, num_updates: int) -
 
 def optimizer_pieces(actor: Actor) -> Iterator[Piece]:
     """Yields the pieces of parameters whose optimizer state lives on this rank."""
-    names = {id(parameter): name for name, parameter in _named_weights(actor.model)}
+    names = {id(parameter): name for name, parameter in named_weights(actor.chunks)}
     for optimizer in _distributed_optimizers(actor):
         for parameter in optimizer.model_param_group_index_map:
             place = optimizer._get_model_param_range_map(parameter)["param"]
@@ -201,7 +207,7 @@ class _SameLayout:
     def __init__(self, folder: Path, topology: Topology) -> None:
         tp_rank, pp_rank = topology.tp_rank, topology.pp_rank
         names = [model_file(tp_rank, pp_rank, ep_rank) for ep_rank in {0, topology.ep_rank}]
-        names.append(optimizer_file(tp_rank, pp_rank, topology.dp_rank))
+        names.append(optimizer_file(tp_rank, pp_rank, topology.replica_rank))
         self._tensors = {key: tensor for name in names for key, tensor in _read_all(folder / name)}
 
     def states(self) -> set[str]:
@@ -245,7 +251,7 @@ class _OtherLayout:
             lambda hf_name: self._whole(state, hf_name),
             tp_rank=actor.topology.tp_rank,
             tp_size=actor.topology.tp,
-            padded_vocab=int(actor.model.vocab_size),
+            padded_vocab=int(actor.chunks[0].vocab_size),
         )
         piece = shard.reshape(-1)[start:end]
         return piece.reshape(shard.shape) if state == WEIGHT else piece.clone()
@@ -284,7 +290,7 @@ def _index(folder: Path, written: Layout) -> dict[tuple[str, int, str], list[tup
     for tp_rank in range(written.tp):
         for pp_rank in range(written.pp):
             paths = [model_file(tp_rank, pp_rank, ep_rank) for ep_rank in range(written.ep)]
-            paths += [optimizer_file(tp_rank, pp_rank, dp_rank) for dp_rank in range(written.dp)]
+            paths += [optimizer_file(tp_rank, pp_rank, replica) for replica in range(written.dp * written.cp)]
             for path in (folder / name for name in paths):
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118 - not a dict
@@ -308,17 +314,18 @@ def _fitting(tensor: Tensor, parameter: Tensor, name: str) -> Tensor:
     return tensor
 
 
-def _named_weights(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield global_name(model, name), parameter
-
-
-def _named_buffers(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+def _named_buffers(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Yields persistent tensors that are no parameters (FP8 scales, router biases), by their name in the state dict."""
-    parameters = {name for name, _ in model.named_parameters()}
-    for name, value in model.state_dict().items():
-        if name not in parameters and isinstance(value, Tensor):
-            yield name, value
+    for index, model in enumerate(chunks):
+        prefix = _chunk_prefix(index)
+        parameters = {name for name, _ in model.named_parameters()}
+        for name, value in model.state_dict().items():
+            if name not in parameters and isinstance(value, Tensor):
+                yield prefix + name, value
+
+
+def _chunk_prefix(index: int) -> str:
+    return f"{index}." if index else ""
 
 
 def _distributed_optimizers(actor: Actor) -> list[Any]:

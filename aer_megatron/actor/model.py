@@ -11,7 +11,8 @@ This file does NOT know losses, optimizers or files. Version differences of Mega
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,9 +22,17 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from aer_megatron.actor.layers import decoder_spec, has_transformer_engine
+from aer_megatron.actor.fp8_emulation import attach_delayed_scaling, emulated_block, fp8_settings
+from aer_megatron.actor.layers import (
+    check_fp8,
+    decoder_spec,
+    describe_kernels,
+    has_fused_weight_gradients,
+    has_transformer_engine,
+)
 from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture, MoeArchitecture, padded_vocab_size
 from aer_megatron.convert.mapping import renumber_expert, tp_axis
@@ -31,6 +40,7 @@ from aer_megatron.parallel.fused_head import fused_linear_logprob_entropy
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.parallel.vocab import vocab_parallel_logprob_entropy
 
+_LOG = logging.getLogger(__name__)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -130,23 +140,33 @@ def transformer_config(arch: ModelArchitecture, config: Config) -> TransformerCo
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": has_fused_weight_gradients(),
         "persist_layer_norm": False,
         "tensor_model_parallel_size": config.parallel.tp,
         "pipeline_model_parallel_size": config.parallel.pp,
+        "virtual_pipeline_model_parallel_size": config.parallel.vpp if config.parallel.vpp > 1 else None,
+        "context_parallel_size": config.parallel.cp,
         "sequence_parallel": config.parallel.sequence_parallel,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,
         "bf16": config.model.dtype == "bf16",
         "autocast_dtype": dtype,
         "perform_initialization": False,  # weights always come from a checkpoint
-        "variable_seq_lengths": config.parallel.pp > 1,
+        # an interleaved pipeline between two stages needs its sends and receives one by one
+        "overlap_p2p_comm": config.parallel.vpp > 1,
+        "batch_p2p_comm": config.parallel.vpp == 1,
+        "variable_seq_lengths": config.parallel.pp > 1 and config.parallel.vpp == 1,
         "moe_token_dispatcher_type": "alltoall",  # the one that takes variable lengths
         "calculate_per_token_loss": True,  # the loss carries the global normaliser already: nothing divides it again
     }
     if arch.moe:
         fields |= _moe_fields(arch.moe, config)
-    return TransformerConfig(**fields | _checked_passthrough(config.megatron, fields))
+    fields |= _checked_passthrough(config.megatron, fields)
+    # Megatron-Core must not see emulated FP8: its checks and its recomputation then ask for TransformerEngine
+    emulated = None if has_transformer_engine() else fields.pop("fp8", None)
+    megatron_config = TransformerConfig(**fields)
+    megatron_config.fp8_emulation = fp8_settings(emulated, megatron_config) if emulated else None
+    return megatron_config
 
 
 def _moe_fields(moe: MoeArchitecture, config: Config) -> dict[str, Any]:
@@ -170,9 +190,11 @@ def _moe_fields(moe: MoeArchitecture, config: Config) -> dict[str, Any]:
 
 
 def _checked_passthrough(table: Mapping[str, Any], decided: Mapping[str, Any]) -> dict[str, Any]:
+    check_fp8(table)
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     fixed = {"num_layers", "hidden_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
-             "sequence_parallel", "params_dtype", "bf16", "calculate_per_token_loss"}  # fmt: skip
+             "virtual_pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel", "params_dtype",
+             "bf16", "calculate_per_token_loss"}  # fmt: skip
     for key in table:
         if key not in known:
             raise ValueError(f"megatron.{key}: TransformerConfig of this Megatron-Core has no such field; remove it")
@@ -181,16 +203,20 @@ def _checked_passthrough(table: Mapping[str, Any], decided: Mapping[str, Any]) -
                 f"megatron.{key}={table[key]!r} is decided elsewhere ({decided[key]!r} from the model's config.json, "
                 "[model] or [parallel]); set it there"
             )
-        if key in ("fp8", "fp4") and table[key]:
+        ignored = key == "fp4" or (key == "fp8" and torch.cuda.is_available())
+        if ignored and table[key] and not has_transformer_engine():
             raise ValueError(
-                f"megatron.{key}={table[key]!r} needs TransformerEngine layers; without them Megatron-Core ignores it "
-                "without a word, so it is refused here"
+                f"megatron.{key}={table[key]!r} needs TransformerEngine's layers: without them Megatron-Core ignores "
+                "it without a word, so it is refused here (FP8 is emulated only where there is no CUDA device)"
             )
     return dict(table)
 
 
-def build_model(arch: ModelArchitecture, config: Config, topology: Topology) -> PolicyModel:
-    """Returns this rank's pipeline stage of the policy, without meaningful weights (load_hf_weights brings them)."""
+def build_chunks(arch: ModelArchitecture, config: Config, topology: Topology) -> list[PolicyModel]:
+    """Returns this rank's model chunks, one where ``parallel.vpp`` is 1, without meaningful weights.
+
+    Chunks share one configuration object: Megatron's schedules read the first one's.
+    """
     head = HeadOptions(
         form=config.model.head,
         vocab_size=arch.vocab_size,
@@ -198,27 +224,63 @@ def build_model(arch: ModelArchitecture, config: Config, topology: Topology) -> 
         tp_group=topology.tp_group,
         score_statistics=config.report.flight_recorder,
     )
-    model = PolicyModel(head=head, **gpt_arguments(arch, config, topology))
-    _mark_tensor_parallel(model, arch)
-    return model
-
-
-def gpt_arguments(arch: ModelArchitecture, config: Config, topology: Topology) -> dict[str, Any]:
-    """Returns the arguments of Megatron's GPTModel for this rank's pipeline stage."""
     megatron_config = transformer_config(arch, config)
-    num_layers = get_num_layers_to_build(megatron_config, pp_rank=topology.pp_rank)
+    chunks = [
+        PolicyModel(head=head, **gpt_arguments(arch, config, topology, chunk, megatron_config))
+        for chunk in range(topology.vpp)
+    ]
+    for model in chunks:
+        _mark_tensor_parallel(model, arch)
+        attach_delayed_scaling(model.decoder)
+    if topology.rank == 0 and megatron_config.fp8_emulation:
+        _LOG.warning("%s", megatron_config.fp8_emulation.describe())
+    elif topology.rank == 0 and torch.cuda.is_available():
+        _LOG.warning("%s", describe_kernels(megatron_config))
+    return chunks
+
+
+def _layer_spec(
+    config: TransformerConfig, arch: ModelArchitecture, num_layers: int, place: tuple[int | None, int]
+) -> Any:
+    """Returns the layers of the chunk at ``place``, (virtual stage, stage): emulated ones where FP8 is emulated."""
+    spec, fp8 = decoder_spec(config, arch, num_layers), config.fp8_emulation
+    if fp8 is None:
+        return spec
+    first = get_transformer_layer_offset(config, *place)
+    return emulated_block(spec, fp8, first_layer=first, num_layers=arch.num_layers)
+
+
+def gpt_arguments(
+    arch: ModelArchitecture,
+    config: Config,
+    topology: Topology,
+    chunk: int = 0,
+    megatron_config: TransformerConfig | None = None,
+) -> dict[str, Any]:
+    """Returns the arguments of Megatron's GPTModel for chunk ``chunk`` of this rank's pipeline stage."""
+    megatron_config = megatron_config or transformer_config(arch, config)
+    vp_stage = chunk if topology.vpp > 1 else None
+    num_layers = get_num_layers_to_build(megatron_config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
     return {
         "config": megatron_config,
-        "transformer_layer_spec": decoder_spec(megatron_config, arch, num_layers),
+        "transformer_layer_spec": _layer_spec(megatron_config, arch, num_layers, (vp_stage, topology.pp_rank)),
         "vocab_size": padded_vocab_size(arch.vocab_size, topology.tp, divisible_by=config.model.vocab_multiple),
         "max_sequence_length": arch.max_positions,
-        "pre_process": topology.is_first_stage,
-        "post_process": topology.is_last_stage,
+        "pre_process": topology.is_first_stage and chunk == 0,
+        "post_process": topology.is_last_stage and chunk == topology.vpp - 1,
         "share_embeddings_and_output_weights": arch.tied_embeddings,
         "position_embedding_type": "rope",
         "rotary_base": arch.rope_theta,
+        "vp_stage": vp_stage,
         **_rope_scaling(arch),
     }
+
+
+def named_weights(model: GPTModel | Sequence[GPTModel]) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yields (name with global layer and expert numbers, parameter) of a model or of a rank's chunks."""
+    for chunk in [model] if isinstance(model, GPTModel) else model:
+        for name, parameter in chunk.named_parameters():
+            yield global_name(chunk, name), parameter
 
 
 def global_name(model: GPTModel, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -24,21 +25,22 @@ def learning_rate(step: int, num_steps: int, options: OptimizerSection) -> float
     return options.min_lr + (options.lr - options.min_lr) * share
 
 
-def wrap_distributed(model: PolicyModel) -> DistributedDataParallel:
-    """Returns the model under Megatron's data parallelism, gradients kept and added in fp32."""
+def wrap_distributed(chunks: Sequence[PolicyModel]) -> list[DistributedDataParallel]:
+    """Returns the model chunks under Megatron's data parallelism, gradients kept and added in fp32."""
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,
     )
-    wrapped = DistributedDataParallel(config=model.config, ddp_config=options, module=model)
-    wrapped.broadcast_params()
+    wrapped = [DistributedDataParallel(config=chunk.config, ddp_config=options, module=chunk) for chunk in chunks]
+    for chunk in wrapped:
+        chunk.broadcast_params()
     return wrapped
 
 
-def build_optimizer(model: DistributedDataParallel, options: OptimizerSection, dtype: str) -> Any:
-    """Returns Megatron's distributed optimizer over ``model``; clip_grad = 0 still measures the norm."""
+def build_optimizer(chunks: Sequence[DistributedDataParallel], options: OptimizerSection, dtype: str) -> Any:
+    """Returns Megatron's distributed optimizer over ``chunks``; clip_grad = 0 still measures the norm."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=options.lr,
@@ -52,7 +54,7 @@ def build_optimizer(model: DistributedDataParallel, options: OptimizerSection, d
         use_distributed_optimizer=True,
         clip_grad=options.clip_grad or math.inf,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, list(chunks))
     for group in optimizer.param_groups:
         # Megatron leaves this to its scheduler, which is not used here: norms and biases have wd_mult 0
         group["weight_decay"] = options.weight_decay * group["wd_mult"]

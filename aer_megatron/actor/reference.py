@@ -8,19 +8,18 @@ This file does NOT know where weights come from or what they are scored on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-
-from aer_megatron.actor.model import PolicyModel
+from torch import Tensor
 
 
 class ReferenceWeights:
-    """The weights that ``load`` writes into the model; the model has its own back when the constructor returns."""
+    """The weights that ``load`` writes into ``parameters``, which have their own back when the constructor returns."""
 
-    def __init__(self, model: PolicyModel, load: Callable[[], None]) -> None:
-        self._parameters = list(model.parameters())
+    def __init__(self, parameters: Iterable[Tensor], load: Callable[[], None]) -> None:
+        self._parameters = list(parameters)
         self._held = [
             torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda, requires_grad=False)
             for parameter in self._parameters

@@ -9,15 +9,16 @@ has to be told what arrives. The collectives of the gather live here; names and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from aer_megatron.actor.model import global_name
+from aer_megatron.actor.model import named_weights
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import (
     find_row,
@@ -50,17 +51,19 @@ class Bucket:
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
 
-def load_hf_weights(model: GPTModel, arch: ModelArchitecture, topology: Topology, get: Callable[[str], Tensor]) -> None:
+Model: TypeAlias = GPTModel | Sequence[GPTModel]  # a model, or the chunks of an interleaved pipeline's rank
+
+
+def load_hf_weights(model: Model, arch: ModelArchitecture, topology: Topology, get: Callable[[str], Tensor]) -> None:
     """Copies this rank's shard of every parameter from Hugging Face tensors; ``get(name)`` returns one of them.
 
     Raises:
         KeyError / ValueError: from ``get`` or the mapping, naming the tensor that is missing or mis-shaped.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            whole_name = global_name(model, name)
+        for whole_name, parameter in named_weights(model):
             shard = hf_to_shard(
-                arch, whole_name, get, tp_rank=topology.tp_rank, tp_size=topology.tp, padded_vocab=model.vocab_size
+                arch, whole_name, get, tp_rank=topology.tp_rank, tp_size=topology.tp, padded_vocab=_padded_vocab(model)
             )
             if shard.shape != parameter.shape:
                 raise ValueError(
@@ -70,7 +73,7 @@ def load_hf_weights(model: GPTModel, arch: ModelArchitecture, topology: Topology
 
 
 def iter_hf_weights(
-    model: GPTModel, arch: ModelArchitecture, topology: Topology, *, bucket_bytes: int
+    model: Model, arch: ModelArchitecture, topology: Topology, *, bucket_bytes: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields (Hugging Face name, whole tensor) of the policy, on every rank; all ranks must exhaust it together.
 
@@ -80,8 +83,8 @@ def iter_hf_weights(
     Raises:
         ValueError: a parameter whose dtype is not the model's, which could not travel with the others.
     """
-    parameters = {global_name(model, name): parameter.detach() for name, parameter in model.named_parameters()}
-    dtype = model.config.params_dtype
+    parameters = {name: parameter.detach() for name, parameter in named_weights(model)}
+    dtype = _first(model).config.params_dtype
     other = [name for name, parameter in parameters.items() if parameter.dtype != dtype]
     if other:
         raise ValueError(
@@ -89,7 +92,7 @@ def iter_hf_weights(
         )
     device = next(iter(parameters.values())).device
     limit = bucket_bytes // dtype.itemsize
-    for bucket in weight_buckets(arch, topology, limit, int(model.vocab_size), te_spec=_has_te_names(model)):
+    for bucket in weight_buckets(arch, topology, limit, _padded_vocab(model), te_spec=has_te_names(model)):
         if topology.tp == topology.pp == topology.ep == 1:
             for name in bucket.names:
                 yield from shards_to_hf(arch, name, [parameters[name]])
@@ -103,15 +106,18 @@ def weight_buckets(
 ) -> Iterator[Bucket]:
     """Yields the buckets of a model, the same on every rank; ``limit`` bounds a gathered bucket in elements."""
     first_experts = arch.moe.num_experts // topology.ep if arch.moe else 0
-    per_stage = arch.num_layers // topology.pp
+    per_chunk = arch.num_layers // (topology.pp * topology.vpp)
     for stage in range(topology.pp):
-        names = megatron_names(
-            arch,
-            range(stage * per_stage, (stage + 1) * per_stage),
-            first_stage=stage == 0,
-            last_stage=stage == topology.pp - 1,
-            te_spec=te_spec,
-        )
+        names = []
+        for chunk in range(topology.vpp):  # chunk c of stage s is part c * pp + s of the model
+            part = chunk * topology.pp + stage
+            names += megatron_names(
+                arch,
+                range(part * per_chunk, (part + 1) * per_chunk),
+                first_stage=part == 0,
+                last_stage=part == topology.pp * topology.vpp - 1,
+                te_spec=te_spec,
+            )
         if stage > 0 and arch.tied_embeddings:  # the last stage's copy of the tied embedding
             names = [name for name in names if not name.startswith("output_layer")]
         for experts in (False, True):
@@ -183,5 +189,14 @@ def _of_ep_rank(name: str, ep_rank: int, arch: ModelArchitecture, topology: Topo
     return renumber_expert(name, ep_rank * (arch.moe.num_experts // topology.ep))
 
 
-def _has_te_names(model: GPTModel) -> bool:
-    return any("layer_norm_weight" in name for name, _ in model.named_parameters())
+def has_te_names(model: Model) -> bool:
+    """Returns whether the layers are TransformerEngine's, which name parameters in another way."""
+    return any("layer_norm_weight" in name for name, _ in named_weights(model))
+
+
+def _first(model: Model) -> GPTModel:
+    return model if isinstance(model, GPTModel) else model[0]
+
+
+def _padded_vocab(model: Model) -> int:
+    return int(_first(model).vocab_size)

@@ -34,7 +34,7 @@ class ControllerState:
     alpha: float
     integral: float
     initial_entropy: float | None  # H_0 in nats; None until the anchor
-    held_steps: int  # updates refused for want of a usable statistic
+    held_steps: int  # updates refused: no usable statistic, or a mismatch above its bound
     frozen_steps: int  # updates in which anti-windup stopped the integrator
 
 
@@ -44,12 +44,14 @@ class Observation:
 
     ``entropy_sum`` and ``token_count`` run over ALL response tokens, unweighted by difficulty.
     ``difficulty_mean`` is the mean over prompts of d BEFORE any normalisation: divided by its mean it would
-    always be 1 and hide lost authority.
+    always be 1 and hide lost authority. ``mismatch_kl`` is ``algo.mismatch.Mismatch.kl`` of the batch; 0 stands for an
+    engine that agrees with the trainer, and for recordings made before it was measured.
     """
 
     entropy_sum: float
     token_count: float
     difficulty_mean: float
+    mismatch_kl: float = 0.0  # nats per token
 
     @property
     def token_mean(self) -> float:
@@ -76,14 +78,14 @@ def initial_state(config: EntropySection) -> ControllerState:
     )
 
 
-def anchor(state: ControllerState, observation: Observation) -> ControllerState:
+def anchor(state: ControllerState, config: EntropySection, observation: Observation) -> ControllerState:
     """Returns ``state`` with H_0 set from the first usable observation; later calls return ``state`` itself.
 
-    An unusable statistic (non-finite, no tokens) leaves ``state`` as it is, so that the next batch may
-    anchor. Source: "initial-anchored target entropy", the second component of arXiv 2510.10959.
+    An unusable statistic (non-finite, no tokens) or a mismatch above its bound leaves ``state`` as it is, so that the
+    next batch may anchor. Source: "initial-anchored target entropy", the second component of arXiv 2510.10959.
     """
     entropy = _token_mean(observation)
-    if state.initial_entropy is not None or entropy is None:
+    if state.initial_entropy is not None or entropy is None or _mismatched(config, observation):
         return state
     return replace(state, initial_entropy=entropy)
 
@@ -104,8 +106,8 @@ def update(state: ControllerState, config: EntropySection, observation: Observat
     """Returns the decision after one rollout batch; pure, the same inputs give the same bits.
 
     ``aer`` moves alpha by ``config.update`` towards H = H*, ``skywork`` by a constant step, ``fixed`` and
-    ``none`` leave it. A statistic that is missing or not finite holds alpha. Formulas and their provenance:
-    docs/aer.md.
+    ``none`` leave it. A statistic that is missing or not finite holds alpha, and so does a mismatch between rollout
+    engine and trainer above ``config.mismatch_bound``. Formulas and their provenance: docs/aer.md.
     """
     entropy = _token_mean(observation)
     target = target_entropy(state, config)
@@ -198,6 +200,11 @@ def _token_mean(observation: Observation) -> float | None:
     return max(mean, 0.0)
 
 
+def _mismatched(config: EntropySection, observation: Observation) -> bool:
+    """Returns whether the batch comes from a policy too far from the trained one to steer by; a NaN counts as far."""
+    return config.mismatch_bound > 0 and not observation.mismatch_kl <= config.mismatch_bound
+
+
 def _unusable(
     config: EntropySection, observation: Observation, entropy: float | None, target: float
 ) -> str | None:
@@ -205,6 +212,9 @@ def _unusable(
     if entropy is None:
         total, count = observation.entropy_sum, observation.token_count
         return f"unusable entropy statistic, sum {total:.4g} over {count:.4g} tokens"
+    if config.kind in ("aer", "skywork") and _mismatched(config, observation):
+        kl, bound = observation.mismatch_kl, config.mismatch_bound
+        return f"mismatch, KL {kl:.4g} nats between rollout engine and trainer above {bound:.4g}"
     if config.kind in ("aer", "skywork") and not math.isfinite(target):
         return "no target yet, the initial entropy is not anchored"
     if config.kind == "aer" and not math.isfinite(observation.difficulty_mean):

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aer_megatron.algo.advantage import AdvantageResult
-from aer_megatron.types import Experience, ScoredGroup
+from aer_megatron.types import Completion, Experience, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Staleness:
+    """Policy versions between sampling and training. Example: ``Staleness(largest=1, mean=0.25)``, over all tokens."""
+
+    largest: int
+    mean: float
 
 
 def pack_groups(groups: Sequence[ScoredGroup]) -> Experience:
@@ -47,6 +56,7 @@ def pack_groups(groups: Sequence[ScoredGroup]) -> Experience:
         policy_version_B=np.array(
             [min(span.version for span in c.policy_versions) for _, _, c, _ in pairs], dtype=np.int64
         ),
+        policy_version_sum_B=np.array([_version_sum(c) for _, _, c, _ in pairs], dtype=np.int64),
     )
 
 
@@ -79,6 +89,7 @@ def select_groups(experience: Experience, keep_P: NDArray[np.bool_]) -> Experien
         reward_B=experience.reward_B[keep_B],
         truncated_B=experience.truncated_B[keep_B],
         policy_version_B=experience.policy_version_B[keep_B],
+        policy_version_sum_B=experience.policy_version_sum_B[keep_B],
     )
 
 
@@ -92,7 +103,14 @@ def mixed_groups(result: AdvantageResult) -> NDArray[np.bool_]:
     return (result.successes_P > 0) & (result.successes_P < result.counts_P)
 
 
-def logprob_difference(experience: Experience, logprob_T: NDArray[np.float32]) -> tuple[float, float]:
-    """Returns (max, sum) of |train - rollout log-probability| over the response tokens, in nats."""
-    difference = np.abs(logprob_T.astype(np.float64) - experience.rollout_logprob_T)
-    return float(difference.max(initial=0.0)), float(difference.sum())
+def staleness(experience: Experience, *, policy_version: int) -> Staleness:
+    """Returns how far the tokens' versions are behind ``policy_version``, the policy about to be trained on them."""
+    num_tokens = experience.num_response_tokens
+    if not num_tokens:
+        return Staleness(0, 0.0)
+    total = policy_version * num_tokens - int(experience.policy_version_sum_B.sum())
+    return Staleness(policy_version - int(experience.policy_version_B.min()), total / num_tokens)
+
+
+def _version_sum(completion: Completion) -> int:
+    return sum(span.version * (span.end - span.start) for span in completion.policy_versions)

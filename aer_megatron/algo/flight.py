@@ -253,7 +253,7 @@ def replay(
         observation = record.observation
         if not same_difficulty:
             observation = replace(observation, difficulty_mean=float(replayed_difficulty(record, options).mean()))
-        state = controller.anchor(state, observation)
+        state = controller.anchor(state, options, observation)
         decision = controller.update(state, options, observation)
         state = decision.state
         steps.append(

@@ -1,13 +1,13 @@
 """Memory of one rank, term by term, from shapes alone.
 
-    constant   weights, fp32 gradient buffer, the rank's share of AdamW's state, score buffer of local attention
+    constant   weights, fp32 gradient buffer, the rank's share of AdamW's state
     training   activations that wait for their backward pass, head, working memory of the backward pass
     rollout    the embedded engine's weights (constant), KV cache and decoding buffers; weight sync stages a second copy
 
 Training, rollout and weight sync do not overlap, so a rank's peak is the constant part plus the largest of the three.
-Activations are what autograd keeps, read off the layers that actor/ builds, for two cores: `local` (Megatron-Core's
-own layers and a materialised score matrix, the form that runs on a CPU; checked against storage-tracked updates) and
-`flash` (TransformerEngine layers and flash attention, the form of a GPU; not yet measured).
+Activations are what autograd keeps, read off the layers that actor/ builds, for two kinds: `local` (Megatron-Core's
+own layers around PyTorch's attention kernel, the form that runs on a CPU; checked against storage-tracked updates) and
+`flash` (TransformerEngine layers, the form of a GPU; not yet measured). Neither holds a score matrix.
 
 Widths per token and rank: H hidden, Q query heads, K key heads, F feed-forward. s tokens of a micro-batch, t of them
 response tokens, W vocabulary rows of a rank. All results are bytes.
@@ -15,7 +15,7 @@ response tokens, W vocabulary rows of a rank. All results are bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from aer_megatron.algo.model_size import Layout, ModelSizes, kv_width, parameter_count, query_width, rank_parameters
@@ -60,14 +60,13 @@ class StageMemory:
     weights: int
     gradients: int
     optimizer: int
-    scores: int  # reused buffer of local attention
     activations: int
     head: int
     working: int
 
     @property
     def constant(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.scores
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def transient(self) -> int:
@@ -84,12 +83,11 @@ class LayerMemory:
 
     norms: int
     attention: int
-    scores: int  # softmax output and mask of local attention
     mlp: int
 
     @property
     def total(self) -> int:
-        return self.norms + self.attention + self.scores + self.mlp
+        return self.norms + self.attention + self.mlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,45 +122,33 @@ def layer_activations(model: ModelSizes, layout: Layout, batch: BatchShape, form
     width, tokens, size = _widths(model, layout), batch.tokens, form.dtype_bytes
     norm_rows = 3 if form.attention == "local" else 2
     mlp_rows = 3 if form.fused_swiglu else 5
-    attention, scores = _attention(model, layout, batch, form)
     mlp = tokens * size * mlp_rows * width.ffn
     if model.moe is not None:  # rows of tokens as dispatched and as returned, router logits and probabilities
         mlp += tokens * (2 * model.moe.top_k * width.hidden * size + 2 * model.moe.num_experts * _FP32)
     return LayerMemory(
         norms=tokens * size * 2 * norm_rows * width.hidden // layout.sequence_shards,
-        attention=attention,
-        scores=scores,
+        attention=_attention(model, layout, batch, form),
         mlp=mlp,
     )
 
 
-def _attention(model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm) -> tuple[int, int]:
+def _attention(model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm) -> int:
     width, tokens, size = _widths(model, layout), batch.tokens, form.dtype_bytes
-    grouped = model.padded_heads > model.padded_kv_heads
     keep_core = layout.recompute != "selective"
-    columns = 2 * width.query  # rotated queries, context
+    columns = 2 * width.query + width.mixed  # rotated queries, context; key or value are views of the fused row
     if model.qk_norm and width.kv > model.head_dim:
         columns += width.query  # copied for its norm; with one key head per rank it is a plain view
-    if model.qk_norm and form.attention == "local":
-        columns += width.query + width.kv  # normalised rows
-    if model.qk_norm or form.attention == "flash" or not grouped:
-        columns += width.mixed  # key or value are views of it
+    statistics = tokens * model.padded_heads // layout.tp * _FP32 if keep_core else 0
     if form.attention == "flash":
         columns += (2 if model.qk_norm else 1) * width.kv + width.kv  # key copied for its norm, rotated key, value
-        statistics = tokens * model.padded_heads // layout.tp * _FP32
-        return tokens * size * columns + (statistics if keep_core else 0), 0
-    repeats = grouped and keep_core
-    columns += (2 * width.query) if repeats else width.kv  # key and value repeated per query head, or the rotated key
+        return tokens * size * columns + statistics
+    columns += width.kv  # rotated key
+    if model.qk_norm:
+        columns += width.query + width.kv  # normalised rows
+    if keep_core and batch.sequences > 1:
+        columns += width.query  # the kernel's own output, whose rows are in another order
     tables = 4 * batch.length * model.head_dim * size
-    if not keep_core:
-        return tokens * size * columns + tables, 0
-    probabilities = size if size == _FP32 else size + _FP32  # softmax runs in fp32
-    return tokens * size * columns + tables, score_elements(model, layout, batch) * probabilities + batch.length**2
-
-
-def score_elements(model: ModelSizes, layout: Layout, batch: BatchShape) -> int:
-    """Returns the elements of one layer's score matrices on a rank: b x heads / tp x S x S."""
-    return batch.sequences * (model.padded_heads // layout.tp) * batch.length**2
+    return tokens * size * columns + tables + statistics
 
 
 def head_memory(hidden_size: int, shard_rows: int, responses: int, form: TrainingForm) -> int:
@@ -200,8 +186,11 @@ def stage_memory(
     """Returns the memory of one rank of pipeline stage ``stage`` (from 0) at the peak of an update.
 
     The one-forward-one-backward schedule keeps ``pp - stage`` micro-batches waiting on a stage, fewer where there are
-    fewer. ``activations`` is what waits, ``head`` and ``working`` what the worst moment of the backward pass adds.
+    fewer; the interleaved one 2 (pp - stage - 1) + (vpp - 1) pp + 1 of its chunks (Narayanan et al. 2021). Context
+    parallelism cuts the micro-batch's length. ``activations`` is what waits, ``head`` and ``working`` what the worst
+    moment of the backward pass adds.
     """
+    batch = replace(batch, length=-(-batch.length // layout.cp), responses=-(-batch.responses // layout.cp))
     size, shards = form.dtype_bytes, layout.sequence_shards
     held = rank_parameters(model, layout, stage=stage, vocab_rows=form.vocab_rows)
     last = stage == layout.pp - 1
@@ -214,11 +203,15 @@ def stage_memory(
         kept, redone = per_stage * layer.total, 0
         if layout.recompute == "selective" and form.attention == "local":
             redone = _core_attention(model, layout, batch, form)
-    waiting = kept * min(layout.pp - stage, num_micro_batches) + 2 * batch.tokens * 8
+    in_flight = layout.pp - stage
+    if layout.vpp > 1:
+        in_flight = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+    chunks = min(in_flight, num_micro_batches * layout.vpp)
+    waiting = kept * chunks // layout.vpp + 2 * batch.tokens * 8
     matrix = form.vocab_rows // layout.tp * model.hidden_size * size
     final_norm = (2 if form.attention == "local" else 1) * row // shards
     head = 0
-    backward = redone + _layer_working(model, layout, batch, form, layer)
+    backward = redone + _layer_working(model, layout, batch, form)
     if last:
         head = final_norm + head_memory(model.hidden_size, form.vocab_rows // layout.tp, batch.responses, form)
         head += 16 * batch.responses * _FP32  # the loss's own vectors
@@ -233,8 +226,7 @@ def stage_memory(
     return StageMemory(
         weights=held.total * size,
         gradients=held.total * _FP32,
-        optimizer=state * held.dense // layout.dp + state * held.experts * layout.ep // layout.dp,
-        scores=score_elements(model, layout, batch) * size if form.attention == "local" else 0,
+        optimizer=state * held.dense // layout.num_replicas + state * held.experts * layout.ep // layout.num_replicas,
         activations=waiting,
         head=head,
         working=working,
@@ -243,33 +235,23 @@ def stage_memory(
 
 def _core_attention(model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm) -> int:
     """Returns what selective recomputation brings back for the layer at hand."""
-    whole = Layout(layout.tp, layout.pp, layout.dp, layout.ep, layout.sequence_parallel, "none")
-    part = Layout(layout.tp, layout.pp, layout.dp, layout.ep, layout.sequence_parallel, "selective")
+    whole, part = replace(layout, recompute="none"), replace(layout, recompute="selective")
     return (
         layer_activations(model, whole, batch, form).total - layer_activations(model, part, batch, form).total
     )
 
 
-def _layer_working(
-    model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm, layer: LayerMemory
-) -> int:
+def _layer_working(model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm) -> int:
     """Returns what the backward pass of one layer adds at its worst moment to what all layers keep.
 
-    In the MLP: the residual's gradient, then two F gradients more than are freed, or F and a weight's gradient. In
-    local attention: the gradients of the probabilities, the scores and the masked scores at once, when the MLP's
-    tensors are gone already.
+    That is in the MLP: the residual's gradient, then two F gradients more than are freed, or F and a weight's gradient.
     """
     width, size = _widths(model, layout), form.dtype_bytes
     row = batch.tokens * width.hidden * size // layout.sequence_shards
     gathered = batch.tokens * width.hidden * size if layout.sequence_parallel else 0
     ffn = batch.tokens * width.ffn * size
     weight = width.ffn * width.hidden * size
-    mlp = row + gathered + max(2 * ffn, ffn + weight)
-    if form.attention == "flash":
-        return mlp
-    scores = 3 * score_elements(model, layout, batch) * _FP32
-    freed = layer.mlp + layer.norms // 2
-    return max(mlp, scores + row + 2 * batch.tokens * width.query * size - freed)
+    return row + gathered + max(2 * ffn, ffn + weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,10 +57,17 @@ class Layout:
     ep: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    cp: int = 1
+    vpp: int = 1  # model chunks per pipeline rank
 
     @property
     def num_ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that hold the same weights and share their optimizer's state."""
+        return self.dp * self.cp
 
     @property
     def sequence_shards(self) -> int:
@@ -71,9 +78,11 @@ class Layout:
     def text(self) -> str:
         """What a reader calls it: ``tp 2 pp 1 dp 4 sp``."""
         expert = f" ep {self.ep}" if self.ep > 1 else ""
+        context = f" cp {self.cp}" if self.cp > 1 else ""
+        chunks = f" vpp {self.vpp}" if self.vpp > 1 else ""
         sequence = " sp" if self.sequence_parallel else ""
         recompute = f" recompute {self.recompute}" if self.recompute != "none" else ""
-        return f"tp {self.tp} pp {self.pp} dp {self.dp}{expert}{sequence}{recompute}"
+        return f"tp {self.tp} pp {self.pp}{chunks}{context} dp {self.dp}{expert}{sequence}{recompute}"
 
 
 @dataclass(frozen=True, slots=True)

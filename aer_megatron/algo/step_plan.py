@@ -71,6 +71,7 @@ class StepTraffic:
     """Bytes that one rank sends in one step, by parallel axis."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
     weight_sync: float
@@ -131,20 +132,24 @@ def step_traffic(model: ModelSizes, work: Workload, layout: Layout, form: Traini
 
     Tensor parallelism: two all-reduces per layer and pass (with sequence parallelism two reduce-scatters and two
     all-gathers, the same bytes, and one more all-gather per layer input in the backward pass), each 2 (tp - 1) / tp of
-    the rows. Data parallelism: fp32 gradients reduce-scattered, weights all-gathered, per mini-batch. Weight sync: a
+    the rows. Context parallelism: keys and values of a rank's tokens to each other rank, per layer and pass. Data
+    parallelism: fp32 gradients reduce-scattered, weights all-gathered, per mini-batch. Weight sync: a
     rank receives the whole model but for its own part.
     """
     size = form.dtype_bytes
-    rows = work.tokens / layout.dp * model.hidden_size * size
+    tokens = work.tokens / layout.num_replicas
+    rows = tokens * model.hidden_size * size
     ring = 2.0 * (layout.tp - 1) / layout.tp
     passes = work.passes + 2 + (1 if layout.recompute == "full" else 0)
     per_layer = 2 * passes * ring + (2 * ring / 2 if layout.sequence_parallel else 0.0)
     held = rank_parameters(model, layout, stage=0, vocab_rows=form.vocab_rows)
-    expert_dp = layout.dp / layout.ep
-    share = (layout.dp - 1) / layout.dp * held.dense + (expert_dp - 1) / expert_dp * held.experts
-    crossings = (work.passes + 2) if layout.pp > 1 else 0
+    replicas, expert_dp = layout.num_replicas, layout.num_replicas / layout.ep
+    share = (replicas - 1) / replicas * held.dense + (expert_dp - 1) / expert_dp * held.experts
+    crossings = (work.passes + 2) * layout.vpp if layout.pp > 1 else 0
+    context = passes * (layout.cp - 1) * tokens * 2 * kv_width(model) / layout.tp * size
     return StepTraffic(
         tensor=model.num_layers / layout.pp * rows * per_layer,
+        context=model.num_layers / layout.pp * context,
         pipeline=crossings * rows / layout.sequence_shards,
         data=work.minibatches * share * (4 + size),
         weight_sync=parameter_count(model) * size * (1 - 1 / (layout.tp * layout.pp * layout.ep)),
@@ -154,7 +159,7 @@ def step_traffic(model: ModelSizes, work: Workload, layout: Layout, form: Traini
 def step_time(
     model: ModelSizes, work: Workload, layout: Layout, form: TrainingForm, gpu: Gpu, *, micro_tokens: int, batch: int
 ) -> StepTime:
-    """Returns the estimated seconds of a step with micro-batches of ``micro_tokens`` tokens.
+    """Returns the estimated seconds of a step with micro-batches of ``micro_tokens`` tokens per rank.
 
     ``batch`` is the number of sequences that one rank decodes together, 0 where the rollouts run elsewhere.
     """
@@ -164,10 +169,11 @@ def step_time(
     inside, between = gpu.nvlink_bandwidth * ASSUMED_BANDWIDTH, gpu.network_bandwidth * ASSUMED_BANDWIDTH
     one_node = layout.num_ranks <= gpu.gpus_per_node
     data_link = inside if one_node else between
-    stage_link = inside if layout.tp * layout.dp < gpu.gpus_per_node or one_node else between
-    micro_batches = math.ceil(work.tokens / work.minibatches / layout.dp / max(1, micro_tokens))
-    bubble = 1 + (layout.pp - 1) / max(1, micro_batches)
-    wire = traffic.tensor / inside + traffic.pipeline / stage_link
+    stage_link = inside if layout.tp * layout.num_replicas < gpu.gpus_per_node or one_node else between
+    micro_batches = math.ceil(work.tokens / work.minibatches / layout.num_replicas / max(1, micro_tokens))
+    bubble = 1 + (layout.pp - 1) / max(1, micro_batches) / layout.vpp
+    context_link = inside if layout.tp * layout.cp <= gpu.gpus_per_node else between
+    wire = traffic.tensor / inside + traffic.context / context_link + traffic.pipeline / stage_link
     passes = work.passes + 2
     return StepTime(
         rollout=_rollout_time(model, work, form, gpu, ranks=layout.num_ranks, batch=batch) if batch else 0.0,

@@ -44,7 +44,13 @@ def build_topology(config: Config) -> Topology:
     """Returns this rank's place in the layout of ``[parallel]``; every rank calls it."""
     parallel = config.parallel
     return initialize_topology(
-        tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=config.run.seed, timeout_s=collective_timeout_s(config)
+        tp=parallel.tp,
+        pp=parallel.pp,
+        vpp=parallel.vpp,
+        cp=parallel.cp,
+        ep=parallel.ep,
+        seed=config.run.seed,
+        timeout_s=collective_timeout_s(config),
     )
 
 
@@ -77,8 +83,9 @@ def architecture(path: str, tp: int = 1) -> ModelArchitecture:
 
 def check_model(config: Config, path: str) -> None:
     """Raises ValueError unless the layout fits the model and the longest sequence its positions."""
-    arch = architecture(path, tp=config.parallel.tp)
-    check_parallel(arch, config.parallel.tp, config.parallel.pp, ep=config.parallel.ep)
+    parallel = config.parallel
+    arch = architecture(path, tp=parallel.tp)
+    check_parallel(arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > arch.max_positions:
         raise ValueError(
@@ -121,6 +128,7 @@ def open_watchdog(config: Config, platform: Platform) -> Watchdog:
 
     return Watchdog(
         rank=platform.rank,
+        num_ranks=platform.world_size,
         timeout_s=config.run.hang_timeout_s,
         say=functools.partial(print, file=sys.stderr, flush=True),
         store=distributed_store(),

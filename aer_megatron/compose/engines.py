@@ -16,6 +16,7 @@ from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
 from aer_megatron.config import Config
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.parallel.platform import Platform
+from aer_megatron.parts import WeightSync
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import RolloutEngine
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
@@ -27,7 +28,7 @@ from aer_megatron.sync.disk import DiskSync
 from aer_megatron.sync.distributed import DistributedSync
 from aer_megatron.sync.in_process import InProcessSync
 from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
-from aer_megatron.trainer import WeightSync
+from aer_megatron.sync.tensor import TensorSync
 
 SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
@@ -55,6 +56,7 @@ def embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tup
 def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
     """Returns engine and weight transport over the servers, which rank 0 launches where the run file says so."""
     options = config.sglang
+    _check_release(config)
     group: ServerGroup | None = None
     urls = list(options.urls)
     if options.num_servers:
@@ -78,6 +80,7 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         arch=architecture(config.model.path),
         labels=Labels(version_label, unverified_label),
         timeout_s=options.transfer_timeout_s,
+        recovery_s=options.recovery_timeout_s,
         leads=platform.rank == 0,
         exchange=functools.partial(exchange_json, device=platform.device),
         replace=group.replace if group else lambda index: None,
@@ -106,6 +109,8 @@ def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context
             address=options.trainer_address,
             bucket_bytes=options.bucket_mb * 10**6,
         )
+    if options.transport == "tensor":
+        return TensorSync(fleet, context, bucket_bytes=options.bucket_mb * 10**6)
     return DiskSync(
         fleet,
         context,
@@ -113,6 +118,22 @@ def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context
         hf_config=json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")),
         max_shard_bytes=MAX_SHARD_BYTES,
     )
+
+
+def _check_release(config: Config) -> None:
+    options = config.sglang
+    if not options.release_memory:
+        return
+    if config.rollout.staleness:
+        raise ValueError(
+            f"sglang.release_memory=true takes the servers' memory while the policy trains, and rollout.staleness="
+            f"{config.rollout.staleness} has them generate then; set one of them to off"
+        )
+    if options.num_servers and not options.launch.get("enable_memory_saver") and options.launch.get("device") != "cpu":
+        raise ValueError(
+            "sglang.release_memory=true frees nothing unless the servers run with --enable-memory-saver; set "
+            "sglang.launch.enable_memory_saver=true"
+        )
 
 
 def _launch_options(config: Config) -> LaunchOptions:

@@ -18,10 +18,11 @@ from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor, PromptSet
 from aer_megatron.data.sources import load_records
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
-from aer_megatron.parallel.gather import gather_counts, gather_experience
+from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.parallel.watchdog import Watchdog
+from aer_megatron.parts import Parts, PendingBatch, Progress
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.rewards.pool import VerifierPool
@@ -30,7 +31,9 @@ from aer_megatron.rewards.scoring import reason_counts, score_groups
 from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
 from aer_megatron.rollout.seeds import stream_seed
-from aer_megatron.trainer import Parts, Progress, Trainer
+from aer_megatron.stages import Stages
+from aer_megatron.trainer import Trainer
+from aer_megatron.trainer_async import AsyncTrainer
 
 
 def run_rl(
@@ -45,7 +48,7 @@ def run_rl(
         optimizer=config.optimizer,
         num_updates=config.run.num_steps * config.algo.num_minibatches,
     )
-    data = _load_data(config)
+    data = load_data(config)
     cursor = PromptCursor(data.train, config.run.seed)
     ledger = DifficultyLedger(config.algo.ledger.decay, len(data.train))
     store = CheckpointStore(
@@ -82,7 +85,7 @@ def run_rl(
     with ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
         flight = _open_flight_recorder(config, platform, start.next_step)
-        parts = _rollout_parts(config, platform, data, stack) | {
+        parts = rollout_parts(config, platform, data, stack) | {
             "prompts": cursor,
             "policy": actor,
             "ledger": ledger,
@@ -91,7 +94,8 @@ def run_rl(
             "reporter": reporter,
             "timer": timer,
         }
-        Trainer(config, Parts(**parts), start).run()
+        loop = AsyncTrainer if config.rollout.staleness else Trainer
+        loop(Stages(config, Parts(**parts), start)).run()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ class Data:
     stop_ids: tuple[int, ...]
 
 
-def _load_data(config: Config) -> Data:
+def load_data(config: Config) -> Data:
     tokenizer = load_tokenizer(config.model.path)
     stop_ids = stop_token_ids(config.model.path, tokenizer)
     read = functools.partial(
@@ -118,7 +122,7 @@ def _load_data(config: Config) -> Data:
     return Data(train, evaluation, make_decoder(tokenizer, stop_ids), stop_ids)
 
 
-def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:
+def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:
     """Returns collectors, verifier pool and weight sync around the engine; ``stack`` closes them."""
     rollout = config.rollout
     engine, weight_sync = build_engine(config, platform, stack)
@@ -136,8 +140,7 @@ def _rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSt
         )
 
     def gather(scored: list[Any]) -> tuple[Any, dict[str, int]]:
-        experience = gather_experience(scored, device=platform.device)
-        return experience, gather_counts(reason_counts(scored), device=platform.device)
+        return gather_batch(scored, reason_counts(scored), device=platform.device)
 
     return {
         "collector": collector(rollout.group_size, rollout.temperature, "train"),
@@ -164,6 +167,7 @@ def _progress_table(progress: Progress) -> dict[str, Any]:
         "policy_version": progress.policy_version,
         "controller": controller.state_to_dict(progress.controller_state),
         "cursor": dict(progress.cursor),
+        "pending": [dataclasses.asdict(batch) for batch in progress.pending],
     }
 
 
@@ -173,4 +177,9 @@ def _progress_from(table: Mapping[str, Any]) -> Progress:
         policy_version=table["policy_version"],
         controller_state=controller.state_from_dict(table["controller"]),
         cursor=table["cursor"],
+        # a checkpoint of before generation could run ahead has none
+        pending=tuple(
+            PendingBatch(batch["step"], tuple(batch["prompt_ids"]), batch["num_skipped"])
+            for batch in table.get("pending", ())
+        ),
     )

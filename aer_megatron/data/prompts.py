@@ -206,6 +206,21 @@ class PromptCursor:
                 (taken if wanted else rejected).append(index)
         return [self._prompts[index] for index in taken], len(rejected)
 
+    def prompts_of(self, ids: Sequence[int]) -> list[Prompt]:
+        """Returns the prompts of ``ids``, in order, without moving on; ids that were drawn before.
+
+        Raises:
+            ValueError: an id is of another data set.
+        """
+        place = {record.id: index for index, record in enumerate(self._prompts.records)}
+        unknown = [number for number in ids if number not in place]
+        if unknown:
+            raise ValueError(
+                f"the checkpoint waits for prompt {unknown[0]:#x}, which data.train does not hold; restore the data or "
+                "start a new run.output_dir"
+            )
+        return [self._prompts[place[number]] for number in ids]
+
     def state_dict(self) -> dict[str, int]:
         """Returns the state: ``{"epoch", "position", "seed", "fingerprint"}``, non-negative integers."""
         return {

@@ -6,6 +6,7 @@ rank is special. No pickles: arrays travel as their bytes' own dtype.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,25 +17,39 @@ from numpy.typing import NDArray
 from aer_megatron.parallel.collectives import all_gather_flat
 
 
-def all_gather_ragged(array: NDArray[Any], *, device: torch.device) -> list[NDArray[Any]]:
-    """Returns every rank's one-dimensional array, in rank order; lengths may differ, dtypes may not.
+def all_gather_arrays(arrays: Sequence[NDArray[Any]], *, device: torch.device) -> list[list[NDArray[Any]]]:
+    """Returns [rank][i]: every rank's one-dimensional arrays; lengths may differ between ranks, dtypes may not.
 
-    Two collectives: the lengths, then the padded bytes.
+    Two collectives however many arrays there are: a header of fixed size (the bytes of each array), then all bytes of
+    a rank in one tensor.
     """
     world_size = dist.get_world_size()
     if world_size == 1:
-        return [array]
-    raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    length = torch.tensor([raw.size], dtype=torch.int64, device=device)
-    lengths = torch.empty(world_size, dtype=torch.int64, device=device)
-    all_gather_flat(lengths, length)
-    sizes = lengths.tolist()
-    padded = torch.zeros(max(max(sizes), 1), dtype=torch.uint8, device=device)
-    padded[: raw.size] = torch.from_numpy(raw.copy()).to(device)
-    gathered = torch.empty(world_size * padded.numel(), dtype=torch.uint8, device=device)
-    all_gather_flat(gathered, padded)
-    rows = gathered.cpu().numpy().reshape(world_size, -1)
-    return [rows[r, : sizes[r]].copy().view(array.dtype) for r in range(world_size)]
+        return [list(arrays)]
+    raws = [np.ascontiguousarray(array).view(np.uint8).reshape(-1) for array in arrays]
+    header = torch.tensor([raw.size for raw in raws], dtype=torch.int64, device=device)
+    headers = torch.empty(world_size * len(raws), dtype=torch.int64, device=device)
+    all_gather_flat(headers, header)
+    sizes = headers.cpu().numpy().reshape(world_size, -1)
+    longest = max(int(sizes.sum(axis=1).max()), 1)
+    padded = np.zeros(longest, dtype=np.uint8)
+    padded[: int(header.sum())] = np.concatenate(raws)
+    gathered = torch.empty(world_size * longest, dtype=torch.uint8, device=device)
+    all_gather_flat(gathered, torch.from_numpy(padded).to(device))
+    rows = gathered.cpu().numpy().reshape(world_size, longest)
+    cuts = sizes.cumsum(axis=1)
+    return [
+        [
+            rows[rank, end - size : end].copy().view(array.dtype)
+            for array, size, end in zip(arrays, sizes[rank].tolist(), cuts[rank].tolist(), strict=True)
+        ]
+        for rank in range(world_size)
+    ]
+
+
+def all_gather_ragged(array: NDArray[Any], *, device: torch.device) -> list[NDArray[Any]]:
+    """Returns every rank's one-dimensional array, in rank order; lengths may differ, dtypes may not."""
+    return [rows[0] for rows in all_gather_arrays([array], device=device)]
 
 
 def all_sum(values: NDArray[np.float64], *, device: torch.device) -> NDArray[np.float64]:

@@ -1,47 +1,40 @@
-"""Makes one global Experience out of every rank's share of a rollout batch."""
+"""Makes one global batch out of every rank's share of a rollout batch."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from aer_megatron.algo.experience import join_experiences, pack_groups
-from aer_megatron.parallel.exchange import all_gather_ragged
+from aer_megatron.parallel.exchange import all_gather_arrays
 from aer_megatron.types import Experience, ScoredGroup
 
 
-def gather_experience(groups: list[ScoredGroup], *, device: torch.device) -> Experience:
-    """Returns the groups of all ranks in rank order as one Experience, identical on every rank.
+def gather_batch(
+    groups: Sequence[ScoredGroup], counts: Mapping[str, int], *, device: torch.device
+) -> tuple[Experience, dict[str, int]]:
+    """Returns the groups of all ranks in rank order as one Experience, and label counts added over all ranks.
 
-    Groups are numbered in that order, so contiguous shares keep the order of the prompts.
+    Both are identical on every rank: one exchange is the step's whole way of a batch to the ranks of all parallel axes.
+    Groups are numbered in rank order, so contiguous shares keep the order of the prompts. Ranks may have seen different
+    labels.
     """
     mine = pack_groups(groups)
-    columns = {
-        field.name: all_gather_ragged(_as_bytes_view(getattr(mine, field.name)), device=device)
-        for field in dataclasses.fields(Experience)
-    }
-    dtypes = {field.name: getattr(mine, field.name).dtype for field in dataclasses.fields(Experience)}
-    num_ranks = len(columns["reward_B"])
-    parts = [
-        Experience(**{name: rows[rank].view(dtypes[name]) for name, rows in columns.items()})
-        for rank in range(num_ranks)
-    ]
-    return join_experiences(parts)
-
-
-def gather_counts(counts: dict[str, int], *, device: torch.device) -> dict[str, int]:
-    """Returns label counts added over all ranks; ranks may have seen different labels."""
+    names = [field.name for field in dataclasses.fields(Experience)]
     labels = np.frombuffer("\n".join(sorted(counts)).encode(), dtype=np.uint8)
     numbers = np.array([counts[label] for label in sorted(counts)], dtype=np.int64)
+    of_ranks = all_gather_arrays([*(getattr(mine, name) for name in names), labels, numbers], device=device)
+    parts = [Experience(**dict(zip(names, arrays[:-2], strict=True))) for arrays in of_ranks]
     total: dict[str, int] = {}
-    all_labels = all_gather_ragged(labels, device=device)
-    for raw, row in zip(all_labels, all_gather_ragged(numbers, device=device), strict=True):
+    for *_, raw, row in of_ranks:
         for label, number in zip(raw.tobytes().decode().split("\n"), row.tolist(), strict=True) if row.size else ():
             total[label] = total.get(label, 0) + number
-    return dict(sorted(total.items()))
+    return join_experiences(parts), dict(sorted(total.items()))
 
 
-def _as_bytes_view(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.uint8)
+def gather_experience(groups: Sequence[ScoredGroup], *, device: torch.device) -> Experience:
+    """Returns the groups of all ranks in rank order as one Experience, identical on every rank."""
+    return gather_batch(groups, {}, device=device)[0]

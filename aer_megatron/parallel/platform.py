@@ -49,6 +49,13 @@ def install_platform() -> Platform:
     return Platform("cpu", "gloo", rank, world_size, local_rank)
 
 
+def free_memory_bytes(platform: Platform) -> int:
+    """Returns the bytes that this rank may still take: of its device, or its share of the machine's memory."""
+    if platform.device_type == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // platform.world_size
+
+
 def read_ranks() -> tuple[int, int, int]:
     """Returns (rank, world size, local rank) of torchrun's environment; (0, 1, 0) without it."""
     return (
@@ -91,6 +98,8 @@ class _CpuForCuda(TorchFunctionMode):
     ) -> Any:
         if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": "cpu"}
+        if kwargs and kwargs.get("pin_memory"):  # nothing is copied to a device, so nothing is pinned
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
@@ -194,15 +203,37 @@ def redirect_experts_to_cpu() -> None:
     """Has Megatron-Core's expert layers run without a device; does nothing where one is present.
 
     The token dispatcher turns split sizes into NumPy arrays on their way off the device and hands them to
-    torch.distributed, which takes no tensors; the router's product is TransformerEngine's where that is installed.
+    torch.distributed, which takes no tensors; the router's product is TransformerEngine's where that is installed; and
+    parts of unequal size, which tensor-parallel experts exchange, are nothing that gloo gathers or scatters.
     """
     if torch.cuda.is_available():
         return
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         del record_stream
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
+    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(own: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_equal(own, group, output_split_sizes, use_global_buffer)
+        padded = own.new_zeros(int(max(output_split_sizes)), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter(whole: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_equal(whole, group, input_split_sizes, use_global_buffer)
+        total = whole.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split([int(size) for size in input_split_sizes])[group.rank()].clone()
+
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter
     moe_utils.te_general_gemm = None

@@ -3,7 +3,8 @@
 Each rank's watchdog is a daemon thread that looks at one attribute: what the rank is doing and since when. The trainer
 moves it on by entering phases (report/timer.py), and around single calls with ``waiting``; both cost an attribute
 write. A rank that stays in one place for longer than the timeout says so and raises an alarm in the store that all
-ranks share; every other rank then adds where it stands, however busy it is, and each ends its process.
+ranks share; every other rank then adds where it stands, however busy it is, and each ends its process. Ranks that do not
+answer the alarm are named: their process or their node is lost.
 
 The collective need not name itself: the main thread's stack does. A second line stands behind the thread: the
 faulthandler's own timer, which also fires while a C++ call holds the interpreter, and torch.distributed's timeouts.
@@ -57,6 +58,7 @@ class Watchdog:
 
     Args:
         rank: of this process, for the report.
+        num_ranks: that share the store.
         timeout_s: longest stay in one phase or one call.
         say: takes the report, a text of several lines; called from the watchdog's thread.
         store: shared by all ranks and used by nobody else (a clone), or None for a rank on its own.
@@ -68,6 +70,7 @@ class Watchdog:
         self,
         *,
         rank: int,
+        num_ranks: int,
         timeout_s: float,
         say: Callable[[str], None],
         store: AlarmStore | None,
@@ -75,6 +78,7 @@ class Watchdog:
         stop: Callable[[int], Any] = os._exit,
     ) -> None:
         self._rank = rank
+        self._num_ranks = num_ranks
         self._timeout_s = timeout_s
         self._say = say
         self._store = store
@@ -126,8 +130,15 @@ class Watchdog:
     def _end(self, late: bool) -> None:
         if late:
             self._raise_alarm()
+        self._answer_alarm()
         self._say(self._report(late))
         self._over.wait(self._period_s * _GRACE_PERIODS)
+        silent = self._silent_ranks()
+        if silent:
+            self._say(
+                f"[rank {self._rank}] hang watchdog: no word from ranks {', '.join(map(str, silent))}: their processes or "
+                "nodes are lost or cut off"
+            )
         self._stop(HANG_EXIT_CODE)
 
     def _report(self, late: bool) -> str:
@@ -160,6 +171,22 @@ class Watchdog:
                 self._store.set(_ALARM, str(self._rank))
         except RuntimeError:
             self._say(f"[rank {self._rank}] hang watchdog: the store of all ranks is gone, the others cannot be told")
+
+    def _answer_alarm(self) -> None:
+        try:
+            if self._store is not None:
+                self._store.set(f"{_ALARM}/{self._rank}", "")
+        except RuntimeError:  # said by _raise_alarm, or by torch
+            return
+
+    def _silent_ranks(self) -> list[int]:
+        """Returns the ranks that have not answered the alarm; none where the store cannot be asked."""
+        try:
+            if self._store is None:
+                return []
+            return [rank for rank in range(self._num_ranks) if not self._store.check([f"{_ALARM}/{rank}"])]
+        except RuntimeError:
+            return []
 
     def _arm_second_line(self) -> None:
         """Fires if this thread, which needs the interpreter, has not come round again for a whole timeout."""

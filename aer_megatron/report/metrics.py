@@ -76,7 +76,7 @@ class Metric(StrEnum):
     AER_HELD = (
         "aer/held",
         "flag",
-        "alpha kept its last value: the entropy statistic was missing or not finite",
+        "alpha kept its last value: the entropy statistic was missing or not finite, or rollout/mismatch_kl too large",
     )
     AER_FROZEN = "aer/frozen", "flag", "the integral was frozen: mean d below its floor (anti-windup)"
     AER_REASON = "aer/reason", "text", "one sentence: what the controller did, and why"
@@ -123,11 +123,32 @@ class Metric(StrEnum):
         "nats",
         "mean of that difference over response tokens",
     )
+    ROLLOUT_MISMATCH_KL = (
+        "rollout/mismatch_kl",
+        "nats",
+        "k3 estimate of KL(rollout engine || trainer), mean over response tokens",
+    )
+    ROLLOUT_SAMPLE_SIZE = (
+        "rollout/sample_size",
+        "share",
+        "effective sample size of the train/rollout weights before any cut, (sum w)^2 / (n sum w^2); 1 = no mismatch",
+    )
+    ROLLOUT_STALENESS_MAX = (
+        "rollout/staleness_max",
+        "versions",
+        "how many policy versions the oldest response token is behind the policy that trains on it",
+    )
+    ROLLOUT_STALENESS_MEAN = "rollout/staleness_mean", "versions", "mean of that over response tokens"
     ROLLOUT_RESPONSE_LENGTH_MEAN = "rollout/response_length_mean", "tokens", "mean response length"
     ROLLOUT_TRUNCATED_SHARE = "rollout/truncated_share", "share", "responses cut at rollout.max_new_tokens"
     ROLLOUT_PROMPT_TOKENS = "rollout/prompt_tokens", "tokens", "prompt tokens of the step, once per rollout"
     ROLLOUT_RESPONSE_TOKENS = "rollout/response_tokens", "tokens", "response tokens of the step"
     ROLLOUT_GROUPS_DROPPED = "rollout/groups_dropped", "groups", "groups that dynamic sampling removed"
+    ROLLOUT_GROUPS_ABORTED = (
+        "rollout/groups_aborted",
+        "groups",
+        "groups launched beyond those needed and given up, never counted (rollout.oversample > 1)",
+    )
     ROLLOUT_REFILLS = "rollout/refills", "rounds", "extra rollout rounds that dynamic sampling took"
 
     DATA_PROMPTS_SKIPPED = (
@@ -148,7 +169,7 @@ class Metric(StrEnum):
     )
 
     TIME_STEP = "time/step_s", "s", "wall time since the previous line"
-    TIME_ROLLOUT = "time/rollout_s", "s", "generation"
+    TIME_ROLLOUT = "time/rollout_s", "s", "generation; with rollout.staleness > 0 what training waited for it"
     TIME_REWARD = "time/reward_s", "s", "verification"
     TIME_SCORE = "time/score_s", "s", "forward pass for log-probabilities and entropies"
     TIME_TRAIN = "time/train_s", "s", "forward-backward passes and optimizer steps"

@@ -1,4 +1,4 @@
-"""The metrics of one training step: what the loss reported, what the controller saw and did, prompts by difficulty.
+"""The metrics of one training step: its rollouts, what the loss reported, what the controller saw and did.
 
 This file does NOT spell metric names (metrics.py) or reduce over ranks.
 """
@@ -9,10 +9,12 @@ from typing import Any
 
 from aer_megatron.algo.advantage import AdvantageResult
 from aer_megatron.algo.controller import Decision, Observation, target_entropy
+from aer_megatron.algo.experience import Staleness
 from aer_megatron.algo.flight import BatchProfile, bucket_means
+from aer_megatron.algo.mismatch import Mismatch
 from aer_megatron.config import EntropySection
 from aer_megatron.report.metrics import Metric, by_difficulty
-from aer_megatron.types import StepStats
+from aer_megatron.types import Experience, StepStats
 
 
 def training_metrics(stats: StepStats, *, kl_coefficient: float) -> dict[str, float]:
@@ -64,3 +66,25 @@ def difficulty_metrics(profile: BatchProfile, coefficient: float) -> dict[str, A
     """Returns the metrics of the difficulty buckets that are not empty."""
     means = bucket_means(profile.buckets, coefficient)
     return {by_difficulty(name, bucket): value for bucket, row in means.items() for name, value in row.items()}
+
+
+def experience_metrics(experience: Experience) -> dict[str, float]:
+    """Returns lengths and token counts of the rollout batch."""
+    return {
+        Metric.ROLLOUT_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean()),
+        Metric.ROLLOUT_TRUNCATED_SHARE: float(experience.truncated_B.mean()),
+        Metric.ROLLOUT_PROMPT_TOKENS: int(experience.prompt_length_B.sum()),
+        Metric.ROLLOUT_RESPONSE_TOKENS: experience.num_response_tokens,
+    }
+
+
+def engine_metrics(mismatch: Mismatch, staleness: Staleness) -> dict[str, float]:
+    """Returns how far the policy that sampled is from the one that trains: in log-probabilities and in versions."""
+    return {
+        Metric.ROLLOUT_LOGPROB_DIFF_MAX: mismatch.largest,
+        Metric.ROLLOUT_LOGPROB_DIFF_MEAN: mismatch.difference_mean,
+        Metric.ROLLOUT_MISMATCH_KL: mismatch.kl,
+        Metric.ROLLOUT_SAMPLE_SIZE: mismatch.sample_size,
+        Metric.ROLLOUT_STALENESS_MAX: staleness.largest,
+        Metric.ROLLOUT_STALENESS_MEAN: staleness.mean,
+    }

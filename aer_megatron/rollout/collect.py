@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aer_megatron.rollout.engine import GenerateRequest, RolloutEngine, SamplingOptions
+from aer_megatron.rollout.engine import GenerateRequest, RacingEngine, RolloutEngine, SamplingOptions
 from aer_megatron.rollout.seeds import derive_seed
-from aer_megatron.types import Prompt, RolloutGroup
+from aer_megatron.types import Completion, Prompt, RolloutGroup
 
 
 def share(num_items: int, *, rank: int, world_size: int) -> slice:
@@ -63,8 +63,13 @@ class RolloutCollector:
         self._rank = rank
         self._world_size = world_size
 
-    def collect(self, prompts_P: Sequence[Prompt], *, step: int, refill: int) -> list[RolloutGroup]:
-        """Returns the groups of this rank's share of ``prompts_P``, in prompt order.
+    def collect(
+        self, prompts_P: Sequence[Prompt], *, step: int, refill: int, num_groups: int | None = None
+    ) -> list[RolloutGroup]:
+        """Returns this rank's share of ``num_groups`` groups, in prompt order.
+
+        With more prompts than that, each rank generates for its share of them until its share of the groups is whole,
+        and gives up the others. Which ones win depends on the servers' speed: the seeds stay, the batch does not.
 
         Every rank passes the same whole batch: the seed of a rollout is a hash of (stream, step, refill,
         prompt id, which occurrence of the prompt in the batch, rollout index), so the union over ranks is the
@@ -74,19 +79,31 @@ class RolloutCollector:
             prompts_P: the rollout batch of all ranks.
             step: the training step.
             refill: 0, or the number of the refill round that dynamic sampling is in.
+            num_groups: of all ranks; None = one for every prompt.
+
+        Raises:
+            ValueError: ``num_groups`` is larger than the number of prompts.
         """
+        num_groups = len(prompts_P) if num_groups is None else num_groups
+        if num_groups > len(prompts_P):
+            raise ValueError(f"num_groups={num_groups} must not exceed the {len(prompts_P)} prompts; pass more prompts")
         occurrence_P = _occurrences(prompts_P)
         own = share(len(prompts_P), rank=self._rank, world_size=self._world_size)
-        requests = [
-            self._request(prompt, step, refill, occurrence, sample)
+        requests_PG = [
+            [self._request(prompt, step, refill, occurrence, sample) for sample in range(self._num_samples)]
             for prompt, occurrence in zip(prompts_P[own], occurrence_P[own], strict=True)
-            for sample in range(self._num_samples)
         ]
-        completions = self._engine.generate(requests, self._options)
-        return [
-            RolloutGroup(prompt, tuple(completions[i * self._num_samples : (i + 1) * self._num_samples]))
-            for i, prompt in enumerate(prompts_P[own])
-        ]
+        if num_groups < len(prompts_P):
+            completions = self._race(requests_PG, share(num_groups, rank=self._rank, world_size=self._world_size))
+        else:
+            flat = self._engine.generate([request for group in requests_PG for request in group], self._options)
+            size = self._num_samples
+            completions = {i: flat[i * size : (i + 1) * size] for i in range(len(requests_PG))}
+        return [RolloutGroup(prompts_P[own][i], tuple(completions[i])) for i in sorted(completions)]
+
+    def _race(self, requests_PG: Sequence[Sequence[GenerateRequest]], wanted: slice) -> dict[int, list[Completion]]:
+        assert isinstance(self._engine, RacingEngine)  # the configuration refuses over-sampling with another one
+        return self._engine.generate_first(requests_PG, self._options, wanted=wanted.stop - wanted.start)
 
     def _request(
         self, prompt: Prompt, step: int, refill: int, occurrence: int, sample: int

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from aer_megatron.convert.transformers_modules import checkpoint_views
 from aer_megatron.rollout.decode import decode_batch
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.types import Completion, VersionSpan
@@ -56,6 +57,11 @@ class EmbeddedEngine:
         self._checksum = checksum
         self._model: Any = _build_model(hf_config, dtype, device)
         self._parameters, self._aliases = _parameters_and_aliases(self._model)
+        self._owners = {
+            tensor: name
+            for name, parameter in self._parameters.items()
+            for tensor in checkpoint_views(name, parameter)
+        }
         self._max_positions: int | None = getattr(hf_config, "max_position_embeddings", None)
         self._vocab_size: int = hf_config.vocab_size
         self._staged: dict[str, Tensor] | None = None
@@ -111,20 +117,26 @@ class EmbeddedEngine:
         if self._model is None:
             raise RuntimeError("the embedded engine is closed; make a new one")
         self._staged = None
-        staged: dict[str, Tensor] = {}
+        staged: dict[str, Tensor] = {}  # whole parameters
+        views: dict[str, Tensor] = {}  # of them, by the name under which each part arrives
         checksums: dict[str, int] = {}
         for name, tensor in tensors:
-            self._check_tensor(name, tensor, repeated=name in checksums)
+            first_name = self._aliases.get(name, name)
+            owner = self._owner(first_name)
+            if owner not in staged:
+                staged[owner] = torch.empty_like(self._parameters[owner], requires_grad=False)
+                views |= checkpoint_views(owner, staged[owner])
+            target = views[first_name]
+            _check_tensor(name, tensor, target, repeated=name in checksums)
             if name in self._aliases:
                 checksums[name] = self._checksum(tensor)
                 continue
-            target = self._parameters[name]
-            staged[name] = torch.empty_like(target, requires_grad=False).copy_(tensor.detach())
-            checksums[name] = self._checksum(staged[name])
-        missing = [name for name in self._parameters if name not in staged]
+            target.copy_(tensor.detach())
+            checksums[name] = self._checksum(target)
+        missing = [name for name in self._owners if name not in checksums]
         if missing:
             raise ValueError(
-                f"weight update lacks {len(missing)} of {len(self._parameters)} tensors, first "
+                f"weight update lacks {len(missing)} of {len(self._owners)} tensors, first "
                 f"{missing[0]!r}; send every parameter of the model"
             )
         for alias, name in self._aliases.items():
@@ -156,6 +168,14 @@ class EmbeddedEngine:
         """Drops the staged weights, if any; the old ones stay in service."""
         self._staged = None
 
+    def held_checksums(self) -> dict[str, int]:
+        """Returns the checksum of every tensor in service by name, read from the model; tied ones under their first."""
+        return {
+            tensor: self._checksum(view)
+            for name, parameter in self._parameters.items()
+            for tensor, view in checkpoint_views(name, parameter.detach()).items()
+        }
+
     def close(self) -> None:
         """Releases the model; calling it twice is harmless."""
         self._model = None
@@ -182,22 +202,26 @@ class EmbeddedEngine:
                     f"lower rollout.max_new_tokens or data.max_prompt_tokens"
                 )
 
-    def _check_tensor(self, name: str, tensor: Tensor, *, repeated: bool) -> None:
-        target = self._parameters.get(self._aliases.get(name, name))
-        if target is None:
+    def _owner(self, name: str) -> str:
+        """Returns the name of the parameter that holds tensor ``name``."""
+        if name not in self._owners:
             raise ValueError(f"weight {name!r} is not a parameter of the model; send Hugging Face names")
-        if repeated:
-            raise ValueError(f"weight {name!r} was sent twice in one update; send each tensor once")
-        if tensor.shape != target.shape:
-            raise ValueError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}, the model's is {tuple(target.shape)}; "
-                f"send the unsharded tensor of this configuration"
-            )
-        if tensor.dtype != target.dtype:
-            raise ValueError(
-                f"weight {name!r} has dtype {tensor.dtype}, the engine's is {target.dtype}; build the "
-                f"engine with the training dtype (model.dtype)"
-            )
+        return self._owners[name]
+
+
+def _check_tensor(name: str, tensor: Tensor, target: Tensor, *, repeated: bool) -> None:
+    if repeated:
+        raise ValueError(f"weight {name!r} was sent twice in one update; send each tensor once")
+    if tensor.shape != target.shape:
+        raise ValueError(
+            f"weight {name!r} has shape {tuple(tensor.shape)}, the model's is {tuple(target.shape)}; "
+            f"send the unsharded tensor of this configuration"
+        )
+    if tensor.dtype != target.dtype:
+        raise ValueError(
+            f"weight {name!r} has dtype {tensor.dtype}, the engine's is {target.dtype}; build the "
+            f"engine with the training dtype (model.dtype)"
+        )
 
 
 def _require_full_attention(hf_config: PretrainedConfig) -> None:

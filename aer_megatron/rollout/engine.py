@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from aer_megatron.types import Completion
 
@@ -105,4 +105,15 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Releases what the engine holds; calling it twice is harmless."""
+        ...
+
+
+@runtime_checkable
+class RacingEngine(Protocol):
+    """An engine whose requests run beside one another, so that groups of them can race."""
+
+    def generate_first(
+        self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, *, wanted: int
+    ) -> dict[int, list[Completion]]:
+        """Returns the completions of the ``wanted`` groups that are whole first, by index; gives up the others."""
         ...

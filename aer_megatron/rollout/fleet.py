@@ -17,7 +17,7 @@ import concurrent.futures
 import json
 import logging
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
@@ -100,6 +100,9 @@ class ServerFleet:
         self.servers = [Server(index, url.rstrip("/")) for index, url in enumerate(urls)]
         self.options = options
         self.policy_version = -1
+        self.in_transfer = False
+        # ends the calls under way before weights are transferred; set by who makes them
+        self.interrupt: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
@@ -160,7 +163,7 @@ class ServerFleet:
         """Puts every server into service with policy ``version`` but those of ``refused`` (index -> reason)."""
 
         async def apply() -> None:
-            self.policy_version = version
+            self.policy_version, self.in_transfer = version, False
             for server in self.servers:
                 if server.index in refused:
                     # what carries this version's label was verified: a supervisor may have restored it meanwhile
@@ -171,12 +174,15 @@ class ServerFleet:
         self.run(apply())
 
     def withdraw(self, reason: str) -> None:
-        """Takes every server out of service until ``serve``."""
+        """Takes every server out of service until ``serve``; calls under way are interrupted and over on return."""
 
         async def apply() -> None:
+            self.in_transfer = True
             for server in self.servers:
                 if server.in_service:
                     self.retire(server, reason, "transfer", level=logging.DEBUG)
+            if self.interrupt is not None:
+                await self.interrupt()
 
         self.run(apply())
 
@@ -229,7 +235,7 @@ class ServerFleet:
         """Returns the least busy server with a free place, now counted as taken; None if none is in service.
 
         Servers of ``avoid`` are taken only when no other is in service. Waits up to ``timeout_s`` for one to come into
-        service, and as long as needed for a free place.
+        service, and as long as needed for a free place or for the end of a transfer.
         """
         deadline = self._loop.time() + timeout_s
         while True:
@@ -240,13 +246,14 @@ class ServerFleet:
                 server = min(free, key=lambda item: item.in_flight)
                 server.in_flight += 1
                 return server
-            if alive:
+            waits = bool(alive) or self.in_transfer
+            if waits:
                 deadline = self._loop.time() + timeout_s
             elif self._loop.time() >= deadline:
                 return None
             # a plain future and no lock: all of this runs on one thread, and asyncio's Condition can lose a wake-up
             # when a waiter is cancelled (Python 3.11)
-            await asyncio.wait({self._changed}, timeout=None if alive else deadline - self._loop.time())
+            await asyncio.wait({self._changed}, timeout=None if waits else deadline - self._loop.time())
 
     def release(self, server: Server) -> None:
         """Gives a place back."""
@@ -296,10 +303,11 @@ class ServerFleet:
         return self._session
 
     async def _shutdown(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
+        others = asyncio.all_tasks() - {asyncio.current_task()} - self._background
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await self.settle()  # what was cancelled is being aborted on the servers
         if self._session is not None:
             await self._session.close()
 

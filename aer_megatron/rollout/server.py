@@ -159,7 +159,7 @@ class ServerGroup:
         self._restarts = [0] * num_servers
         self._given_up: set[int] = set()  # alive, but to be replaced
         self._closing = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._watchers: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         return self
@@ -198,10 +198,14 @@ class ServerGroup:
             restore: gives the current weights to a new process, by server index; raises RuntimeError where it cannot.
             renewed: told of a new process before ``restore``.
         """
-        self._watcher = threading.Thread(
-            target=self._watch, args=(restore, renewed), name="sglang-supervisor", daemon=True
-        )
-        self._watcher.start()
+        self._watchers = [
+            threading.Thread(
+                target=self._watch, args=(index, restore, renewed), name=f"sglang-supervisor-{index}", daemon=True
+            )
+            for index in range(len(self._processes))
+        ]
+        for watcher in self._watchers:
+            watcher.start()
 
     def replace(self, index: int) -> None:
         """Has a server that is alive but not to be trusted restarted, soon."""
@@ -210,18 +214,17 @@ class ServerGroup:
     def close(self) -> None:
         """Returns when no process of any server is left; calling it twice is harmless."""
         self._closing.set()
-        if self._watcher is not None:
-            self._watcher.join()
+        for watcher in self._watchers:
+            watcher.join()
         for process in self._processes:
             process.stop()
 
-    def _watch(self, restore: Callable[[int], None], renewed: Callable[[int], None]) -> None:
+    def _watch(self, index: int, restore: Callable[[int], None], renewed: Callable[[int], None]) -> None:
+        process = self._processes[index]
         while not self._closing.wait(_POLL_S):
-            for index, process in enumerate(self._processes):
-                if process.is_alive and index not in self._given_up:
-                    continue
-                if self._restarts[index] < self._options.max_restarts:
-                    self._restart(index, process, restore, renewed)
+            is_to_go = not process.is_alive or index in self._given_up
+            if is_to_go and self._restarts[index] < self._options.max_restarts:
+                self._restart(index, process, restore, renewed)
 
     def _restart(
         self, index: int, process: ServerProcess, restore: Callable[[int], None], renewed: Callable[[int], None]

@@ -12,6 +12,10 @@ answer that cannot be right takes its server out of service (``rollout/fleet.py`
     400, 422                                   stays                           ValueError
     401, 403                                   stays                           RuntimeError
 
+A weight transfer interrupts what is under way: every call is aborted, its tokens so far are kept, and afterwards the
+request goes on with them behind its prompt. Unlike a paused server's, the continuation reads prompt and tokens with the
+new weights alone, it works with every server version, and no transfer waits for a generation.
+
 This file does NOT start servers, transfer weights or import sglang.
 """
 
@@ -28,8 +32,18 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.rollout.fleet import Comeback, Server, ServerFleet, describe
-from aer_megatron.rollout.sglang_protocol import BadReply, generate_body, parse_completion, parse_json, version_label
+from aer_megatron.rollout.fleet import Comeback, Reply, Server, ServerFleet, describe
+from aer_megatron.rollout.sglang_protocol import (
+    BadReply,
+    ended,
+    generate_body,
+    join_completions,
+    parse_completion,
+    parse_json,
+    parse_partial,
+    rest_of,
+    version_label,
+)
 from aer_megatron.types import Completion
 
 if TYPE_CHECKING:
@@ -37,10 +51,24 @@ if TYPE_CHECKING:
 
 _ABORT_TIMEOUT_S = 2.0  # an abort is a courtesy to the server: nobody waits longer for it
 _FIRST_PAUSE_S = 0.05  # before a repetition; doubles each time
+_ABORT_AGAIN_S = 0.2  # an abort that overtook its request is not heard of again
 
 
 class _Failed(Exception):
     """A call that gave no completion and may be repeated."""
+
+
+class _Enough(Exception):
+    """As many groups are whole as were wanted."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """A /generate call under way."""
+
+    server: Server
+    deadline: asyncio.Timeout
+    interrupted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +103,9 @@ class SGLangEngine:
         self._transfer = transfer
         self._prefix = f"aer-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
+        self._calls: dict[str, _Call] = {}
+        self._idle = asyncio.Event()
+        fleet.interrupt = self._interrupt
 
     @property
     def policy_version(self) -> int:
@@ -89,9 +120,20 @@ class SGLangEngine:
             RuntimeError: no weights yet, closed, no server left within ``recovery_timeout_s``, or a request that
                 failed ``max_attempts`` times; every server's state is named.
         """
+        whole = self.generate_first([[request] for request in requests], options, wanted=len(requests))
+        return [whole[place][0] for place in range(len(requests))]
+
+    def generate_first(
+        self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, *, wanted: int
+    ) -> dict[int, list[Completion]]:
+        """Returns the completions of the ``wanted`` groups that are whole first, by index; the others are aborted.
+
+        Groups begin in order, and a server has at most ``max_concurrency`` requests under way: so many groups as fit
+        there are unfinished at any time. Raises what ``generate`` raises.
+        """
         if self._fleet.policy_version < 0:
             raise RuntimeError("the rollout servers have no weights yet; call update_weights first")
-        return self._fleet.run(self._generate(requests, options))
+        return self._fleet.run(self._generate(groups, options, wanted))
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Mapping[str, int]:
         """Returns the checksum of every tensor that the servers now serve as policy ``version``."""
@@ -101,31 +143,41 @@ class SGLangEngine:
         """Ends the connections; calling it twice is harmless."""
         self._fleet.close()
 
-    async def _generate(self, requests: Sequence[GenerateRequest], options: SamplingOptions) -> list[Completion]:
-        completions: dict[int, Completion] = {}
-        places = iter(range(len(requests)))
+    async def _generate(
+        self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, wanted: int
+    ) -> dict[int, list[Completion]]:
+        completions: list[dict[int, Completion]] = [{} for _ in groups]
+        places = iter([(index, place) for index, group in enumerate(groups) for place in range(len(group))])
+        whole: list[int] = []
 
         async def work() -> None:
-            for place in places:
-                completions[place] = await self._complete(requests[place], options)
+            for index, place in places:
+                completions[index][place] = await self._complete(groups[index][place], options)
+                if len(completions[index]) == len(groups[index]):
+                    whole.append(index)
+                    if len(whole) == wanted:
+                        raise _Enough
 
         num_workers = len(self._fleet.servers) * self._fleet.options.max_concurrency
+        num_requests = sum(map(len, groups))
         probe = asyncio.create_task(self._probe())
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(requests), num_workers)):
+                for _ in range(min(num_requests, num_workers)):
                     group.create_task(work())
         except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            if len(whole) < wanted:
+                raise failures.exceptions[0] from None
         finally:
             probe.cancel()
             await self._fleet.settle()
-        return [completions[place] for place in range(len(requests))]
+        return {index: [completions[index][place] for place in range(len(groups[index]))] for index in whole[:wanted]}
 
     async def _complete(self, request: GenerateRequest, options: SamplingOptions) -> Completion:
         tried: frozenset[int] = frozenset()
         failures: list[str] = []
-        for attempt in range(self._limits.max_attempts):
+        so_far: Completion | None = None
+        while len(failures) < self._limits.max_attempts:
             server = await self._fleet.acquire(tried, timeout_s=self._limits.recovery_timeout_s)
             if server is None:
                 raise RuntimeError(
@@ -133,32 +185,57 @@ class SGLangEngine:
                     f"{self._limits.recovery_timeout_s:g}: {self._fleet.describe()}"
                 )
             try:
-                return await self._attempt(server, request, options)
+                more = await self._attempt(server, rest_of(request, so_far), options)
             except _Failed as failure:
                 failures.append(f"server {server.index} ({server.url}): {failure}")
                 tried |= {server.index}
+            else:
+                so_far = so_far if more is None else join_completions(so_far, more)
+                done = so_far and ended(so_far, request, options)
+                if done:
+                    return done
+                continue  # interrupted by a transfer, after which some server is in service
             finally:
                 self._fleet.release(server)
-            await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
+            await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (len(failures) - 1))
         raise RuntimeError(f"a request failed sglang.max_attempts={len(failures)} times: " + "; ".join(failures))
 
-    async def _attempt(self, server: Server, request: GenerateRequest, options: SamplingOptions) -> Completion:
-        rid = f"{self._prefix}-{next(self._numbers)}"
+    async def _attempt(self, server: Server, request: GenerateRequest, options: SamplingOptions) -> Completion | None:
+        """Returns what the server sampled: whole, or, where a transfer interrupted the call, what there was by then."""
+        # SGLang aborts every request whose name begins with the given one: the dot keeps -1 from ending -12
+        rid = f"{self._prefix}-{next(self._numbers)}."
+        version = self._fleet.policy_version  # a transfer changes it only when no call is under way
         body = generate_body(request, options, rid=rid)
         timeout_s = self._limits.request_timeout_s
         try:
-            reply = await self._fleet.call(server.index, "/generate", body, timeout_s=timeout_s)
+            async with asyncio.timeout(timeout_s) as deadline:
+                call = self._calls[rid] = _Call(server, deadline)
+                self._idle.clear()
+                reply = await self._fleet.call(server.index, "/generate", body, timeout_s=timeout_s)
         except asyncio.CancelledError:
             self._abort(server, rid)
             raise
         except TimeoutError:
             self._abort(server, rid)
-            raise self._out(server, f"no answer to /generate within {timeout_s:g} s", "transfer") from None
+            if call.interrupted:
+                timeout_s = self._fleet.options.control_timeout_s
+            path = "/abort_request" if call.interrupted else "/generate"
+            raise self._out(server, f"no answer to {path} within {timeout_s:g} s", "transfer") from None
         except aiohttp.ClientConnectorError as error:
             raise self._out(server, describe(error), "probe") from None
         except (aiohttp.ClientError, OSError) as error:
             self._abort(server, rid)
             raise self._failed(server, describe(error), "probe") from None
+        finally:
+            del self._calls[rid]
+            if not self._calls:
+                self._idle.set()
+        if call.interrupted:
+            # a request that had not begun is answered with an error
+            return parse_partial(reply.json(), request, version=version) if reply.status == 200 else None
+        return self._believed(server, reply, request, version)
+
+    def _believed(self, server: Server, reply: Reply, request: GenerateRequest, version: int) -> Completion:
         if reply.status in (400, 422):
             raise ValueError(f"server {server.index} ({server.url}) refuses a request: {reply.text}")
         if reply.status in (401, 403):
@@ -169,7 +246,7 @@ class SGLangEngine:
         if reply.status != 200:
             raise self._failed(server, f"/generate answers {reply.status}: {reply.text}", "transfer")
         try:
-            completion = parse_completion(parse_json(reply.body), request, version=self._fleet.policy_version)
+            completion = parse_completion(parse_json(reply.body), request, version=version)
         except BadReply as error:
             raise self._out(server, f"it answers garbage: {error}", "restart") from None
         if completion.finish_reason == "abort":
@@ -189,18 +266,33 @@ class SGLangEngine:
         return _Failed(reason)
 
     def _abort(self, server: Server, rid: str) -> None:
-        async def abort() -> None:
-            with contextlib.suppress(aiohttp.ClientError, OSError):  # the server is gone, and the request with it
-                await self._fleet.call(server.index, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
+        self._fleet.start_background(self._send_abort(server, rid))
 
-        self._fleet.start_background(abort())
+    async def _send_abort(self, server: Server, rid: str) -> None:
+        with contextlib.suppress(aiohttp.ClientError, OSError):  # the server is gone, and the request with it
+            await self._fleet.call(server.index, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
+
+    async def _interrupt(self) -> None:
+        """Returns when no call is under way; nothing begins meanwhile, because no server is in service."""
+        limit = asyncio.get_running_loop().time() + self._fleet.options.control_timeout_s
+        for call in self._calls.values():
+            call.interrupted = True
+            if not call.deadline.expired():
+                call.deadline.reschedule(limit)
+        while self._calls:
+            await asyncio.gather(*(self._send_abort(call.server, rid) for rid, call in list(self._calls.items())))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), _ABORT_AGAIN_S)
 
     async def _probe(self) -> None:
         """Puts servers that are back, still with the verified version, into service again."""
         while True:
             await asyncio.sleep(self._limits.probe_interval_s)
             for server in self._fleet.servers:
-                if not server.in_service and server.comeback == "probe" and await self._is_back(server):
+                if server.in_service or server.comeback != "probe" or self._fleet.in_transfer:
+                    continue
+                back = await self._is_back(server)
+                if back and not self._fleet.in_transfer:  # it may have begun meanwhile
                     self._fleet.admit(server)
 
     async def _is_back(self, server: Server) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
@@ -85,6 +86,52 @@ def parse_completion(reply: Any, request: GenerateRequest, *, version: int) -> C
         if span.version != version:
             raise BadReply(f"tokens {span.start}..{span.end - 1} are of policy version {span.version}, not {version}")
     return Completion(token_ids, _logprobs(meta, token_ids), _finish_reason(meta), spans)
+
+
+def parse_partial(reply: Any, request: GenerateRequest, *, version: int) -> Completion | None:
+    """Returns what an aborted request had sampled; None where that is nothing, or nothing to be believed."""
+    try:
+        return parse_completion(reply, request, version=version)
+    except BadReply:
+        return None
+
+
+def rest_of(request: GenerateRequest, so_far: Completion | None) -> GenerateRequest:
+    """Returns the request that continues ``so_far``: its tokens go to the server as part of the prompt."""
+    if so_far is None:
+        return request
+    remaining = request.max_new_tokens - len(so_far.token_ids)
+    return GenerateRequest(request.prompt_ids + so_far.token_ids, request.seed, remaining)
+
+
+def join_completions(so_far: Completion | None, more: Completion) -> Completion:
+    """Returns ``so_far`` continued by ``more``, every token with its own log-probability and policy version."""
+    if so_far is None:
+        return more
+    shift = len(so_far.token_ids)
+    spans = list(so_far.policy_versions)
+    for span in more.policy_versions:
+        if span.version == spans[-1].version:
+            spans[-1] = VersionSpan(span.version, spans[-1].start, span.end + shift)
+        else:
+            spans.append(VersionSpan(span.version, span.start + shift, span.end + shift))
+    return Completion(
+        so_far.token_ids + more.token_ids, so_far.logprobs + more.logprobs, more.finish_reason, tuple(spans)
+    )
+
+
+def ended(completion: Completion, request: GenerateRequest, options: SamplingOptions) -> Completion | None:
+    """Returns a completion that is whole, None for one that was aborted before its end.
+
+    An abort may arrive with the last token: then the end is that of the token, not of the abort.
+    """
+    if completion.finish_reason != "abort":
+        return completion
+    if completion.token_ids[-1] in options.stop_token_ids:
+        return replace(completion, finish_reason="stop")
+    if len(completion.token_ids) == request.max_new_tokens:
+        return replace(completion, finish_reason="length")
+    return None
 
 
 def _field(table: Any, name: str, kind: type) -> Any:

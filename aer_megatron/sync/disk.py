@@ -5,14 +5,17 @@ The folder of the version in service stays until the next one is in service: a r
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from aer_megatron.convert.hf_folder import fill_hf_folder
+from aer_megatron.convert.mapping import hf_names
+from aer_megatron.convert.safetensors_writer import SafetensorsWriter, TensorSpec
 from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
 
 
@@ -23,7 +26,7 @@ class DiskSync(ServerSync):
         fleet, context: see ``sync.servers``.
         folder: holds one subfolder per version; this transport makes and removes them.
         hf_config: content of config.json.
-        max_shard_bytes: of one safetensors file, which is also the memory that writing takes.
+        max_shard_bytes: of one safetensors file.
     """
 
     def __init__(
@@ -47,15 +50,23 @@ class DiskSync(ServerSync):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         # not flushed to disk: the files live for a step, and a checkpoint holds what must survive
-        fill_hf_folder(
-            target, named_tensors, config=self._hf_config, max_shard_bytes=self._max_shard_bytes, dtype=None
-        )
+        self._write(target, named_tensors)
         refused = self._in_parallel(lambda index: self._load(index, version), indices)
         if len(refused) < len(indices):
             for other in self._folder.iterdir():
                 if other != target:
                     shutil.rmtree(other, ignore_errors=True)
         return refused
+
+    def _write(self, target: Path, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
+        (target / "config.json").write_text(json.dumps(self._hf_config), encoding="utf-8")
+        first_name, first = next(named_tensors)
+        # all of one dtype, the model's
+        specs = {name: TensorSpec(shape, first.dtype) for name, shape in hf_names(self._context.arch).items()}
+        with SafetensorsWriter(target, specs, max_shard_bytes=self._max_shard_bytes) as writer:
+            for name, tensor in chain([(first_name, first)], named_tensors):
+                writer.write(name, tensor)
+            writer.finish()
 
     def _resend(self, index: int, published: Published) -> None:
         self._learn(index)

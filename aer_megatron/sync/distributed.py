@@ -1,17 +1,13 @@
 """Weights over a process group: the trainer broadcasts flattened buckets, each server loads them as they come.
 
 Every server has a group of its own (rank 0 = the trainer, then its tensor-parallel ranks), so one that fails or hangs
-costs only itself. Servers from 0.5.21 load only inside a session (/begin_weight_update ... /end_weight_update); older
-ones answer 404 to it and need none. The HTTP reply is watched while a broadcast is under way: a server that refuses
-would otherwise leave the trainer waiting for a receiver that never comes.
-
-Nothing is kept of the weights: a restarted server gets its own with the next publication.
+costs only itself. The HTTP reply is watched while a broadcast is under way: a server that refuses would otherwise leave
+the trainer waiting for a receiver that never comes.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,19 +16,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Backend, PrefixStore
 
-from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
+from aer_megatron.sync.buckets import Bucket, buckets
+from aer_megatron.sync.servers import Fleet, Published, SyncContext, Untransferred
+from aer_megatron.sync.sessions import SessionSync
 
 # what servers use too: the names under which the members find one another depend on it
 _new_group: Any = distributed_c10d._new_process_group_helper
-_LOG = logging.getLogger(__name__)
 _POLL_S = 0.0005
-_FAREWELL_S = 5.0  # for the calls that tidy up a server after a failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +39,7 @@ class _Link:
     store: Any
 
 
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """Tensors of one dtype as one uint8 vector."""
-
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
-    flat: Tensor
-
-
-class DistributedSync(ServerSync):
+class DistributedSync(SessionSync):
     """Publishes by broadcast.
 
     Args:
@@ -72,22 +57,21 @@ class DistributedSync(ServerSync):
         self._address = address
         self._bucket_bytes = bucket_bytes
         self._links: dict[int, _Link] = {}
-        self._has_sessions: dict[int, bool] = {}
         self._calls = ThreadPoolExecutor(thread_name_prefix="sglang-transfer")
 
     def close(self) -> None:
         """Leaves all groups."""
         for index in list(self._links):
-            self._unlink(index)
+            self._leave(index)
         self._calls.shutdown(wait=False)
 
     def _send(
         self, named_tensors: Iterator[tuple[str, Tensor]], version: int, indices: Sequence[int]
     ) -> dict[int, str]:
         refused = self._in_parallel(self._open, indices)
-        for bucket in buckets(named_tensors, self._bucket_bytes):
-            alive = [index for index in indices if index not in refused]
-            refused |= self._in_parallel(functools.partial(self._broadcast, bucket, version), alive)
+        alive = [index for index in indices if index not in refused]
+        made = buckets(named_tensors, self._bucket_bytes)
+        refused |= self._send_each(made, functools.partial(self._broadcast, version), alive)
         alive = [index for index in indices if index not in refused]
         refused |= self._in_parallel(self._end, alive)
         for index in refused:
@@ -95,20 +79,14 @@ class DistributedSync(ServerSync):
         return refused
 
     def _resend(self, index: int, published: Published) -> None:
-        self._links.pop(index, None)
-        raise Untransferred("it is given weights with the next publication (sglang.transport='distributed')")
+        self._forget(index)  # its process is another one
+        super()._resend(index, published)
 
     def _open(self, index: int) -> None:
-        """Links a server that is not linked yet and begins a session where the server has them."""
+        """Links a server that is not linked yet and begins a session."""
         if index not in self._links:
             self._link(index)
-        reply = self._control(index, "/begin_weight_update", {})
-        if reply.status == 400:  # one was left open
-            self._control(index, "/end_weight_update", {})
-            reply = self._control(index, "/begin_weight_update", {})
-        self._has_sessions[index] = reply.status != 404
-        if reply.status not in (200, 404):
-            raise Untransferred(f"/begin_weight_update answers {reply.status}: {reply.text}")
+        self._begin(index)
 
     def _link(self, index: int) -> None:
         name = f"aer-{uuid.uuid4().hex[:12]}"
@@ -135,7 +113,7 @@ class DistributedSync(ServerSync):
         self._links[index] = _Link(name, group, store)
         call.result()
 
-    def _broadcast(self, bucket: _Bucket, version: int, index: int) -> None:
+    def _broadcast(self, version: int, bucket: Bucket, index: int) -> None:
         link = self._links[index]
         body = {
             "names": bucket.names,
@@ -167,55 +145,19 @@ class DistributedSync(ServerSync):
             time.sleep(_POLL_S)
         work.wait()
 
-    def _end(self, index: int) -> None:
-        if self._has_sessions[index]:
-            self._post(index, "/end_weight_update", {})
-
     def _tidy(self, index: int) -> None:
         """Leaves a server that failed without an open session and without a group, as far as it answers."""
-        self._unlink(index)
-        if self._has_sessions.get(index):
-            try:
-                self._fleet.control(index, "/end_weight_update", {}, timeout_s=_FAREWELL_S)
-            except RuntimeError as error:
-                _LOG.debug("server %d: %s", index, error)
+        self._leave(index)
+        self._leave_no_session(index)
 
-    def _unlink(self, index: int) -> None:
+    def _leave(self, index: int) -> None:
+        if index in self._links:
+            name = self._links[index].name
+            self._farewell(index, "/destroy_weights_update_group", {"group_name": name})
+            self._forget(index)
+
+    def _forget(self, index: int) -> None:
         link = self._links.pop(index, None)
-        if link is None:
-            return
-        try:
-            self._fleet.control(
-                index, "/destroy_weights_update_group", {"group_name": link.name}, timeout_s=_FAREWELL_S
-            )
-        except RuntimeError as error:
-            _LOG.debug("server %d: %s", index, error)
-        # a broadcast that nobody receives ends here, not at its timeout
-        link.group.abort()
-        dist.destroy_process_group(link.group)
-
-    def _control(self, index: int, path: str, body: dict[str, Any]) -> Any:
-        return self._fleet.control(index, path, body, timeout_s=self._context.timeout_s)
-
-
-def buckets(named_tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[_Bucket]:
-    """Yields the stream in buckets of one dtype and at most ``limit`` bytes, or of one larger tensor."""
-    held: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in named_tensors:
-        if held and (size + tensor.nbytes > limit or tensor.dtype != held[0][1].dtype):
-            yield _flatten(held)
-            held, size = [], 0
-        held.append((name, tensor.detach()))
-        size += tensor.nbytes
-    if held:
-        yield _flatten(held)
-
-
-def _flatten(held: list[tuple[str, Tensor]]) -> _Bucket:
-    return _Bucket(
-        names=[name for name, _ in held],
-        dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in held],
-        shapes=[list(tensor.shape) for _, tensor in held],
-        flat=torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for _, tensor in held]),
-    )
+        if link is not None:
+            link.group.abort()  # a broadcast that nobody receives ends here, not at its timeout
+            dist.destroy_process_group(link.group)

@@ -62,6 +62,9 @@ class InProcessSync:
                 f"{version} was committed; restart the engine"
             )
 
+    def suspend(self) -> None:
+        """Does nothing: the engine's memory is the trainer's."""
+
     def _metered(
         self, named_tensors: Iterable[tuple[str, Tensor]], sent: dict[str, int]
     ) -> Iterator[tuple[str, Tensor]]:

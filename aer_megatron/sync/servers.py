@@ -4,7 +4,8 @@
 
 A server carries the label of a version only after every checksum agreed; until then its label says "unverified", and no
 rank accepts a token of it. So a transfer that fails anywhere leaves a server out of service, never in service with a
-mixture. One rank leads; the others take part in gathering the weights and are told the outcome.
+mixture. One rank leads; the others take part in gathering the weights and are told the outcome. Where no server answers
+at all, the leader waits for one to come back.
 
 This file does NOT know how bytes travel: transports give ``_send`` and ``_send_again``.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,8 +24,12 @@ from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.sglang_weights import ServedChecksums, by_rank, first_difference
+from aer_megatron.sync.metering import Meter
 
 _LOG = logging.getLogger(__name__)
+_RECOVERY_POLL_S = 0.5
+_IDLE_S = 30.0  # how long a server may take to finish what it was asked
+_MAX_UNHASHED_BYTES = 256 * 10**6  # tensors that were sent and wait for their checksum
 
 
 class ControlReply(Protocol):
@@ -67,6 +73,7 @@ class SyncContext:
     arch: ModelArchitecture
     labels: Labels
     timeout_s: float  # of one transfer call
+    recovery_s: float  # how long a transfer waits when no server answers
     leads: bool  # whether this rank talks to the servers
     exchange: Callable[[Any], list[Any]]  # a JSON value -> every rank's
     replace: Callable[[int], None]  # has a server restarted that answered garbage
@@ -91,6 +98,8 @@ class ServerSync:
         self._published: Published | None = None
         self._tp_size: dict[int, int] = {}
         self._device: dict[int, str] = {}
+        self._released: set[int] = set()  # servers without their memory
+        self._silent: set[int] = set()  # servers that gave no answer to the last call
 
     def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Puts the tensors into service as policy ``version``: ``transfer``."""
@@ -126,11 +135,24 @@ class ServerSync:
         with self._lock:
             if self._published is None:
                 return  # the first publication is still to come
-            self._tp_size.pop(index, None)
             try:
-                self._resend(index, self._published)
+                if not self._carries(index, self._published):  # a publication may have reached it first
+                    self._released.discard(index)
+                    self._resend(index, self._published)
             except Untransferred as error:
                 raise RuntimeError(f"server {index}: {error}") from None
+
+    def suspend(self) -> None:
+        """Has the servers give their memory back until the next transfer; every rank calls it, and none generates.
+
+        A server that cannot is out of service and replaced.
+        """
+        with self._lock:
+            self._fleet.withdraw("its memory is released for training")
+            self._context.exchange(None)  # no rank has a request under way any more
+            if self._context.leads:
+                for index in self._in_parallel(self._release, [i for i in self._all() if self._fleet.may_transfer(i)]):
+                    self._context.replace(index)
 
     def close(self) -> None:
         """Releases what the transport holds."""
@@ -153,21 +175,28 @@ class ServerSync:
     # -- shared -----------------------------------------------------------------------------------------------------
 
     def _lead(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
-        distrusted = "it answered garbage and was not restarted"
-        refused = {i: distrusted for i in self._all() if not self._fleet.may_transfer(i)}
-        indices = [i for i in self._all() if i not in refused]
-        refused |= self._in_parallel(self._learn, indices)
-        indices = [i for i in indices if i not in refused]
         published = Published(version)
         try:
+            refused = self._attend()
+            indices = [i for i in self._all() if i not in refused]
             if not indices:
                 raise RuntimeError(f"no server can take weights: {refused}")
             sizes = {self._tp_size[i] for i in indices}
             digests = {size: ServedChecksums(self._context.arch, tp_size=size) for size in sorted(sizes)}
-            refused |= self._send(_metered(named_tensors, digests), version, indices)
+
+
+            def add(name: str, tensor: Tensor) -> None:
+                for digest in digests.values():
+                    digest.add(name, tensor)
+
+            with Meter(add, max_bytes=_MAX_UNHASHED_BYTES) as meter:
+                refused |= self._send(meter.stream(named_tensors), version, indices)
+                meter.finish()
             published.expected = {size: digest.result() for size, digest in digests.items()}
             indices = [i for i in indices if i not in refused]
             refused |= self._in_parallel(lambda index: self._verify(index, published), indices)
+            if len(refused) == self._fleet.num_servers and self._silent:
+                refused = self._send_later(published)
         except (OSError, ValueError, RuntimeError) as error:
             return {"error": str(error)}
         finally:
@@ -178,17 +207,48 @@ class ServerSync:
         self._published = published
         return {"refused": refused, "checksums": next(iter(published.expected.values()))[0]}
 
+    def _attend(self) -> dict[int, str]:
+        """Returns the reasons of the servers that cannot take weights now; waits while none can."""
+        return self._repeat(self._awaken)
+
+    def _send_later(self, published: Published) -> dict[int, str]:
+        """Returns the reasons of the servers that did not take the weights after all of them were lost meanwhile."""
+        return self._repeat(lambda index: self._resend(index, published))
+
+    def _repeat(self, action: Callable[[int], None]) -> dict[int, str]:
+        """Returns the reasons of the servers for which ``action`` failed; repeats while none answers at all."""
+        deadline = time.monotonic() + self._context.recovery_s
+        level = logging.WARNING
+        while True:
+            distrusted = {
+                i: "it answered garbage and was not restarted"
+                for i in self._all()
+                if not self._fleet.may_transfer(i)
+            }
+            indices = [i for i in self._all() if i not in distrusted]
+            refused = distrusted | self._in_parallel(action, indices, level=level)
+            awaited = self._silent or distrusted
+            if len(refused) < self._fleet.num_servers or not awaited or time.monotonic() > deadline:
+                return refused
+            level = logging.DEBUG
+            time.sleep(_RECOVERY_POLL_S)
+
     def _all(self) -> range:
         return range(self._fleet.num_servers)
 
-    def _in_parallel(self, action: Callable[[int], None], indices: Sequence[int]) -> dict[int, str]:
-        """Returns the reasons of the servers for which ``action`` failed."""
+    def _in_parallel(
+        self, action: Callable[[int], None], indices: Sequence[int], *, level: int = logging.WARNING
+    ) -> dict[int, str]:
+        """Returns the reasons of the servers for which ``action`` failed, logged at ``level``."""
 
         def reason(index: int) -> str:
+            self._silent.discard(index)
             try:
                 action(index)
             except (Untransferred, RuntimeError) as error:
-                _LOG.warning("server %d does not take weights: %s", index, error)
+                if not isinstance(error, Untransferred):
+                    self._silent.add(index)
+                _LOG.log(level, "server %d does not take weights: %s", index, error)
                 return str(error)
             return ""
 
@@ -197,6 +257,27 @@ class ServerSync:
         with ThreadPoolExecutor(len(indices)) as pool:
             reasons = list(pool.map(reason, indices))
         return {index: text for index, text in zip(indices, reasons, strict=True) if text}
+
+    def _release(self, index: int) -> None:
+        # a server that is not idle would end itself
+        idle = self._fleet.control(index, f"/flush_cache?timeout={_IDLE_S:g}", {}, timeout_s=2 * _IDLE_S)
+        if idle.status != 200:
+            raise Untransferred(f"it is not idle: {idle.text}")
+        self._memory(index, "/release_memory_occupation")
+        self._released.add(index)
+
+    def _awaken(self, index: int) -> None:
+        """Gives a server its memory back, if it is still the process that released it."""
+        if index in self._released:
+            if self._published is not None and self._carries(index, self._published):
+                self._memory(index, "/resume_memory_occupation")
+            self._released.discard(index)
+        self._learn(index)
+
+    def _memory(self, index: int, path: str) -> None:
+        reply = self._fleet.control(index, path, {}, timeout_s=self._context.timeout_s)
+        if reply.status != 200:
+            raise Untransferred(f"{path} answers {reply.status}: {reply.text}")
 
     def _learn(self, index: int) -> None:
         """Notes the tensor-parallel size and the device of a server, which must answer."""
@@ -221,6 +302,11 @@ class ServerSync:
         if held != label:
             raise Untransferred(f"it reports weight version {held!r} after {label!r} was set")
 
+    def _carries(self, index: int, published: Published) -> bool:
+        """Returns whether a server is labelled with the published version."""
+        label = self._context.labels.verified(published.version)
+        return bool(self._get(index, "/model_info").get("weight_version") == label)
+
     def _post(self, index: int, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Returns the JSON table of a successful call; raises Untransferred."""
         return _checked(self._fleet.control(index, path, body, timeout_s=self._context.timeout_s), path)
@@ -234,12 +320,3 @@ def _checked(reply: ControlReply, path: str) -> Mapping[str, Any]:
     if reply.status != 200 or not isinstance(table, Mapping) or table.get("success") is False:
         raise Untransferred(f"{path} answers {reply.status}: {reply.text}")
     return table
-
-
-def _metered(
-    named_tensors: Iterator[tuple[str, Tensor]], digests: Mapping[int, ServedChecksums]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in named_tensors:
-        for digest in digests.values():
-            digest.add(name, tensor)
-        yield name, tensor

@@ -14,10 +14,10 @@ import torch
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
-from aer_megatron.types import VersionSpan
+from aer_megatron.types import Completion, VersionSpan
 from tests.support.runs import ROOT
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, TRANSPORTS, Rollouts, model_folder, requests, rollouts, weights
 
 SERVER_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 LAUNCH = {
@@ -26,7 +26,7 @@ LAUNCH = {
     "attention_backend": "torch_native",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
-    "mem_fraction_static": 0.1,
+    "mem_fraction_static": 0.5,
     "max_total_tokens": 4096,
     "max_running_requests": 16,
     "skip_tokenizer_init": True,
@@ -84,7 +84,7 @@ def test_completions_hold_what_the_engine_promises(server: Rollouts) -> None:
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("transport", ["disk", "distributed"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_published_weights_are_the_served_ones(transport: str, url: str, folder: Path) -> None:
     """Three publications, so that sessions and groups are used again; a second client then finds a clean server."""
     for first_version in (3, 30):
@@ -97,11 +97,13 @@ def test_published_weights_are_the_served_ones(transport: str, url: str, folder:
                     assert [span.version for span in completion.policy_versions] == [version]
 
 
-def test_a_broadcast_outside_a_session_is_refused(server: Rollouts) -> None:
-    body = {"names": [], "dtypes": [], "shapes": [], "group_name": "none", "load_format": "flattened_bucket"}
-    reply = server.fleet.control(0, "/update_weights_from_distributed", body)
-    assert reply.status == 400
-    assert "begin_weight_update" in reply.text
+def test_an_update_outside_a_session_is_refused(server: Rollouts) -> None:
+    broadcast = {"names": [], "dtypes": [], "shapes": [], "group_name": "none", "load_format": "flattened_bucket"}
+    tensor = {"serialized_named_tensors": [], "load_format": "flattened_bucket"}
+    for kind, body in (("distributed", broadcast), ("tensor", tensor)):
+        reply = server.fleet.control(0, f"/update_weights_from_{kind}", body)
+        assert reply.status == 400
+        assert "begin_weight_update" in reply.text
 
 
 def test_another_model_than_the_one_sent_is_refused(server: Rollouts) -> None:
@@ -118,6 +120,17 @@ def test_a_weight_version_is_what_was_set(server: Rollouts) -> None:
     body = {"new_version": "7-unverified", "abort_all_requests": False}
     assert server.fleet.control(0, "/update_weight_version", body).json()["success"]
     assert server.fleet.control(0, "/model_info").json()["weight_version"] == "7-unverified"
+
+
+def test_memory_is_released_and_taken_back(server: Rollouts) -> None:
+    """Without a memory saver the real server only keeps the books; the calls are the same."""
+    for version in range(2):
+        server.sync.publish(iter(weights(version).items()), version)
+        server.engine.generate(requests(3), OPTIONS)
+        server.sync.suspend()
+        assert server.fleet.in_service() == []
+    server.sync.publish(iter(weights(2).items()), 2)
+    assert len(server.engine.generate(requests(3), OPTIONS)) == 3
 
 
 def test_an_aborted_request_comes_back_as_such(server: Rollouts) -> None:
@@ -170,3 +183,34 @@ def test_log_probabilities_are_those_of_the_published_weights(url: str, server: 
                 logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
             expected = torch.log_softmax(logits / temperature, -1).gather(1, ids[0, len(request.prompt_ids) :, None])
             assert torch.allclose(expected[:, 0], torch.tensor(completion.logprobs), atol=1e-5)
+
+
+def test_requests_go_on_over_publications_under_the_new_weights(server: Rollouts) -> None:
+    """Every token's log-probability is that of the weights of its version, with all the tokens before it."""
+    from tests.support.policies import tiny_hf_model
+
+    server.sync.publish(iter(weights(0).items()), 0)
+    asked = [GenerateRequest((3, 4, 5 + place), place, 50) for place in range(8)]
+    completions: list[Completion] = []
+    options = SamplingOptions(1.0, 1.0, 0, frozenset())
+    thread = threading.Thread(target=lambda: completions.extend(server.engine.generate(asked, options)))
+    thread.start()
+    version = 0
+    while thread.is_alive():
+        time.sleep(0.05)
+        version += 1
+        server.sync.publish(iter(weights(version).items()), version)
+    thread.join()
+    assert max(len(completion.policy_versions) for completion in completions) > 1
+    real = "version" in server.fleet.control(0, "/server_info").json()
+    models = [tiny_hf_model(seed=seed) for seed in range(version + 1)] if real else []
+    for request, completion in zip(asked, completions, strict=True):
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert completion.policy_versions[-1].end == len(completion.token_ids)
+        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+        for span in completion.policy_versions if real else ():
+            with torch.no_grad():
+                logits = models[span.version](ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
+            rows = torch.log_softmax(logits, -1).gather(1, ids[0, len(request.prompt_ids) :, None])[:, 0]
+            got = torch.tensor(completion.logprobs)
+            assert torch.allclose(rows[span.start : span.end], got[span.start : span.end], atol=1e-5)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from aer_megatron.parallel.platform import install_platform
-from tests.support.policies import build_actor, fixed_batch, policy_config
+from tests.support.actor_snapshots import differences, snapshot
+from tests.support.policies import build_actor, fixed_batch, policy_config, tiny_hf_model
 from tests.support.spawn import run_distributed
 
 STATE = {"controller": {"alpha": 0.1 + 0.2, "initial_entropy": None}, "cursor": {"epoch": 1, "position": 7}}
@@ -32,21 +33,27 @@ CASES: dict[str, dict[str, Any]] = {
     "dp2-bf16": {"world": 2, "dtype": "bf16"},
     "dp2-bf16-dropout": {"world": 2, "dtype": "bf16", "megatron": DROPOUT},
     "pp2-fp32": {"world": 2, "pp": 2},
+    "vpp2-bf16": {"world": 2, "pp": 2, "vpp": 2, "dtype": "bf16", "num_layers": 4},
+    "cp2-fp32-packed": {"world": 2, "cp": 2, "tokens_per_micro_batch": 64},
 }
 RESHARDINGS = {
     "tp2-dp2-tied-fp32": ({"tp": 2}, {}, True),
     "tp2-pp2-tied-bf16": ({"tp": 2, "dtype": "bf16"}, {"pp": 2, "dtype": "bf16"}, True),
     "pp2-dp2-untied-bf16": ({"pp": 2, "dtype": "bf16"}, {"dtype": "bf16"}, False),
     "dp2-tp2-untied-fp32": ({}, {"tp": 2}, False),
+    "vpp2-cp2-tied-fp32": ({"pp": 2, "vpp": 2, "num_layers": 4}, {"cp": 2, "num_layers": 4}, True),
+    "cp2-dp2-untied-bf16": ({"cp": 2, "dtype": "bf16"}, {"dtype": "bf16"}, False),
+    "tp2-vpp2-untied-fp32": ({"tp": 2, "num_layers": 4}, {"pp": 2, "vpp": 2, "num_layers": 4}, False),
 }
 
 
-def _config(
-    *, tp: int = 1, pp: int = 1, dtype: str = "fp32", megatron: dict[str, Any] | None = None, **_: Any
-) -> Any:
+def _config(*, dtype: str = "fp32", megatron: dict[str, Any] | None = None, **case: Any) -> Any:
+    names = ("tp", "pp", "vpp", "cp", "tokens_per_micro_batch")
     return policy_config(
         model={"dtype": dtype},
-        parallel={"tp": tp, "pp": pp},
+        parallel={name: case[name] for name in names if name in case},
+        data={"max_prompt_tokens": 8},
+        rollout={"max_new_tokens": 8},
         optimizer={"decay": "linear", "warmup_steps": 3},  # every update has its own learning rate
         megatron=megatron or {},
     )
@@ -55,7 +62,8 @@ def _config(
 def _actor(*, poisoned: bool = False, tied: bool = True, **case: Any) -> Any:
     from aer_megatron.actor.checkpoint_tensors import optimizer_pieces
 
-    actor = build_actor(_config(**case), tied=tied)
+    model = tiny_hf_model(tied=tied, num_layers=case.get("num_layers", 2))
+    actor = build_actor(_config(**case), model=model)
     if poisoned:  # whatever a load forgets is seen
         with torch.no_grad():
             for parameter in actor.model.parameters():
@@ -76,37 +84,17 @@ def _train(actor: Any, updates: range) -> list[tuple[Any, ...]]:
     return [(s.grad_norm, s.learning_rate, dict(s.sums)) for s in stats]
 
 
-def _snapshot(actor: Any) -> dict[str, torch.Tensor]:
-    """Every tensor that a rank holds: model, main parameters, moments (through the optimizer itself), random states."""
-    from aer_megatron.actor.checkpoint_tensors import rng_tensors
-
-    tensors = {f"model/{name}": value for name, value in actor.model.named_parameters()}
-    for index, optimizer in enumerate(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])):
-        inner = optimizer.optimizer.state_dict()
-        for place, state in inner["state"].items():
-            tensors |= {f"optimizer{index}/{place}/{name}": value for name, value in state.items()}
-        main = [p for group in optimizer.optimizer.param_groups for p in group["params"]]
-        tensors |= {f"main{index}/{place}": value for place, value in enumerate(main)}
-    tensors |= {f"rng/{name}": value for name, value in rng_tensors().items()}
-    return {name: value.detach().clone() for name, value in tensors.items()}
-
-
-def _differences(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    same = [name for name in one.keys() & other.keys() if torch.equal(one[name], other[name])]
-    return sorted((one.keys() | other.keys()) - set(same))
-
-
 def _resume(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Two updates, save, two more; then the same two more by a new actor that loaded the checkpoint."""
     from aer_megatron.actor.checkpoint_tensors import set_rng
 
     actor = _actor(**case)
     _train(actor, range(2))
-    at_save = _snapshot(actor)
+    at_save = snapshot(actor)
     store = _store(actor, folder)
     store.save(actor, step=2, state=STATE, files={"ledger": lambda path: path.write_bytes(b"ledger")})
-    result: dict[str, Any] = {"save_changed": _differences(at_save, _snapshot(actor))}
-    straight_stats, straight = _train(actor, range(2, 4)), _snapshot(actor)
+    result: dict[str, Any] = {"save_changed": differences(at_save, snapshot(actor))}
+    straight_stats, straight = _train(actor, range(2, 4)), snapshot(actor)
 
     resumed = _actor(poisoned=True, **case)
     store = _store(resumed, folder)
@@ -114,16 +102,16 @@ def _resume(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     result["state"] = store.load(checkpoint, resumed)
     result["ledger"] = checkpoint.path_of("ledger").read_bytes()
     result["num_updates"] = resumed.num_updates
-    result["after_load"] = _differences(at_save, _snapshot(resumed))
+    result["after_load"] = differences(at_save, snapshot(resumed))
     result["stats"] = (straight_stats, _train(resumed, range(2, 4)))
-    result["after_training"] = _differences(straight, _snapshot(resumed))
+    result["after_training"] = differences(straight, snapshot(resumed))
 
     reseeded = _actor(poisoned=True, **case)
-    fresh_rng = {name: value for name, value in _snapshot(reseeded).items() if name.startswith("rng/")}
+    fresh_rng = {name: value for name, value in snapshot(reseeded).items() if name.startswith("rng/")}
     store.load(checkpoint, reseeded)
     set_rng({name.removeprefix("rng/"): value for name, value in fresh_rng.items()})
     _train(reseeded, range(2, 4))
-    result["with_other_rng"] = [n for n in _differences(straight, _snapshot(reseeded)) if n.startswith("model/")]
+    result["with_other_rng"] = [n for n in differences(straight, snapshot(reseeded)) if n.startswith("model/")]
     return result
 
 
@@ -137,7 +125,7 @@ def _reshard(folder: Path, one: dict[str, Any], two: dict[str, Any], tied: bool)
     first = _actor(tied=tied, **one)
     _train(first, range(2))
     _store(first, folder / "one").save(first, step=2, state=STATE, files={})
-    at_save = _snapshot(first)
+    at_save = snapshot(first)
     weights = {name: tensor.clone() for name, tensor in first.hf_weights()}
     straight = _train(first, range(2, 4))
 
@@ -151,9 +139,9 @@ def _reshard(folder: Path, one: dict[str, Any], two: dict[str, Any], tied: bool)
     third = _actor(tied=tied, poisoned=True, **one)
     store = _store(third, folder / "two")
     store.load(store.latest(), third)
-    there_and_back = [name for name in _differences(at_save, _snapshot(third)) if not name.startswith("rng/")]
+    there_and_back = [name for name in differences(at_save, snapshot(third)) if not name.startswith("rng/")]
     return {
-        "weights": _differences(weights, loaded),
+        "weights": differences(weights, loaded),
         "there_and_back": there_and_back,
         "grad_norms": ([s[0] for s in straight], [s[0] for s in resumed]),
         "rates": ([s[1] for s in straight], [s[1] for s in resumed]),
@@ -176,7 +164,7 @@ def _damaged_loads(folder: Path, rank: int) -> dict[str, str]:
     store = _store(actor, folder, keep=1)
     checkpoint = store.save(actor, step=1, state=STATE, files={"ledger": lambda path: path.write_bytes(b"ledger")})
     target = _actor(tp=2)
-    before = _snapshot(target)
+    before = snapshot(target)
     theirs = checkpoint.folder / "optimizer-tp01-pp00-dp000.safetensors"
     content = theirs.read_bytes()
     damages: dict[str, tuple[Path, bytes | None]] = {
@@ -197,7 +185,7 @@ def _damaged_loads(folder: Path, rank: int) -> dict[str, str]:
         if rank == 0:
             path.write_bytes(intact)
     torch.distributed.barrier()
-    messages["untouched"] = ",".join(_differences(before, _snapshot(target)))
+    messages["untouched"] = ",".join(differences(before, snapshot(target)))
     messages["intact"] = _refused(lambda: store.load(checkpoint, target))
 
     torch.distributed.barrier()
@@ -306,7 +294,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_distributed(_two_ranks, 2, str(tmp_path_factory.mktemp("two")), timeout_s=300)
+    return run_distributed(_two_ranks, 2, str(tmp_path_factory.mktemp("two")), timeout_s=600)
 
 
 def _assert_resumed(result: dict[str, Any], *, dropout: bool = False) -> None:
@@ -329,7 +317,7 @@ def test_resumed_run_is_the_run_never_interrupted(name: str, request: pytest.Fix
 
 
 def test_four_ranks_resume_bit_for_bit(tmp_path: Path) -> None:
-    for result in run_distributed(_four_ranks, 4, str(tmp_path), timeout_s=300):
+    for result in run_distributed(_four_ranks, 4, str(tmp_path), timeout_s=600):
         _assert_resumed(result)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from aer_megatron.actor.attention import ExactAttention
-from aer_megatron.parallel.context import context_positions
+from aer_megatron.algo.packing import context_positions
 from tests.support.spawn import run_distributed
 
 LENGTHS = {2: [8, 8, 4, 12], 4: [8, 16, 16]}
@@ -56,7 +56,7 @@ def test_shares_are_parts_of_the_whole(world_size: int) -> None:
     wanted = _attention(1)(*whole, packed_seq_params=_packed(lengths))
     wanted_grads = torch.autograd.grad((wanted * weight[:, :, 0]).sum(), whole)
     seen = []
-    for share in run_distributed(_share, world_size, timeout_s=120):
+    for share in run_distributed(_share, world_size, timeout_s=300):
         rows = share["positions"]
         seen += rows.tolist()
         assert torch.allclose(share["out"], wanted[rows], atol=1e-12)

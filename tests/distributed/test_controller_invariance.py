@@ -19,10 +19,12 @@ from aer_megatron.algo.batching import micro_batch_indices
 from aer_megatron.algo.controller import ControllerState, Observation, initial_state
 from aer_megatron.config import Config
 from aer_megatron.parallel.platform import install_platform
+from aer_megatron.parts import Parts, Progress
 from aer_megatron.report.reporter import NullReporter
 from aer_megatron.report.timer import PhaseTimer
-from aer_megatron.trainer import Assessment, Parts, Progress, Trainer
-from aer_megatron.types import Experience, Float64Array, PolicyScores
+from aer_megatron.stages import Assessment, Stages
+from aer_megatron.trainer import Trainer
+from aer_megatron.types import Experience, Float64Array, PolicyScores, Prompt
 from tests.support.policies import VOCAB_SIZE, build_actor, policy_config
 from tests.support.spawn import run_distributed
 
@@ -69,6 +71,7 @@ def rollouts(step: int) -> Experience:
         reward_B=(rng.random(NUM_SEQUENCES) < 0.15 * group_B).astype(np.float64),
         truncated_B=np.zeros(NUM_SEQUENCES, dtype=np.bool_),
         policy_version_B=np.zeros(NUM_SEQUENCES, dtype=np.int64),
+        policy_version_sum_B=np.zeros(NUM_SEQUENCES, dtype=np.int64),
     )
 
 
@@ -88,31 +91,32 @@ def run_config(layout: Layout) -> Config:
                 "eta": 0.1,
                 "k_p": 0.5,
                 "alpha_max": 1.0,
+                "mismatch_bound": 0.0,  # no engine sampled these
             },
         },
     )
 
 
-class WatchedTrainer(Trainer):
-    """The trainer, with every assessment kept."""
+class WatchedStages(Stages):
+    """The stages, with every assessment kept."""
 
     def __init__(self, config: Config, parts: Parts, start: Progress) -> None:
         super().__init__(config, parts, start)
         self.assessed: list[Assessment] = []
 
-    def _assess(self, experience: Experience, scores: PolicyScores, step: int) -> Assessment:
-        self.assessed.append(super()._assess(experience, scores, step))
+    def assess(self, experience: Experience, scores: PolicyScores, step: int, policy_version: int) -> Assessment:
+        self.assessed.append(super().assess(experience, scores, step, policy_version))
         return self.assessed[-1]
 
 
-class MeanOfMeansTrainer(WatchedTrainer):
+class MeanOfMeansStages(WatchedStages):
     """The mutant: H is the mean over ranks and micro-batches of each micro-batch's own token mean."""
 
-    def _assess(self, experience: Experience, scores: PolicyScores, step: int) -> Assessment:
-        assessed = super()._assess(experience, scores, step)
+    def assess(self, experience: Experience, scores: PolicyScores, step: int, policy_version: int) -> Assessment:
+        assessed = super().assess(experience, scores, step, policy_version)
         lengths_B = experience.prompt_length_B + experience.response_length_B
         parts_T = np.split(scores.token_entropy_T.astype(np.float64), np.cumsum(experience.response_length_B)[:-1])
-        dp = self._parts.policy.topology.dp  # type: ignore[attr-defined]
+        dp = self.parts.policy.topology.dp  # type: ignore[attr-defined]
         means = [
             np.concatenate([parts_T[index] for index in micro]).mean()
             for dp_rank in range(dp)
@@ -121,7 +125,7 @@ class MeanOfMeansTrainer(WatchedTrainer):
                 lengths_B,
                 dp_rank=dp_rank,
                 dp_size=dp,
-                micro_batch_size=self._config.parallel.micro_batch_size,
+                micro_batch_size=self.config.parallel.micro_batch_size,
             )
         ]
         observation = Observation(float(np.mean(means)), 1.0, assessed.observation.difficulty_mean)
@@ -132,12 +136,12 @@ class FixedRollouts:
     """Prompts, engine and verifiers in one: step ``k`` answers ``rollouts(k)``."""
 
     def next_prompts(self, count: int) -> list[Any]:
-        return [None] * count
+        return [Prompt(0, "", (1,), "", "math")] * count
 
     def state_dict(self) -> dict[str, int]:
         return {}
 
-    def collect(self, prompts: Any, *, step: int, refill: int) -> list[Any]:
+    def collect(self, prompts: Any, *, step: int, refill: int, num_groups: int | None = None) -> list[Any]:
         return [step]
 
     def publish(self, named_tensors: Iterator[Any], version: int) -> None:
@@ -160,7 +164,7 @@ class WatchedPolicy:
         return self._actor.train(batch, **options)
 
 
-def run_layout(layout: Layout, trainer_class: type[WatchedTrainer]) -> list[Step]:
+def run_layout(layout: Layout, stages_class: type[WatchedStages]) -> list[Step]:
     """Returns what every step left on the calling rank."""
     config = run_config(layout)
     saved: list[Progress] = []
@@ -180,19 +184,19 @@ def run_layout(layout: Layout, trainer_class: type[WatchedTrainer]) -> list[Step
         reporter=NullReporter(),
         timer=PhaseTimer(),
     )
-    trainer = trainer_class(config, parts, Progress(0, 0, initial_state(config.algo.entropy), {}))
-    trainer.run()
+    stages = stages_class(config, parts, Progress(0, 0, initial_state(config.algo.entropy), {}))
+    Trainer(stages).run()
     return [
         Step(progress.controller_state, assessed.difficulty_P, assessed.allocation_P, weight_B)
-        for progress, assessed, weight_B in zip(saved, trainer.assessed, policy.weights, strict=True)
+        for progress, assessed, weight_B in zip(saved, stages.assessed, policy.weights, strict=True)
     ]
 
 
 def _layouts(rank: int, world_size: int, layouts: list[Layout]) -> dict[str, list[list[Step]]]:
     install_platform()
     return {
-        "true": [run_layout(layout, WatchedTrainer) for layout in layouts],
-        "mutant": [run_layout(layout, MeanOfMeansTrainer) for layout in layouts if layout.tp == layout.pp == 1],
+        "true": [run_layout(layout, WatchedStages) for layout in layouts],
+        "mutant": [run_layout(layout, MeanOfMeansStages) for layout in layouts if layout.tp == layout.pp == 1],
     }
 
 

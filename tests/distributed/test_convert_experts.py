@@ -24,14 +24,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def _actor(model: Path, parallel: dict[str, Any]) -> Any:
-    from megatron.core import parallel_state
-
     from aer_megatron.actor.actor import Actor
     from aer_megatron.convert.folders import checked_hf_folder
-    from aer_megatron.parallel.topology import initialize_topology
+    from aer_megatron.parallel.topology import initialize_topology, leave_layout
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     config = policy_config(parallel={**parallel, "micro_batch_size": 3})
     sizes = config.parallel
     topology = initialize_topology(tp=sizes.tp, pp=sizes.pp, ep=sizes.ep, seed=1)

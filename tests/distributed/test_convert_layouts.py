@@ -63,14 +63,13 @@ def _saved(base: Path, case: Case) -> Path:
 
 def _run(rank: int, case: Case, base: Path) -> Result:
     import torch.distributed as dist
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing
 
     from aer_megatron.actor import weights
     from aer_megatron.actor.conversion_check import build_gpt, gpt_logits, load_distributed
-    from aer_megatron.parallel.topology import initialize_topology
+    from aer_megatron.parallel.topology import initialize_topology, leave_layout
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     topology = initialize_topology(tp=case.tp, pp=case.pp, ep=case.ep, seed=0)
     _, arch = folders.checked_hf_folder(base / case.family / "hf", 2)
     model = build_gpt(arch, topology)

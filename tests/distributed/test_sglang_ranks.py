@@ -32,6 +32,7 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
             arch=architecture_from_hf_config(hf_config),
             labels=Labels(version_label, unverified_label),
             timeout_s=10.0,
+            recovery_s=0.5,
             leads=rank == 0,
             exchange=lambda value: exchange_json(value, device=CPU),
             replace=replaced.append,

@@ -28,6 +28,7 @@ def experience(rewards: list[float], groups: list[int], prompt_ids: list[int]) -
         reward_B=np.array(rewards, dtype=np.float64),
         truncated_B=np.zeros(num_sequences, dtype=bool),
         policy_version_B=np.zeros(num_sequences, dtype=np.int64),
+        policy_version_sum_B=np.zeros(num_sequences, dtype=np.int64),
     )
 
 

@@ -42,10 +42,10 @@ def test_alpha_starts_at_zero_and_fixed_at_its_constant():
 def test_anchor_is_sum_over_count_and_is_set_once():
     # 720 nats over 800 tokens = 0.9 nats; tau = 0.4 gives a target of 0.36.
     config = EntropySection(tau=0.4)
-    first = anchor(initial_state(config), Observation(720.0, 800.0, 0.5))
+    first = anchor(initial_state(config), config, Observation(720.0, 800.0, 0.5))
     assert first.initial_entropy == 0.9
     assert target_entropy(first, config) == pytest.approx(0.36, rel=1e-15)
-    assert anchor(first, Observation(100.0, 800.0, 0.5)) is first
+    assert anchor(first, config, Observation(100.0, 800.0, 0.5)) is first
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_anchor_is_sum_over_count_and_is_set_once():
 )
 def test_anchor_leaves_the_state_on_an_unusable_statistic(bad):
     state = initial_state(EntropySection())
-    assert anchor(state, bad) is state
+    assert anchor(state, EntropySection(), bad) is state
 
 
 def test_proportional():

@@ -82,6 +82,7 @@ def two_prompts() -> Experience:
         reward_B=np.zeros(4),
         truncated_B=np.zeros(4, dtype=bool),
         policy_version_B=np.zeros(4, dtype=np.int64),
+        policy_version_sum_B=np.zeros(4, dtype=np.int64),
     )
 
 

@@ -84,6 +84,7 @@ def two_prompts() -> tuple[Experience, AdvantageResult]:
         reward_B=np.array([0.0, 0.25, 1.0, 0.0]),
         truncated_B=np.zeros(4, dtype=bool),
         policy_version_B=np.zeros(4, dtype=np.int64),
+        policy_version_sum_B=np.zeros(4, dtype=np.int64),
     )
     advantages = AdvantageResult(
         advantage_B=np.array([-0.5, 0.5, 1.0, -1.0]),

@@ -88,8 +88,10 @@ def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> N
 
 def test_layouts_follow_the_same_run(base: Path, tmp_path: Path) -> None:
     expected = metric_lines(base / "out")
-    for name, ranks in (("whole", 1), ("dp2", 2)):
-        done = train(base / "run.toml", f"--run.output_dir={tmp_path / name}", "--run.num_steps=2", ranks=ranks)
+    packed = ("--parallel.cp=2", "--parallel.tokens_per_micro_batch=128")
+    for name, ranks, changes in (("whole", 1, ()), ("dp2", 2, ()), ("cp2, packed", 2, packed)):
+        folder = f"--run.output_dir={tmp_path / name}"
+        done = train(base / "run.toml", folder, "--run.num_steps=2", *changes, ranks=ranks)
         assert done.returncode == 0, done.stderr
         first = metric_lines(tmp_path / name)[0]
         for key in ("loss/policy", "entropy/token_mean", "train/grad_norm", "reward/mean"):

@@ -63,7 +63,7 @@ def test_alpha_stays_within_its_bounds_whatever_is_observed(data, observations):
     state = initial_state(config)
     for entropy_sum, count, difficulty_mean in observations:
         observation = Observation(entropy_sum, count, difficulty_mean)
-        state = anchor(state, observation)
+        state = anchor(state, config, observation)
         before = state
         decision = update(state, config, observation)
         state = decision.state

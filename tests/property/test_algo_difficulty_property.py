@@ -59,6 +59,7 @@ def test_advantages_equal_numpy_group_by_group(groups, divide):
         reward_B=np.concatenate(groups).astype(np.float64),
         truncated_B=zeros.astype(bool),
         policy_version_B=zeros,
+        policy_version_sum_B=zeros,
     )
     result = group_advantages(batch, AlgoSection(divide_by_std=divide))
     expected = []

@@ -42,6 +42,7 @@ def batches(draw: st.DrawFn) -> tuple[Experience, PolicyScores]:
         reward_B=(rng.random(len(length_B)) < rng.random(prompts)[group_B]).astype(np.float64),
         truncated_B=np.zeros(len(length_B), dtype=bool),
         policy_version_B=np.zeros_like(length_B),
+        policy_version_sum_B=np.zeros_like(length_B),
     )
     return experience, PolicyScores(*(column.astype(np.float32) for column in columns))
 

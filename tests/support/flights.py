@@ -35,7 +35,7 @@ def flight_records(options: EntropySection, num_steps: int, *, seed: int = 0) ->
         observation = Observation(
             float(scores.token_entropy_T.sum(dtype=np.float64)), float(len(scores.token_entropy_T)), float(d_P.mean())
         )
-        state = controller.update(controller.anchor(state, observation), options, observation).state
+        state = controller.update(controller.anchor(state, options, observation), options, observation).state
         records.append(
             FlightRecord(
                 step=step,
@@ -68,6 +68,7 @@ def _batch(rng: np.random.Generator, *, level: float) -> tuple[Experience, Polic
         reward_B=rng.random(num_sequences),
         truncated_B=np.zeros(num_sequences, dtype=bool),
         policy_version_B=np.zeros_like(length_B),
+        policy_version_sum_B=np.zeros_like(length_B),
     )
     columns = [rng.random(num_tokens).astype(np.float32) for _ in range(4)]
     scores = PolicyScores(-columns[0], np.float32(level) * columns[0], *columns[1:])

@@ -30,6 +30,7 @@ def main(timeout_s: float, kind: str) -> None:
     initialize_process_group(platform)
     watchdog = Watchdog(
         rank=platform.rank,
+        num_ranks=platform.world_size,
         timeout_s=timeout_s,
         say=functools.partial(print, file=sys.stderr, flush=True),
         store=distributed_store(),

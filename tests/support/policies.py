@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_from_table
@@ -16,13 +16,14 @@ from aer_megatron.types import Experience, TrainBatch
 VOCAB_SIZE = 25  # odd: every tensor-parallel size pads it
 
 
-def tiny_hf_model(*, tied: bool = True, seed: int = 0) -> Any:
-    """Returns a 2-layer Qwen3 with random fp32 weights, large enough that no output is near uniform."""
-    config = Qwen3Config(
+def tiny_hf_model(*, tied: bool = True, seed: int = 0, num_layers: int = 2, experts: bool = False) -> Any:
+    """Returns a Qwen3 with random fp32 weights, large enough that no output is near uniform; dense or with experts."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    config = (Qwen3MoeConfig if experts else Qwen3Config)(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
@@ -30,9 +31,26 @@ def tiny_hf_model(*, tied: bool = True, seed: int = 0) -> Any:
         tie_word_embeddings=tied,
         rope_theta=10000.0,
         initializer_range=0.2,
+        **(moe if experts else {}),
     )
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def _one_tensor_per_expert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the tensors as a checkpoint has them: transformers stacks the experts' once they are loaded."""
+    weights = {}
+    for name, tensor in state.items():
+        prefix, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for expert, rows in enumerate(tensor):
+                for part, matrix in zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True):
+                    weights[f"{prefix}.experts.{expert}.{part}.weight"] = matrix
+        elif kind == "down_proj":
+            weights |= {f"{prefix}.experts.{expert}.down_proj.weight": rows for expert, rows in enumerate(tensor)}
+        else:
+            weights[name] = tensor
+    return weights
 
 
 def policy_config(**sections: dict[str, Any]) -> Config:
@@ -67,6 +85,7 @@ def fixed_batch(num_sequences: int = 12, seed: int = 0) -> TrainBatch:
         reward_B=np.zeros(num_sequences),
         truncated_B=np.zeros(num_sequences, dtype=np.bool_),
         policy_version_B=np.zeros(num_sequences, dtype=np.int64),
+        policy_version_sum_B=np.zeros(num_sequences, dtype=np.int64),
     )
     return TrainBatch(
         experience=experience,
@@ -78,17 +97,16 @@ def fixed_batch(num_sequences: int = 12, seed: int = 0) -> TrainBatch:
 
 def build_topology(config: Config) -> Any:
     """Returns the calling rank's topology; the groups of an earlier one are left first."""
-    from megatron.core import parallel_state
+    from aer_megatron.parallel.topology import initialize_topology, leave_layout
 
-    from aer_megatron.parallel.topology import initialize_topology
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     parallel = config.parallel
-    return initialize_topology(tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, seed=1)
+    return initialize_topology(
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, cp=parallel.cp, ep=parallel.ep, seed=1
+    )
 
 
-def build_actor(config: Config, *, tied: bool = True, topology: Any = None) -> Any:
+def build_actor(config: Config, *, tied: bool = True, topology: Any = None, model: Any = None) -> Any:
     """Returns an Actor with the tiny model's weights; the default process group must exist.
 
     Without a ``topology`` to share with other actors it builds its own, so layouts can follow one another.
@@ -96,11 +114,11 @@ def build_actor(config: Config, *, tied: bool = True, topology: Any = None) -> A
     from aer_megatron.actor.actor import Actor
 
     topology = topology or build_topology(config)
-    model = tiny_hf_model(tied=tied)
+    model = model or tiny_hf_model(tied=tied)
     arch = architecture_from_hf_config(model.config.to_dict())
     actor = Actor(
         arch, config, topology, device=torch.device("cpu"), optimizer=config.optimizer, num_updates_planned=10
     )
-    weights = model.state_dict()
+    weights = _one_tensor_per_expert(model.state_dict())
     actor.load_hf_weights(weights.__getitem__)
     return actor

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import hashlib
+import io
 import json
+import logging
 import math
 import threading
 from dataclasses import dataclass, field
@@ -23,7 +26,16 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+
+from tests.support.served_weights import (
+    AllowListed,
+    incomplete,
+    join_group,
+    joined,
+    receive,
+    served_checksum,
+    served_weights,
+)
 
 Fault = Literal["none", "slow", "500", "reset", "truncated", "hang", "wrong_version", "nan", "counts", "not_json"]
 _SLOW_S = 0.3
@@ -49,6 +61,7 @@ class SGLangDouble:
         api_key: str | None = None,
         vocab_size: int = 25,
         legacy: bool = False,
+        without_weights: bool = False,
     ) -> None:
         self.fault: Fault = "none"
         self.num_faults = -1
@@ -58,11 +71,13 @@ class SGLangDouble:
         self.rids: list[str] = []
         self.num_completed = 0
         self.weight_version = "default"
-        self.weights = served_weights(model_path)
+        self.weights = {} if without_weights else served_weights(model_path)
         self.legacy = legacy
         self.in_session = False
         self.groups: dict[str, Any] = {}
         self.received: dict[str, NDArray[Any]] = {}
+        self.released = False
+        self.access_log: logging.Logger | None = None
         self._args = (host, port, token_s, api_key, vocab_size)
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
@@ -95,7 +110,7 @@ class SGLangDouble:
         return f"http://{self._args[0]}:{self._args[1]}"
 
     async def _start(self) -> None:
-        app = web.Application(middlewares=[self._authorize])
+        app = web.Application(middlewares=[self._authorize], client_max_size=1 << 30)
         app.add_routes(
             [
                 web.post("/generate", self._generate),
@@ -110,11 +125,15 @@ class SGLangDouble:
                 web.post("/init_weights_update_group", self._init_group),
                 web.post("/destroy_weights_update_group", self._destroy_group),
                 web.post("/update_weights_from_distributed", self._update_distributed),
+                web.post("/update_weights_from_tensor", self._update_tensor),
+                web.post("/flush_cache", self._flush),
+                web.post("/release_memory_occupation", self._release),
+                web.post("/resume_memory_occupation", self._resume),
             ]
         )
         if not self.legacy:  # up to 0.5.20 there were no sessions
             app.add_routes([web.post("/begin_weight_update", self._begin), web.post("/end_weight_update", self._end)])
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, access_log=self.access_log, shutdown_timeout=0.1)
         await self._runner.setup()
         host, port, *rest = self._args
         site = web.TCPSite(self._runner, host, port, reuse_address=True)
@@ -223,7 +242,7 @@ class SGLangDouble:
         body = await request.json()
         self.aborts.append(body.get("rid", ""))
         for rid, running in self.running.items():
-            if body.get("abort_all") or rid == body.get("rid"):
+            if body.get("abort_all") or rid.startswith(body["rid"]):  # as the real server: by prefix
                 running.aborted.set()
         return web.Response()
 
@@ -232,6 +251,21 @@ class SGLangDouble:
         info = [{"role": "target", "tp_rank": 0, "tp_size": 1}]
         ranks = [{"checksums": checksums, "per_gpu_checksum": "", "parallelism_info": info}]
         return web.json_response({"success": True, "message": "Success.", "ranks": ranks})
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        return web.Response(status=400 if self.running else 200, text="Cache flushed." if not self.running else "busy")
+
+    async def _release(self, request: web.Request) -> web.Response:
+        if self.running or self.released:  # the real server's scheduler ends itself
+            self._end = asyncio.create_task(self._stop())
+        self.released = True
+        return web.json_response(None)
+
+    async def _resume(self, request: web.Request) -> web.Response:
+        if not self.released:
+            self._end = asyncio.create_task(self._stop())
+        self.released = False
+        return web.json_response(None)
 
     async def _update_from_disk(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -272,7 +306,7 @@ class SGLangDouble:
 
     async def _init_group(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.groups[body["group_name"]] = await asyncio.to_thread(_join_group, body)
+        self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
         return web.json_response({"success": True, "message": ""})
 
     async def _destroy_group(self, request: web.Request) -> web.Response:
@@ -281,21 +315,45 @@ class SGLangDouble:
 
     async def _update_distributed(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if not (self.in_session or self.legacy) or self.update_fault == "500":
+        if self._refuses_updates():
             message = "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
             return web.json_response({"success": False, "message": message}, status=400)
         if self.update_fault == "hang":
             await asyncio.sleep(3600)
         sizes = [int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in zip(body["shapes"], body["dtypes"])]
-        flat = await asyncio.to_thread(_receive, self.groups[body["group_name"]], sum(sizes))
+        flat = await asyncio.to_thread(receive, self.groups[body["group_name"]], self.buffer(sum(sizes)))
         for name, shape, kind, end, size in zip(
             body["names"], body["shapes"], body["dtypes"], np.cumsum(sizes), sizes, strict=True
         ):
             self.received[name] = flat[end - size : end].view(kind).reshape(shape)
+        return self._load_received(body)
+
+    async def _update_tensor(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self._refuses_updates():
+            message = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+            return web.json_response({"success": False, "message": message}, status=400)
+        if self.update_fault == "hang":
+            await asyncio.sleep(3600)
+        bucket = AllowListed(io.BytesIO(base64.b64decode(body["serialized_named_tensors"][0], validate=True))).load()
+        assert body["load_format"] == "flattened_bucket"
+        for meta in bucket["metadata"]:
+            tensor = bucket["flattened_tensor"][meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape)
+            self.received[meta.name] = tensor.numpy()
+        return self._load_received(body)
+
+    def buffer(self, size: int) -> NDArray[Any]:
+        """Returns memory for a bucket."""
+        return np.empty(size, np.uint8)
+
+    def _refuses_updates(self) -> bool:
+        return not (self.in_session or self.legacy) or self.update_fault == "500"
+
+    def _load_received(self, body: dict[str, Any]) -> web.Response:
         if self.update_fault == "drops_a_tensor":
             self.received.pop("model.layers.0.self_attn.o_proj.weight", None)
-        for name, array in joined(self.received).items():
-            self.weights[name] = array
+        self.weights |= joined(self.received)
+        self.received = incomplete(self.received)
         self.weight_version = body.get("weight_version") or self.weight_version
         return web.json_response({"success": True, "message": ""})
 
@@ -313,71 +371,6 @@ async def _until(event: asyncio.Event, seconds: float) -> None:
         return
 
 
-def served_weights(folder: Path) -> dict[str, NDArray[Any]]:
-    """The parameters of a dense model as the server holds them, by its own names (NumPy: the double starts at once)."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise OSError(f"no safetensors in {folder}")
-    return joined({name: tensor for file in files for name, tensor in load_file(file).items()})
-
-
-def joined(hf: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The served parameters that can be made of Hugging Face tensors."""
-    served: dict[str, NDArray[Any]] = {}
-    for name in list(hf):
-        if name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight")):
-            continue
-        tensor = hf[name]
-        if any(other not in hf for other in _neighbours(name)):
-            continue
-        if name.endswith("q_proj.weight"):
-            tensor = np.concatenate([tensor, *(hf[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))])
-            name = name.replace("q_proj", "qkv_proj")
-        elif name.endswith("gate_proj.weight"):
-            tensor = np.concatenate([tensor, hf[name.replace("gate_proj", "up_proj")]])
-            name = name.replace("gate_proj", "gate_up_proj")
-        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            padded = np.zeros((math.ceil(len(tensor) / 64) * 64, tensor.shape[1]), dtype=tensor.dtype)
-            padded[: len(tensor)] = tensor
-            tensor = padded
-        served[name] = tensor
-    return served
-
-
-def _neighbours(name: str) -> list[str]:
-    if name.endswith("q_proj.weight"):
-        return [name.replace("q_proj", other) for other in ("k_proj", "v_proj")]
-    return [name.replace("gate_proj", "up_proj")] if name.endswith("gate_proj.weight") else []
-
-
-def _join_group(body: dict[str, Any]) -> Any:
-    """Joins under the names that SGLang's torch uses; by hand, because the trainer may be in the same process."""
-    from datetime import timedelta
-
-    from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
-
-    name, wait = body["group_name"], timedelta(seconds=20)
-    store = TCPStore(body["master_address"], body["master_port"], body["world_size"], is_master=False, timeout=wait)
-    for prefix in (name, f"{name}/", "cpu/"):
-        store = PrefixStore(prefix, store)
-    return ProcessGroupGloo(store, body["rank_offset"], body["world_size"], wait)
-
-
-def _receive(group: Any, size: int) -> NDArray[Any]:
-    import torch
-
-    flat = torch.empty(size, dtype=torch.uint8)
-    options = torch.distributed.BroadcastOptions()
-    options.rootRank = 0
-    group.broadcast([flat], options).wait()
-    array: NDArray[Any] = flat.numpy()
-    return array
-
-
-def served_checksum(array: NDArray[Any]) -> str:
-    return hashlib.sha256(array.tobytes()).hexdigest()[:16]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model-path", type=Path, required=True)
@@ -385,10 +378,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--token-s", type=float, default=0.0)
     parser.add_argument("--api-key")
-    given = parser.parse_args()
-    with SGLangDouble(
-        given.model_path, host=given.host, port=given.port, token_s=given.token_s, api_key=given.api_key
-    ):
+    parser.add_argument("--vocab-size", type=int, default=25)
+    given, _ = parser.parse_known_args()  # the real server has more options
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    double = SGLangDouble(**vars(given))
+    double.access_log = logging.getLogger("aiohttp.access")  # one line per call, as the real server's
+    with double:
         threading.Event().wait()
 
 

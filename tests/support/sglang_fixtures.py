@@ -19,9 +19,12 @@ from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
 from aer_megatron.sync.disk import DiskSync
 from aer_megatron.sync.distributed import DistributedSync
 from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
+from aer_megatron.sync.tensor import TensorSync
 from tests.support.policies import tiny_hf_model
 
 OPTIONS = SamplingOptions(1.0, 1.0, 0, frozenset({2}))
+TRANSPORTS = ("disk", "distributed", "tensor")
+BUCKET_BYTES = 20_000  # several buckets of a tiny model
 
 
 class Rollouts(NamedTuple):
@@ -84,16 +87,23 @@ def rollouts(
             arch=architecture_from_hf_config(hf_config),
             labels=Labels(version_label, unverified_label),
             timeout_s=transfer_timeout_s,
+            recovery_s=chosen["recovery_timeout_s"],
             leads=True,
             exchange=lambda value: [json.loads(json.dumps(value))],
             replace=replaced.append,
         )
-        sync: ServerSync = (
-            DiskSync(fleet, context, folder=folder.parent / "transfer", hf_config=hf_config, max_shard_bytes=20_000)
-            if transport == "disk"
-            else DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=20_000)
-        )
+        sync = _transport(transport, fleet, context, folder.parent / "transfer", hf_config)
         stack.callback(sync.close)
         engine = SGLangEngine(fleet, RequestLimits(**chosen), transfer=sync.transfer)
         torch.manual_seed(0)
         yield Rollouts(engine, fleet, sync, replaced)
+
+
+def _transport(
+    name: str, fleet: ServerFleet, context: SyncContext, folder: Path, hf_config: dict[str, Any]
+) -> ServerSync:
+    if name == "distributed":
+        return DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=BUCKET_BYTES)
+    if name == "tensor":
+        return TensorSync(fleet, context, bucket_bytes=BUCKET_BYTES)
+    return DiskSync(fleet, context, folder=folder, hf_config=hf_config, max_shard_bytes=BUCKET_BYTES)

@@ -19,7 +19,7 @@ TARGET = 0.4
 
 def error_trace(config: EntropySection, num_steps: int, *, difficulty_mean: float = 0.5) -> list[float]:
     """Returns H* - H per step, from H = 0.5 with H_0 = 1."""
-    state = anchor(initial_state(config), Observation(1.0, 1.0, difficulty_mean))
+    state = anchor(initial_state(config), config, Observation(1.0, 1.0, difficulty_mean))
     entropy = 0.5
     errors = []
     for _ in range(num_steps):

@@ -93,3 +93,13 @@ def test_cursor_and_ledger_of_a_checkpoint_continue_the_same_selection(prompts: 
     assert sum(passed_over for _, passed_over in straight) > 20
     always = [prompt for ids, _ in straight for prompt in ids if prompt % 3 == 0]
     assert 0 < len(always) < 21 * 5 * 7 / 20  # explored, and rarer than their share of 7 prompts in 20
+
+
+def test_prompts_of_a_checkpoint_come_back_without_moving_on(prompts: PromptSet) -> None:
+    cursor = PromptCursor(prompts, 5)
+    drawn = cursor.next_prompts(4)
+    before = cursor.state_dict()
+    assert cursor.prompts_of([prompt.id for prompt in reversed(drawn)]) == drawn[::-1]
+    assert cursor.state_dict() == before
+    with pytest.raises(ValueError, match=r"waits for prompt 0x63, which data\.train does not hold"):
+        cursor.prompts_of([3, 99])

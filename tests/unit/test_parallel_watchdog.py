@@ -48,6 +48,7 @@ class Ending:
 def watchdog(ending: Ending, store: object = None, timeout_s: float = 0.3) -> Watchdog:
     return Watchdog(
         rank=3,
+        num_ranks=4,
         timeout_s=timeout_s,
         say=ending.said.append,
         store=store,  # type: ignore[arg-type]
@@ -80,6 +81,14 @@ def test_the_alarm_of_another_rank_makes_a_busy_one_speak() -> None:
             watched.enter_phase("rollout", 0)
             time.sleep(0.02)
     assert "another rank hangs" in ending.said[0]
+
+
+def test_ranks_that_do_not_answer_the_alarm_are_named() -> None:
+    ending, store = Ending(), Store()
+    store.keys |= {"aer_megatron/hang/0"}  # rank 0 has answered; this one is rank 3
+    with watchdog(ending, store):
+        assert ending.ended.wait(10)
+    assert "no word from ranks 1, 2:" in ending.said[-1]
 
 
 def test_progress_keeps_it_quiet() -> None:

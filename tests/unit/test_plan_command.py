@@ -132,6 +132,25 @@ def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages() -> No
         memory = stage_memory(arch, layout, SHAPE, FLASH, stage=stage, num_micro_batches=16)
         assert memory.activations == one * waiting + ids
     assert stage_memory(arch, layout, SHAPE, FLASH, stage=0, num_micro_batches=2).activations == one * 2 + ids
+    # interleaved, two chunks of half the layers: 2 * 3 + 4 + 1 = 11 chunks wait on the first stage, 5 on the last
+    chunks = Layout(1, 4, 1, vpp=2)
+    for stage, waiting in ((0, 11), (3, 5)):
+        memory = stage_memory(arch, chunks, SHAPE, FLASH, stage=stage, num_micro_batches=16)
+        assert memory.activations == one * waiting // 2 + ids
+
+
+def test_context_parallel_ranks_share_tokens_and_optimizer() -> None:
+    arch = setting(8).arch
+    one = stage_memory(arch, Layout(1, 1, 1), SHAPE, FLASH, stage=0, num_micro_batches=1)
+    two = stage_memory(arch, Layout(1, 1, 1, cp=2), SHAPE, FLASH, stage=0, num_micro_batches=1)
+    assert (two.weights, two.gradients) == (one.weights, one.gradients)
+    assert (2 * two.optimizer, 2 * two.activations) == (one.optimizer, one.activations)
+    own = plan.own_candidate(setting(32, "--parallel.cp=2", "--parallel.pp=2", "--parallel.vpp=2"))
+    assert own.layout == Layout(4, 2, 2, sequence_parallel=True, cp=2, vpp=2)
+    assert "pp 2 vpp 2 cp 2 dp 2" in own.layout.text
+    assert own.micro_batch_size == 1
+    packed = plan.own_candidate(setting(32, "--parallel.tokens_per_micro_batch=9000"))
+    assert packed.micro_batch_size == 2  # of 4096 tokens, the longest sequence
 
 
 def test_operations_by_hand() -> None:
@@ -157,7 +176,38 @@ def test_traffic_by_hand() -> None:
     assert traffic.data == 2 * 0.5 * held * (4 + 2)
     assert traffic.weight_sync == parameter_count(tiny()) * 2 / 2
     alone = step_traffic(tiny(), work, Layout(1, 1, 1), form)
-    assert (alone.tensor, alone.pipeline, alone.data, alone.weight_sync) == (0, 0, 0, 0)
+    assert (alone.tensor, alone.context, alone.pipeline, alone.data, alone.weight_sync) == (0, 0, 0, 0, 0)
+
+
+def test_context_traffic_by_hand() -> None:
+    """Keys and values of 16 / 2 tokens, 4 columns each in bf16, to one other rank, in 2 layers and 3 passes."""
+    work = Workload(sequences=4, prompt_tokens=2, response_tokens=2, minibatches=2, passes=1)
+    traffic = step_traffic(tiny(), work, Layout(1, 1, 1, cp=2), replace(FLASH, vocab_rows=50))
+    assert traffic.context == 8 * (4 + 4) * 2 * 2 * 3
+    assert traffic.tensor == 0
+    assert traffic.data > 0  # the two ranks hold the same weights
+
+
+def test_long_sequences_are_cut_over_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    """No micro-batch of one 40,960-token sequence fits without recomputation unless its tokens are shared."""
+    long = ("--rollout.max_new_tokens=39936", "--rollout.max_batch_size=4")
+    asked = setting(64, *long, "--parallel.cp=4")
+    without = [c.layout for c in plan.fitting_candidates(asked) if c.layout.cp == 1]
+    assert all(layout.recompute == "full" or layout.tp * layout.pp >= 4 for layout in without)
+    assert any(c.layout.cp >= 4 and c.layout.recompute == "none" for c in plan.fitting_candidates(asked))
+    assert plan.main([str(RUN), MODEL, "--gpus", "64", *long]) == 0
+    assert re.search(r"^  tp \d+ pp \d+( vpp \d+)? cp \d+ dp \d+", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_searched_layouts_are_configurations() -> None:
+    asked = setting(16)
+    layouts = list(plan.possible_layouts(asked))
+    assert {layout.num_ranks for layout in layouts} == {16}
+    assert {layout.cp for layout in layouts} >= {1, 2, 4, 8, 16}
+    assert {layout.vpp for layout in layouts if layout.pp > 1} == {1, 2, 3}  # of 18 or 9 layers
+    assert {layout.vpp for layout in layouts if layout.pp == 1} == {1}
+    for layout in layouts:
+        assert asked.arch.num_layers % (layout.pp * layout.vpp) == 0
 
 
 def test_kinds_of_gpu() -> None:

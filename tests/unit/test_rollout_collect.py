@@ -129,3 +129,40 @@ def test_more_samples_extend_the_same_rollouts() -> None:
 def test_num_samples_must_be_positive() -> None:
     with pytest.raises(ValueError, match="num_samples=0"):
         run(make_prompts(1), num_samples=0)
+
+
+class RacingEcho(EchoEngine):
+    """Groups with an odd first prompt token are slow."""
+
+    def generate_first(
+        self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, *, wanted: int
+    ) -> dict[int, list[Completion]]:
+        order = sorted(range(len(groups)), key=lambda index: groups[index][0].prompt_ids[0] % 2)
+        return {index: self.generate(groups[index], options) for index in order[:wanted]}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_rank_keeps_its_share_of_the_first_groups(world_size: int) -> None:
+    prompts = make_prompts(*range(8))
+    groups = []
+    for rank in range(world_size):
+        collector = RolloutCollector(
+            RacingEcho(),
+            OPTIONS,
+            num_samples=2,
+            max_new_tokens=8,
+            stream_seed=stream_seed(1, "train"),
+            rank=rank,
+            world_size=world_size,
+        )
+        mine = collector.collect(prompts, step=0, refill=0, num_groups=5)
+        expected = share(5, rank=rank, world_size=world_size)
+        assert len(mine) == expected.stop - expected.start
+        assert all(len(group.completions) == 2 for group in mine)
+        groups += mine
+    ids = [group.prompt.id for group in groups]
+    assert len(ids) == 5 and ids == sorted(set(ids))  # in prompt order
+    plain = {group.prompt.id: group for group in run(prompts, num_samples=2)}
+    assert all(plain[group.prompt.id] == group for group in groups)  # the seeds are those without a race
+    with pytest.raises(ValueError, match="num_groups=9 must not exceed the 8 prompts"):
+        collector.collect(prompts, step=0, refill=0, num_groups=9)

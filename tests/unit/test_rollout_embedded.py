@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import GenerateRequest, RolloutEngine, SamplingOptions
 from aer_megatron.types import Completion, VersionSpan
+from tests.support.tiny_models import save_tiny_model
 
 VOCABULARY = 29
 SIZES = {
@@ -337,3 +340,21 @@ def test_bf16_weights_give_fp32_logprobs_of_the_bf16_model() -> None:
 def test_max_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match="max_batch_size=0"):
         make_engine(CONFIGS["qwen3"](), max_batch_size=0)
+
+
+def test_experts_arrive_one_by_one_and_answer_like_transformers(tmp_path: Path) -> None:
+    folder = save_tiny_model("qwen3_moe", tmp_path / "moe")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    tensors = load_file(folder / "model.safetensors")
+    assert any(".experts.3.up_proj.weight" in name for name in tensors)
+    engine = make_engine(model.config)
+    checksums = engine.update_weights(tensors.items(), version=0)
+    assert checksums == engine.held_checksums() == {name: byte_sum(tensor) for name, tensor in tensors.items()}
+    requests = random_requests(5, seed=0, longest=6, new=6)
+    requests = [GenerateRequest(tuple(i % 25 for i in r.prompt_ids), r.seed, r.max_new_tokens) for r in requests]
+    for request, completion in zip(requests, engine.generate(requests, PLAIN), strict=True):
+        logits = reference_logits(model, request.prompt_ids, completion.token_ids)
+        chosen = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(completion.logprobs), chosen, atol=1e-5)
+    with pytest.raises(ValueError, match=r"lacks 1 of .*experts\.2\.gate_proj"):
+        engine.stage_weights((n, t) for n, t in tensors.items() if n != "model.layers.1.mlp.experts.2.gate_proj.weight")

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.rollout.sglang_protocol import BadReply, generate_body, parse_completion, parse_json
+from aer_megatron.rollout.sglang_protocol import (
+    BadReply,
+    ended,
+    generate_body,
+    join_completions,
+    parse_completion,
+    parse_json,
+    parse_partial,
+    rest_of,
+)
 from aer_megatron.types import Completion, VersionSpan
 from tests.support.policies import policy_config
 
@@ -100,3 +109,44 @@ def test_the_run_file_says_where_the_servers_are() -> None:
     for sglang in ({}, {"num_servers": 1, "urls": ["http://h:1"]}):
         with pytest.raises(ValueError, match=r"needs exactly one of them"):
             policy_config(rollout={"engine": "sglang"}, sglang=sglang)
+
+
+def partial(tokens: tuple[int, ...], reason: str, *spans: VersionSpan) -> Completion:
+    return Completion(tokens, tuple(-0.1 * token for token in tokens), reason, spans)  # type: ignore[arg-type]
+
+
+def test_a_request_goes_on_behind_its_own_tokens() -> None:
+    assert rest_of(REQUEST, None) is REQUEST
+    first = partial((9, 7), "abort", VersionSpan(5, 0, 2))
+    assert rest_of(REQUEST, first) == GenerateRequest((4, 1, 9, 7), REQUEST.seed, 2)
+    second = partial((6, 2), "stop", VersionSpan(6, 0, 1), VersionSpan(7, 1, 2))
+    whole = join_completions(first, second)
+    spans = (VersionSpan(5, 0, 2), VersionSpan(6, 2, 3), VersionSpan(7, 3, 4))
+    assert whole == partial((9, 7, 6, 2), "stop", *spans)
+    assert join_completions(None, second) is second
+    # a server lost without a transfer between the parts: one version, one span
+    same = join_completions(first, partial((6,), "length", VersionSpan(5, 0, 1)))
+    assert same.policy_versions == (VersionSpan(5, 0, 3),)
+
+
+def test_an_abort_that_came_with_the_last_token_is_an_end() -> None:
+    options = SamplingOptions(1.0, 1.0, 0, frozenset({2}))
+    span = VersionSpan(0, 0, 1)
+    assert ended(partial((9,), "abort", span), REQUEST, options) is None
+    stopped = ended(partial((9, 2), "abort", span), REQUEST, options)
+    full = ended(partial((9, 7, 5, 5), "abort", span), REQUEST, options)
+    assert stopped is not None and stopped.finish_reason == "stop"
+    assert full is not None and full.finish_reason == "length"
+    done = partial((9,), "stop", span)
+    assert ended(done, REQUEST, options) is done
+
+
+def test_an_aborted_reply_is_believed_as_far_as_it_is_whole() -> None:
+    reply = copy.deepcopy(REPLY)
+    reply["meta_info"]["finish_reason"] = {"type": "abort", "message": "Abort"}
+    expected = Completion((9, 7, 2), (-0.5, -1.5, 0.0), "abort", (VersionSpan(5, 0, 3),))
+    assert parse_partial(reply, REQUEST, version=5) == expected
+    assert parse_partial(reply, REQUEST, version=4) is None
+    nothing = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}}
+    assert parse_partial(nothing, REQUEST, version=5) is None
+    assert parse_partial(None, REQUEST, version=5) is None

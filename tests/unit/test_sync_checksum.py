@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aer_megatron.sync.checksum import tensor_checksum
+from aer_megatron.sync.metering import Meter
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -117,3 +118,21 @@ def test_it_reads_at_least_half_a_gigabyte_a_second() -> None:
         tensor_checksum(tensor)
         best = min(best, time.perf_counter() - start)
     assert tensor.nbytes / best > 0.5e9
+
+
+def test_a_meter_sees_the_whole_stream_in_order_and_says_what_went_wrong() -> None:
+    tensors = [(f"t{number}", torch.full((8,), float(number))) for number in range(50)]
+    seen: list[str] = []
+    with Meter(lambda name, tensor: seen.append(name), max_bytes=64) as meter:
+        assert [name for name, _ in meter.stream(iter(tensors))] == [name for name, _ in tensors]
+        meter.finish()
+    assert seen == [name for name, _ in tensors]
+
+    def refuse(name: str, tensor: torch.Tensor) -> None:
+        if name == "t7":
+            raise ValueError("t7 is wrong")
+
+    for max_bytes in (64, 10**6):  # found while the stream runs, and at its end
+        with Meter(refuse, max_bytes=max_bytes) as meter, pytest.raises(ValueError, match="t7 is wrong"):
+            list(meter.stream(iter(tensors)))
+            meter.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.sglang_weights import ServedChecksums, first_difference
 from tests.support.policies import tiny_hf_model
-from tests.support.sglang_double import SGLangDouble, served_checksum
+from tests.support.served_weights import served_checksum
+from tests.support.sglang_double import Running, SGLangDouble
 from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
 
 
@@ -156,3 +158,60 @@ def test_what_a_server_must_report_is_checked_both_ways() -> None:
     assert "never sent" in first_difference(expected, reported({"a": "01", "b": "02", "c": "04"}))
     assert "tensor-parallel rank 1" in first_difference(expected, reported({"a": "01", "b": "02"}, rank=1))
     assert "does not report" in first_difference(expected, None)
+
+
+def test_memory_is_released_between_rollouts_and_the_next_transfer(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+) -> None:
+    with ExitStack() as stack:
+        made = opened(stack, pair, folder)
+        made.engine.generate(requests(4), OPTIONS)
+        made.sync.suspend()
+        assert [server.released for server in pair] == [True, True]
+        assert made.fleet.in_service() == []
+        pair[1].stop()  # a new process has its memory, and must not be told to take it back
+        pair[1].released = False
+        pair[1].start_again("default")
+        made.sync.publish(iter(weights(1).items()), 1)
+        assert [server.released for server in pair] == [False, False]
+        assert len(made.engine.generate(requests(4), OPTIONS)) == 4
+        assert made.fleet.in_service() == [0, 1]
+
+
+def test_a_server_that_is_busy_is_not_asked_for_its_memory(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+) -> None:
+    with ExitStack() as stack:
+        made = opened(stack, pair, folder)
+        pair[0].running["someone else's"] = Running()
+        made.sync.suspend()
+        del pair[0].running["someone else's"]
+        assert [server.released for server in pair] == [False, True]
+        assert made.replaced == [0]
+        made.sync.publish(iter(weights(1).items()), 1)
+        assert made.fleet.in_service() == [0, 1]
+
+
+def test_a_server_reached_by_a_publication_is_not_given_the_weights_again(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+) -> None:
+    with ExitStack() as stack:
+        made = opened(stack, pair, folder)
+        pair[0].update_fault = "500"
+        made.sync.restore(0)  # holds them already: no update is tried
+        pair[0].weight_version = "default"
+        with pytest.raises(RuntimeError, match="answers 500"):
+            made.sync.restore(0)
+
+
+def test_a_transfer_waits_while_no_server_answers(pair: tuple[SGLangDouble, SGLangDouble], folder: Path) -> None:
+    with ExitStack() as stack:
+        urls = [one.url for one in pair]
+        made = stack.enter_context(rollouts(urls, folder, transfer_timeout_s=5.0, recovery_timeout_s=20.0))
+        for server in pair:
+            server.stop()
+        back = threading.Timer(0.7, pair[1].start_again, ["default"])
+        back.start()
+        made.sync.publish(iter(weights(1).items()), 1)
+        back.join()
+        assert made.fleet.in_service() == [1]

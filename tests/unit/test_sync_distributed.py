@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from aer_megatron.sync.distributed import buckets
+from aer_megatron.sync.buckets import buckets
+from aer_megatron.sync.tensor import serialize
+from tests.support.served_weights import AllowListed
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
 
@@ -27,10 +31,15 @@ def pair(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[SGLangD
         yield first, second
 
 
-def test_servers_hold_what_was_broadcast_and_groups_are_left(
-    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+@pytest.fixture(params=["distributed", "tensor"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_servers_hold_what_was_sent_and_groups_are_left(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path, transport: str
 ) -> None:
-    with rollouts([one.url for one in pair], folder, transport="distributed") as made:
+    with rollouts([one.url for one in pair], folder, transport=transport) as made:
         for version in (1, 2):
             sent = weights(version)
             made.sync.publish(iter(sent.items()), version)
@@ -38,7 +47,7 @@ def test_servers_hold_what_was_broadcast_and_groups_are_left(
                 name = "model.layers.1.mlp.down_proj.weight"
                 assert np.array_equal(server.weights[name], sent[name].numpy())
                 assert server.weight_version == str(version)
-                assert len(server.groups) == 1 and not server.in_session
+                assert len(server.groups) == (transport == "distributed") and not server.in_session
         assert len(made.engine.generate(requests(6), OPTIONS)) == 6
     assert [server.groups for server in pair] == [{}, {}]
 
@@ -53,11 +62,11 @@ def test_servers_hold_what_was_broadcast_and_groups_are_left(
     ],
 )
 def test_a_server_that_fails_costs_only_itself_and_may_come_back(
-    fault: str, reason: str, pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+    fault: str, reason: str, pair: tuple[SGLangDouble, SGLangDouble], folder: Path, transport: str
 ) -> None:
     with ExitStack() as stack:
         urls = [one.url for one in pair]
-        made = stack.enter_context(rollouts(urls, folder, transport="distributed", transfer_timeout_s=2.0))
+        made = stack.enter_context(rollouts(urls, folder, transport=transport, transfer_timeout_s=2.0))
         made.sync.publish(iter(weights(0).items()), 0)
         pair[0].update_fault = fault  # type: ignore[assignment]
         made.sync.publish(iter(weights(1).items()), 1)
@@ -70,9 +79,9 @@ def test_a_server_that_fails_costs_only_itself_and_may_come_back(
 
 
 def test_a_restarted_server_waits_for_the_next_publication(
-    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path, transport: str
 ) -> None:
-    with rollouts([one.url for one in pair], folder, transport="distributed") as made:
+    with rollouts([one.url for one in pair], folder, transport=transport) as made:
         made.sync.publish(iter(weights(0).items()), 0)
         pair[0].stop()
         pair[0].start_again("default")
@@ -86,5 +95,46 @@ def test_buckets_keep_order_dtype_and_limit() -> None:
     tensors = [("a", torch.zeros(4)), ("b", torch.ones(4)), ("c", torch.ones(3).bfloat16()), ("d", torch.ones(100))]
     made = list(buckets(iter(tensors), 32))
     assert [bucket.names for bucket in made] == [["a", "b"], ["c"], ["d"]]
+    assert made[2].flat.data_ptr() == tensors[3][1].data_ptr()  # one tensor is not copied
     assert made[0].flat.view(torch.float32).tolist() == [0.0] * 4 + [1.0] * 4
     assert (made[1].dtypes, made[1].shapes) == (["bfloat16"], [[3]])
+
+
+def test_a_bucket_holds_while_the_next_one_is_made() -> None:
+    tensors = [(str(number), torch.full((2,), float(number))) for number in range(12)]
+    stream = buckets(iter(tensors), 16)
+    before = next(stream)
+    memory = {before.flat.data_ptr()}
+    for number, bucket in enumerate(stream):
+        expected = [2.0 * number, 2.0 * number, 2.0 * number + 1, 2.0 * number + 1]
+        assert before.flat.view(torch.float32).tolist() == expected
+        memory.add(bucket.flat.data_ptr())
+        before = bucket
+    assert len(memory) == 2
+
+
+def read(text: str) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a serialized bucket, by the server's rules."""
+    bucket = AllowListed(io.BytesIO(base64.b64decode(text))).load()
+    return {
+        one.name: bucket["flattened_tensor"][one.start_idx : one.end_idx].view(one.dtype).reshape(one.shape)
+        for one in bucket["metadata"]
+    }
+
+
+def test_a_serialized_bucket_is_read_with_an_allow_list_and_holds_no_more_than_its_tensors() -> None:
+    large = torch.randn(100_000)
+    sent = {"a": torch.randn(3, 4).bfloat16(), "b": torch.randn(5).bfloat16(), "c": large[7:20]}
+    texts = [serialize(bucket) for bucket in buckets(iter(sent.items()), 10**6)]
+    received = {name: tensor for text in texts for name, tensor in read(text).items()}
+    assert all(received[name].equal(tensor) for name, tensor in sent.items())
+    assert max(map(len, texts)) < 4000  # not all of ``large``
+
+
+@pytest.mark.gpu
+def test_a_bucket_on_a_gpu_travels_as_a_handle_with_the_device_s_uuid() -> None:
+    (bucket,) = buckets(iter([("a", torch.randn(1 << 20, device="cuda"))]), 1)
+    raw = base64.b64decode(serialize(bucket))
+    assert len(raw) < 10_000
+    assert str(torch.cuda.get_device_properties(0).uuid).encode() in raw
+    assert b"rebuild_cuda_tensor" in raw

@@ -1,0 +1,99 @@
+"""What a run is made of, as the training loops see it: the parts that compose/ chooses, and where a run stands.
+
+This file does NOT hold behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aer_megatron._C import DifficultyLedger
+from aer_megatron.algo.controller import ControllerState
+from aer_megatron.algo.flight import FlightRecord
+from aer_megatron.report.reporter import StepReporter
+from aer_megatron.report.timer import PhaseTimer
+from aer_megatron.types import (
+    Experience,
+    Float32Array,
+    PolicyScores,
+    Prompt,
+    RolloutGroup,
+    ScoredGroup,
+    StepStats,
+    TrainBatch,
+)
+
+
+class PromptSource(Protocol):
+    def next_prompts(self, count: int) -> list[Prompt]: ...
+    def select_prompts(
+        self, count: int, *, accept: Callable[[Any], Any], max_rejected: int
+    ) -> tuple[list[Prompt], int]: ...
+    def prompts_of(self, ids: Sequence[int]) -> list[Prompt]: ...
+    def state_dict(self) -> dict[str, int]: ...
+
+
+class Collector(Protocol):
+    def collect(
+        self, prompts_P: Sequence[Prompt], *, step: int, refill: int, num_groups: int | None = None
+    ) -> list[RolloutGroup]: ...
+
+
+class Policy(Protocol):
+    def score(self, experience: Experience) -> PolicyScores: ...
+    def score_reference(self, experience: Experience) -> Float32Array: ...
+    def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats: ...
+    def hf_weights(self) -> Iterator[tuple[str, Any]]: ...
+
+
+class WeightSync(Protocol):
+    def publish(self, named_tensors: Iterator[tuple[str, Any]], version: int) -> None: ...
+    def suspend(self) -> None: ...
+
+
+class FlightRecorder(Protocol):
+    def write(self, record: FlightRecord) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PendingBatch:
+    """Prompts that were drawn for a later step and not trained on yet; a resumed run generates for them afresh."""
+
+    step: int
+    prompt_ids: tuple[int, ...]
+    num_skipped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands between two steps: what a checkpoint holds beside weights, optimizer and ledger.
+
+    ``cursor`` lies behind the prompts of ``pending``.
+    """
+
+    next_step: int
+    policy_version: int
+    controller_state: ControllerState
+    cursor: Mapping[str, int]
+    pending: tuple[PendingBatch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What train.py chose for this run."""
+
+    prompts: PromptSource
+    eval_prompts: Sequence[Prompt]
+    collector: Collector
+    eval_collector: Collector
+    score_groups: Callable[[list[RolloutGroup]], list[ScoredGroup]]
+    gather: Callable[[list[ScoredGroup]], tuple[Experience, dict[str, int]]]
+    policy: Policy
+    weight_sync: WeightSync
+    ledger: DifficultyLedger
+    save: Callable[[Progress], None]
+    flight: FlightRecorder | None  # on one rank, where the run has a recorder
+    reporter: StepReporter
+    timer: PhaseTimer

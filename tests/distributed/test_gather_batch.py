@@ -1,0 +1,74 @@
+"""A step's batch reaches every rank in one flat exchange: a header of fixed size, one payload, no pickles."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from aer_megatron.algo.experience import join_experiences, pack_groups
+from aer_megatron.parallel import exchange
+from aer_megatron.parallel.gather import gather_batch
+from aer_megatron.types import Completion, Prompt, RolloutGroup, ScoredGroup, Verdict, VersionSpan
+from tests.support.spawn import run_distributed
+
+FORBIDDEN = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "broadcast_object_list", "gather_object")
+CPU = torch.device("cpu")
+
+
+def _groups(rank: int) -> list[ScoredGroup]:
+    """Ragged groups: rank 0 has two prompts, rank 1 one, rank 2 none."""
+    rng = np.random.default_rng(rank)
+    groups = []
+    for index in range(2 - rank):
+        prompt = Prompt(100 * rank + index, "p", tuple(rng.integers(0, 50, 2 + rank + index).tolist()), "a", "math")
+        answers = [tuple(rng.integers(0, 50, 1 + sample + rank).tolist()) for sample in range(3)]
+        completions = tuple(
+            Completion(ids, (-0.5,) * len(ids), "length", (VersionSpan(rank, 0, len(ids)),)) for ids in answers
+        )
+        groups.append(ScoredGroup(RolloutGroup(prompt, completions), (Verdict(1.0, "ok"),) * 3))
+    return groups
+
+
+def _counts(rank: int) -> dict[str, int]:
+    return [{"ok": 4, "no_answer": 2}, {"timeout": 3}, {}][rank]
+
+
+def _gather(rank: int, world_size: int) -> tuple[Any, dict[str, int], list[int]]:
+    calls: list[int] = []
+
+    def counted(out: torch.Tensor, own: torch.Tensor, **options: Any) -> None:
+        calls.append(own.numel() * own.element_size())
+        flat(out, own, **options)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("another way for the batch")
+
+    flat = exchange.all_gather_flat
+    patches = [mock.patch.object(dist, name, refused) for name in FORBIDDEN]
+    patches += [mock.patch.object(exchange, "all_gather_flat", counted), mock.patch.object(pickle, "dumps", refused)]
+    for patch in patches:
+        patch.start()
+    try:
+        experience, counts = gather_batch(_groups(rank), _counts(rank), device=CPU)
+    finally:
+        for patch in reversed(patches):
+            patch.stop()
+    return experience, counts, calls
+
+
+def test_three_uneven_ranks_get_one_batch_in_one_exchange() -> None:
+    expected = join_experiences([pack_groups(_groups(rank)) for rank in range(3)])
+    num_arrays = len(dataclasses.fields(expected)) + 2
+    for experience, counts, calls in run_distributed(_gather, 3, timeout_s=300):
+        for field in dataclasses.fields(expected):
+            found, wanted = getattr(experience, field.name), getattr(expected, field.name)
+            assert found.dtype == wanted.dtype and np.array_equal(found, wanted), field.name
+        assert counts == {"no_answer": 2, "ok": 4, "timeout": 3}
+        assert len(calls) == 2
+        assert calls[0] == 8 * num_arrays

@@ -1,0 +1,112 @@
+"""The command line over stand-in servers: stale rollouts within their bound, interrupted, resumed, over-sampled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from aer_megatron._C import DifficultyLedger
+from aer_megatron.config_loading import config_from_table
+from aer_megatron.report.flight import read_flight
+from tests.support.runs import MODEL, metric_lines, train, write_run_file
+from tests.support.sglang_double import SGLangDouble
+
+pytestmark = pytest.mark.integration
+NUM_STEPS, NUM_SEQUENCES = 6, 8 * 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run file and a random base model."""
+    folder = tmp_path_factory.mktemp("async")
+    write_run_file(folder)
+    shutil.copytree(MODEL, folder / "base")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).float().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture
+def servers(base: Path) -> Iterator[list[SGLangDouble]]:
+    with (
+        SGLangDouble(base / "base", token_s=0.02, vocab_size=20) as first,
+        SGLangDouble(base / "base", token_s=0.02, vocab_size=20) as second,
+    ):
+        yield [first, second]
+        assert first.running == {} and second.running == {}  # no request is leaked
+
+
+def run(
+    base: Path, output: Path, servers: list[SGLangDouble], *arguments: str, ranks: int = 1
+) -> list[dict[str, float]]:
+    """Returns the metrics of a run, whose tokens are made up: neither gate nor controller can like them."""
+    done = train(
+        base / "run.toml",
+        f"--run.output_dir={output}",
+        "--run.eval_every=3",
+        "--rollout.engine=sglang",
+        f"--sglang.urls={json.dumps([server.url for server in servers])}",
+        "--rollout.logprob_gate=0",
+        "--algo.tis_clip=2",
+        *arguments,
+        ranks=ranks,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = metric_lines(output)
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    for line in lines:  # every sample is judged, and once
+        assert sum(count for name, count in line.items() if name.startswith("rewards/reason/")) == NUM_SEQUENCES
+    return lines
+
+
+def attempts(output: Path) -> dict[int, int]:
+    """Returns how many rollouts of each prompt the last checkpoint's ledger has counted."""
+    rows = DifficultyLedger.load(str(max((output / "checkpoints").iterdir()) / "ledger")).export()
+    return dict(zip(rows.prompt_ids.tolist(), rows.attempts.tolist(), strict=True))
+
+
+def test_stale_rollouts_stay_within_the_bound_and_a_resume_counts_nothing_twice(
+    base: Path, servers: list[SGLangDouble], tmp_path: Path
+) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    lines = run(base, straight, servers, "--rollout.staleness=2", "--rollout.max_new_tokens=30")
+    staleness = [line["rollout/staleness_max"] for line in lines]
+    assert staleness[0] == 0 and 1 <= max(staleness) <= 2
+    assert all(0 <= line["rollout/staleness_mean"] <= line["rollout/staleness_max"] for line in lines)
+    assert sum(attempts(straight).values()) == NUM_STEPS * NUM_SEQUENCES
+    # the double's log-probabilities are made up, so alpha is held, and the replay knows it
+    assert all(line["aer/held"] and "mismatch" in str(line["aer/reason"]) for line in lines)
+    records = read_flight(straight)
+    assert [r.observation.mismatch_kl for r in records] == [line["rollout/mismatch_kl"] for line in lines]
+    assert records[-1].state.held_steps == NUM_STEPS
+
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(max((resumed / "checkpoints").iterdir()))
+    [checkpoint] = (resumed / "checkpoints").iterdir()
+    waiting = json.loads((checkpoint / "manifest.json").read_text())["state"]["pending"]
+    assert [batch["step"] for batch in waiting] == [4, 5]
+    again = run(base, resumed, servers, "--rollout.staleness=2", "--rollout.max_new_tokens=30")
+    assert again[:4] == lines[:4]
+    assert attempts(resumed) == attempts(straight)  # prompt by prompt
+
+
+def test_over_sampling_aborts_stragglers_and_counts_whole_groups_alone(
+    base: Path, servers: list[SGLangDouble], tmp_path: Path
+) -> None:
+    # two ranks: each has its share of the race and of what a publication interrupts
+    options = ("--rollout.staleness=1", "--rollout.oversample=1.5", "--run.num_steps=3", "--run.eval_every=0")
+    lines = run(base, tmp_path / "out", servers, "--parallel.tp=2", *options, ranks=2)
+    assert [line["rollout/groups_aborted"] for line in lines] == [4, 4, 4]  # 12 launched, 8 trained on
+    assert max(line["rollout/staleness_max"] for line in lines) <= 1
+    counted = attempts(tmp_path / "out")
+    assert sum(counted.values()) == 3 * NUM_SEQUENCES
+    assert np.all(np.array(list(counted.values())) % 4 == 0)  # whole groups
+    assert sum(server.num_completed for server in servers) > 3 * NUM_SEQUENCES
+    assert sum(len(server.aborts) for server in servers) > 0
+    table = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
+    assert config_from_table(table).rollout.oversample == 1.5

@@ -1,0 +1,73 @@
+"""The parity report through its command line, on a model of seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aer_megatron.fp8_parity import main
+from tests.support.runs import ROOT, environment, train, write_run_file
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_run_file(tmp_path_factory.mktemp("parity"))
+    result = train(path, "--stage=sft", "--rollout.logprob_gate=0")
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+def parity(run_file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "aer_megatron.fp8_parity", str(run_file), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment(), cwd=ROOT, check=False
+    )
+
+
+def test_report_holds_every_recipe_and_the_exact_run(run_file: Path) -> None:
+    folder = run_file.parent / "report"
+    result = parity(run_file, f"--steps={STEPS}", "--recipes=delayed,blockwise", f"--output={folder}")
+    assert result.returncode == 0, result.stderr
+    assert "FP8 emulated on CPU: recipe delayed" in result.stderr
+    assert (folder / "fp8_parity.png").stat().st_size > 10_000
+    assert (folder / "fp8_parity.md").read_text(encoding="utf-8") == result.stdout
+    exact, delayed, blockwise, weights = json.loads((folder / "fp8_parity.json").read_text(encoding="utf-8"))
+    assert [row["precision"] for row in (exact, delayed, blockwise, weights)] == [
+        "fp32",
+        "delayed",
+        "blockwise",
+        "rollout weights",
+    ]
+    assert exact["logprob_shift_max_abs"] == 0.0 and exact["layer_output_error"] == [0.0, 0.0]
+    for row in (delayed, blockwise):
+        assert 0 < row["logprob_shift_mean_abs"] < 0.5
+        assert 0.5 < row["grad_norm"] / exact["grad_norm"] < 2
+        first, second = row["layer_output_error"]
+        assert 0.001 < first < 0.2 and 0.001 < second < 0.2
+        # H_0, and with it H*, is what this recipe's own forward pass measures
+        assert row["token_entropy_trace"][0] == pytest.approx(row["token_entropy"])
+        assert row["target"] == pytest.approx(1.1 * row["token_entropy"])
+        assert row["target"] != exact["target"]
+        assert len(row["alpha_trace"]) == STEPS and max(row["alpha_trace"]) > 0
+    assert weights["logprob_shift_mean_abs"] > 0 and "alpha_trace" not in weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--recipes=tensorwide", "tensorwide"),
+        ("--steps=0", "--steps=0"),
+        ("--parallel.pp=2", "--parallel.pp=1"),
+    ],
+)
+def test_wrong_options_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    assert main([str(write_run_file(tmp_path)), arguments]) == 2
+    assert message in capsys.readouterr().err

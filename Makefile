@@ -18,7 +18,7 @@ IMPORT_LAYER_TEST := $(wildcard tests/unit/test_import_layers.py)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-cpp lint wheel clean
+.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,14 +40,17 @@ smollm2: install ## three AER steps of SmolLM2-135M-Instruct with TP=2
 	@bash examples/smollm2/run.sh
 
 test: install $(if $(LINT),,lint) ## lint, then the fast tests
-	@$(PYTEST) -m "not slow and not gpu and not sglang"
+	@$(PYTEST) -m "not slow and not gpu and not sglang and not multinode"
 
 test-slow: install ## the tests that take minutes
-	@$(PYTEST) -m "slow and not gpu and not sglang"
+	@$(PYTEST) -m "slow and not gpu and not sglang and not multinode"
 
 test-sglang: install ## the tests against real SGLang servers on the CPU, in an environment of their own
 	@bash tools/install_sglang_cpu.sh .venv-sglang $(BIN)/python
 	@$(PYTEST) -m sglang
+
+test-multinode: install ## two nodes on this machine, one of them lost (network namespaces, else loopback)
+	@$(PYTEST) -m multinode
 
 test-gpu: install ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu

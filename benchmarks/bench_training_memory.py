@@ -63,6 +63,7 @@ def batch(sequences: int, length: int) -> TrainBatch:
         reward_B=np.zeros(sequences),
         truncated_B=np.zeros(sequences, dtype=np.bool_),
         policy_version_B=np.zeros(sequences, dtype=np.int64),
+        policy_version_sum_B=np.zeros(sequences, dtype=np.int64),
     )
     return TrainBatch(
         experience=experience,

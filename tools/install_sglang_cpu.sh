@@ -21,7 +21,11 @@ fi
 echo "install_sglang_cpu: SGLang into $venv (two minutes)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 echo '*' >"$venv/.gitignore"
-"$venv/bin/python" -m pip --quiet --quiet --disable-pip-version-check install --no-deps --requirement "$pins"
+"$venv/bin/python" -m pip --quiet --quiet --disable-pip-version-check install --no-deps --requirement "$pins" || {
+    echo "install_sglang_cpu: pip could not install $pins (its message is above); no configured package index or" >&2
+    echo "  find-links folder has the pinned packages, or it cannot be reached: see 'python -m pip config list'" >&2
+    exit 1
+}
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 cp -r "$shim/aer_sglang_cpu.py" "$shim/sgl_kernel" "$site/"
 echo 'import aer_sglang_cpu' >"$site/aer_sglang_cpu.pth"

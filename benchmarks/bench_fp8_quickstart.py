@@ -1,0 +1,167 @@
+"""The quick start under emulated FP8: is entropy held, and is the reward that of fp32?
+
+Run from the repository's root after `make quickstart` (it made the base policy); writes fp8.md into --out and a picture
+into docs/pictures. Runs that are there are not repeated; `--only-report` starts none.
+    python -m benchmarks.bench_fp8_quickstart
+
+One rank per run (`--parallel.tp=1`). Everything but [megatron] is examples/quickstart/countdown.toml; H_0 is each run's
+own, measured by its own training forward pass. "corrected" runs set CORRECTION beside the recipe. Columns, over the
+last third of the run:
+  H / H*      mean over the steps
+  deviation   largest |H / H* - 1| of a moving mean over 10 steps, and of any single step (sampling noise: about 4 %)
+  reward      mean over the steps
+  |dlogp|     mean |log-probability of the rollout engine (fp32 weights) - that of the trainer| of a sampled token
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from aer_megatron.report.metrics import Metric, pass_at
+from aer_megatron.report.picture import draw_comparison
+from aer_megatron.report.writer import read_metrics
+from aer_megatron.types import Float64Array
+
+RUN_FILE = "examples/quickstart/countdown.toml"
+STEPS, WINDOW = 300, 10
+RECIPES: dict[str, tuple[str, ...]] = {
+    "fp32": (),
+    "tensorwise": ("--megatron.fp8=hybrid", "--megatron.fp8_recipe=tensorwise"),
+    "blockwise": ("--megatron.fp8=e4m3", "--megatron.fp8_recipe=blockwise"),
+    "delayed": (
+        "--megatron.fp8=hybrid",
+        "--megatron.fp8_recipe=delayed",
+        "--megatron.fp8_amax_history_len=16",
+        "--megatron.fp8_amax_compute_algo=max",
+    ),
+    "mxfp8": ("--megatron.fp8=e4m3", "--megatron.fp8_recipe=mxfp8"),
+}
+# the ratios of a step's second mini-batch carry the rounding noise: bounded where the advantage is negative, and the
+# mismatch with the fp32 rollouts is weighed
+CORRECTION = ("--algo.dual_clip=3", "--algo.tis_clip=2")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run. Example: ``Trial("tensorwise", 0, corrected=True)``."""
+
+    recipe: str
+    seed: int
+    corrected: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe}, corrected" if self.corrected else self.recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}-corrected-{self.seed}" if self.corrected else f"{self.recipe}-{self.seed}"
+
+    def command(self, folder: Path) -> list[str]:
+        fixed = ("--parallel.tp=1", "--report.progress=false", "--report.tensorboard=false", "--run.checkpoint_every=0")
+        own = (
+            f"--run.name={self.name}",
+            f"--run.output_dir={folder / self.name}",
+            f"--run.seed={self.seed}",
+            f"--run.num_steps={STEPS}",
+            f"--run.eval_every={STEPS}",
+        )
+        correction = CORRECTION if self.corrected else ()
+        return [sys.executable, "-m", "aer_megatron.train", RUN_FILE, *fixed, *own, *RECIPES[self.recipe], *correction]
+
+
+# the three fp32 seeds are the noise that the recipes are compared with
+TRIALS = (
+    *(Trial("fp32", seed) for seed in (0, 1, 2)),
+    Trial("fp32", 0, corrected=True),
+    *(Trial(recipe, 0) for recipe in ("tensorwise", "blockwise", "delayed")),
+    *(Trial(recipe, 0, corrected=True) for recipe in ("tensorwise", "blockwise", "delayed")),
+    Trial("mxfp8", 0),
+)
+
+
+def run(trial: Trial, folder: Path) -> None:
+    """Returns when the run is finished; a finished one is left as it is."""
+    records = folder / trial.name / "metrics.jsonl"
+    if records.is_file() and len(records.read_text(encoding="utf-8").splitlines()) == STEPS:
+        return
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / f"{trial.name}.log").open("w", encoding="utf-8") as log:
+        subprocess.run(trial.command(folder), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+
+
+def row(trial: Trial, folder: Path) -> str | None:
+    """Returns the table row of a finished run, None of another."""
+    path = folder / trial.name / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    if len(records) < STEPS:
+        return None
+    third = records[-STEPS // 3 :]
+
+    def series(name: str) -> Float64Array:
+        return np.array([record[name] for record in third], dtype=np.float64)
+
+    target = float(str(third[-1][Metric.ENTROPY_TARGET]))
+    ratio = series(Metric.ENTROPY_TOKEN_MEAN) / target
+    smooth = np.convolve(ratio, np.full(WINDOW, 1.0 / WINDOW), "valid")
+    reward = series(Metric.REWARD_MEAN)
+    cells = [
+        trial.label,
+        f"{trial.seed}",
+        f"{float(str(third[-1][Metric.ENTROPY_INITIAL])):.4f}",
+        f"{target:.4f}",
+        f"{ratio.mean():.3f}",
+        f"{np.abs(smooth - 1).max():.3f}",
+        f"{np.abs(ratio - 1).max():.3f}",
+        f"{reward.mean():.3f} +- {reward.std() / np.sqrt(len(reward)):.3f}",
+        *(f"{float(str(records[-1][pass_at(k)])):.3f}" for k in (1, 8, 32)),
+        f"{series(Metric.ROLLOUT_LOGPROB_DIFF_MEAN).mean():.4f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def report(folder: Path, out: Path) -> str:
+    """Returns the table, written to ``out``/fp8.md."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    lines = [
+        "# The quick start under emulated FP8",
+        "",
+        "- command: `python -m benchmarks.bench_fp8_quickstart`",
+        f"- commit: `{commit.stdout.strip()}`; columns: see the script's first lines; recipes: its `RECIPES`",
+        "",
+        "| recipe | seed | H_0 | H* | H / H* | deviation, mean of 10 | single step | reward | pass@1 | pass@8 "
+        "| pass@32 | mean dlogp |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [line for trial in TRIALS if (line := row(trial, folder)) is not None]
+    text = "\n".join(lines) + "\n"
+    (out / "fp8.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/fp8"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--pictures", type=Path, default=Path("docs/pictures"))
+    parser.add_argument("--only-report", action="store_true")
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for trial in () if options.only_report else TRIALS:
+        run(trial, options.runs)
+    print(report(options.runs, options.out))
+    drawn = [trial for trial in TRIALS if trial.seed == 0 and (trial.corrected or trial.recipe == "fp32")]
+    folders = [options.runs / trial.name for trial in drawn if row(trial, options.runs) is not None]
+    if folders:
+        draw_comparison(folders, options.pictures / "fp8_quickstart.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,8 @@
 Each rank's watchdog is a daemon thread that looks at one attribute: what the rank is doing and since when. The trainer
 moves it on by entering phases (report/timer.py), and around single calls with ``waiting``; both cost an attribute
 write. A rank that stays in one place for longer than the timeout says so and raises an alarm in the store that all
-ranks share; every other rank then adds where it stands, however busy it is, and each ends its process. Ranks that do not
-answer the alarm are named: their process or their node is lost.
+ranks share; every other rank then adds where it stands, however busy it is, and each ends its process. Ranks that do
+not answer the alarm are named: their process or their node is lost.
 
 The collective need not name itself: the main thread's stack does. A second line stands behind the thread: the
 faulthandler's own timer, which also fires while a C++ call holds the interpreter, and torch.distributed's timeouts.
@@ -136,8 +136,8 @@ class Watchdog:
         silent = self._silent_ranks()
         if silent:
             self._say(
-                f"[rank {self._rank}] hang watchdog: no word from ranks {', '.join(map(str, silent))}: their processes or "
-                "nodes are lost or cut off"
+                f"[rank {self._rank}] hang watchdog: no word from ranks {', '.join(map(str, silent))}: "
+                "their processes or nodes are lost or cut off"
             )
         self._stop(HANG_EXIT_CODE)
 

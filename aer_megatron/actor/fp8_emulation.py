@@ -19,6 +19,7 @@ This file does NOT decide whether FP8 is emulated; actor/model.py does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import deque
 from typing import Any
 
@@ -150,6 +151,9 @@ def _with_emulated_linears(spec: Any, settings: Fp8Emulation) -> Any:
         changed = {f.name: _with_emulated_linears(getattr(spec, f.name), settings) for f in dataclasses.fields(spec)}
         # the module of a spec that is no leaf stays what it is
         return dataclasses.replace(spec, **changed | ({"module": spec.module} if isinstance(spec, ModuleSpec) else {}))
+    if isinstance(spec, functools.partial):  # the feed-forward part, from megatron-core 0.19 on
+        keywords = {name: _with_emulated_linears(value, settings) for name, value in spec.keywords.items()}
+        return functools.partial(spec.func, *spec.args, **keywords)
     if isinstance(spec, list):
         return [_with_emulated_linears(item, settings) for item in spec]
     return spec

@@ -70,7 +70,7 @@ class DiskSync(ServerSync):
 
     def _resend(self, index: int, published: Published) -> None:
         self._learn(index)
-        if self._tp_size[index] not in published.expected:
+        if self._tp_size[index] not in published.expected.result():
             raise Untransferred(f"it came back with tp_size {self._tp_size[index]}, another one than before")
         self._load(index, published.version)
         self._verify(index, published)

@@ -27,7 +27,7 @@ from aer_megatron.sync.sessions import SessionSync
 
 # what servers use too: the names under which the members find one another depend on it
 _new_group: Any = distributed_c10d._new_process_group_helper
-_POLL_S = 0.0005
+_POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Checksums of a stream of tensors, computed beside it."""
+"""Checksums of a stream of tensors, computed beside it or after it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from torch import Tensor
 class Meter:
     """Calls ``add`` with every tensor of a stream, in order, in a thread of its own; a ``with`` block ends that.
 
+    That is put off until ``finish``, or until ``max_bytes`` wait: those who took the stream compute as many checksums
+    when it ends, so nothing is lost by computing ours then, and the transfer has the cores to itself.
+
     Args:
         add: takes (name, tensor).
-        max_bytes: of tensors (or one) that may wait for that thread.
+        max_bytes: of tensors (or one) that are put off, and as many again that the thread is given; an eighth of it
+            where they lie in a device's memory.
     """
 
     def __init__(self, add: Callable[[str, Tensor], None], *, max_bytes: int) -> None:
         self._add = add
         self._max_bytes = max_bytes
-        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._waiting: deque[tuple[str, Tensor]] = deque()
+        self._busy: deque[tuple[Future[None], int]] = deque()  # handed to the thread
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="weight-checksums")
 
     def __enter__(self) -> Self:
@@ -34,21 +39,32 @@ class Meter:
         self._pool.shutdown()
 
     def stream(self, named_tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yields the stream; its end may come before ``add`` is done with it."""
-        size = 0
+        """Yields the stream; its end may come before ``add`` has seen all of it."""
+        waiting = busy = 0
         for name, tensor in named_tensors:
-            self._waiting.append((self._pool.submit(self._add, name, tensor), tensor.nbytes))
-            size += tensor.nbytes
-            while size > self._max_bytes and len(self._waiting) > 1:
-                size -= self._take()
+            limit = self._max_bytes if tensor.is_cpu else self._max_bytes // 8
+            self._waiting.append((name, tensor))
+            waiting += tensor.nbytes
+            while waiting > limit and len(self._waiting) > 1:
+                size = self._start()
+                waiting, busy = waiting - size, busy + size
+            while busy > limit and len(self._busy) > 1:
+                busy -= self._take()
             yield name, tensor
 
     def finish(self) -> None:
         """Returns when ``add`` is done with everything; raises what it raised."""
         while self._waiting:
+            self._start()
+        while self._busy:
             self._take()
 
+    def _start(self) -> int:
+        name, tensor = self._waiting.popleft()
+        self._busy.append((self._pool.submit(self._add, name, tensor), tensor.nbytes))
+        return tensor.nbytes
+
     def _take(self) -> int:
-        future, size = self._waiting.popleft()
+        future, size = self._busy.popleft()
         future.result()
         return size

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +29,7 @@ from aer_megatron.sync.metering import Meter
 _LOG = logging.getLogger(__name__)
 _RECOVERY_POLL_S = 0.5
 _IDLE_S = 30.0  # how long a server may take to finish what it was asked
-_MAX_UNHASHED_BYTES = 256 * 10**6  # tensors that were sent and wait for their checksum
+_MAX_UNHASHED_BYTES = 1250 * 10**6  # tensors that were sent and wait for their checksum
 
 
 class ControlReply(Protocol):
@@ -84,7 +84,8 @@ class Published:
     """What the servers were last given."""
 
     version: int
-    expected: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # tp size -> rank -> name -> checksum
+    # tp size -> rank -> name -> checksum; may become known while the servers compute theirs
+    expected: Future[dict[int, list[dict[str, str]]]] = field(default_factory=Future)
     agreed: dict[int, list[dict[str, str]]] = field(default_factory=dict)  # the same, of the first CUDA server
 
 
@@ -184,17 +185,20 @@ class ServerSync:
             sizes = {self._tp_size[i] for i in indices}
             digests = {size: ServedChecksums(self._context.arch, tp_size=size) for size in sorted(sizes)}
 
-
             def add(name: str, tensor: Tensor) -> None:
                 for digest in digests.values():
                     digest.add(name, tensor)
 
-            with Meter(add, max_bytes=_MAX_UNHASHED_BYTES) as meter:
-                refused |= self._send(meter.stream(named_tensors), version, indices)
+            def finish() -> dict[int, list[dict[str, str]]]:
                 meter.finish()
-            published.expected = {size: digest.result() for size, digest in digests.items()}
-            indices = [i for i in indices if i not in refused]
-            refused |= self._in_parallel(lambda index: self._verify(index, published), indices)
+                return {size: digest.result() for size, digest in digests.items()}
+
+            with Meter(add, max_bytes=_MAX_UNHASHED_BYTES) as meter, ThreadPoolExecutor(1) as pool:
+                refused |= self._send(meter.stream(named_tensors), version, indices)
+                published.expected = pool.submit(finish)
+                indices = [i for i in indices if i not in refused]
+                refused |= self._in_parallel(lambda index: self._verify(index, published), indices)
+                published.expected.result()
             if len(refused) == self._fleet.num_servers and self._silent:
                 refused = self._send_later(published)
         except (OSError, ValueError, RuntimeError) as error:
@@ -205,7 +209,7 @@ class ServerSync:
         if len(refused) == self._fleet.num_servers:
             return {"error": f"no server took the weights: {refused}"}
         self._published = published
-        return {"refused": refused, "checksums": next(iter(published.expected.values()))[0]}
+        return {"refused": refused, "checksums": next(iter(published.expected.result().values()))[0]}
 
     def _attend(self) -> dict[int, str]:
         """Returns the reasons of the servers that cannot take weights now; waits while none can."""
@@ -289,7 +293,7 @@ class ServerSync:
         """Labels a server that holds exactly what was sent; raises Untransferred otherwise."""
         size = self._tp_size[index]
         ranks = self._post(index, "/weights_checker", {"action": "checksum"}).get("ranks")
-        expected = published.expected[size]
+        expected = published.expected.result()[size]
         if self._device[index] != "cpu":
             # another hash than ours: all that can be asked is that the servers agree
             expected = published.agreed.setdefault(size, by_rank(ranks))

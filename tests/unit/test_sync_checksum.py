@@ -1,8 +1,6 @@
-"""The tensor checksum: what it must tell apart, what it must not, and that it is fast enough."""
+"""The tensor checksum: what it must tell apart, what it must not; and the meter that computes it beside a stream."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 import torch
@@ -108,25 +106,21 @@ def test_strides_storage_and_gradients_do_not_count() -> None:
     assert tensor_checksum(torch.nn.Parameter(tensor)) == expected
 
 
-def test_it_reads_at_least_half_a_gigabyte_a_second() -> None:
-    tensor = random_tensor(
-        8 << 20
-    )  # 32 MiB; some 3 GB/s on an idle core, the bound leaves room for a busy one
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        tensor_checksum(tensor)
-        best = min(best, time.perf_counter() - start)
-    assert tensor.nbytes / best > 0.5e9
-
-
 def test_a_meter_sees_the_whole_stream_in_order_and_says_what_went_wrong() -> None:
     tensors = [(f"t{number}", torch.full((8,), float(number))) for number in range(50)]
     seen: list[str] = []
-    with Meter(lambda name, tensor: seen.append(name), max_bytes=64) as meter:
-        assert [name for name, _ in meter.stream(iter(tensors))] == [name for name, _ in tensors]
+    with Meter(lambda name, tensor: seen.append(name), max_bytes=64) as meter:  # two tensors
+        for number, (name, _) in enumerate(meter.stream(iter(tensors))):
+            assert name == f"t{number}"
+            assert number + 1 - len(seen) <= 4, "more tensors are held than may be"
         meter.finish()
     assert seen == [name for name, _ in tensors]
+    with Meter(lambda name, tensor: seen.append(name), max_bytes=10**6) as meter:
+        seen.clear()
+        assert len(list(meter.stream(iter(tensors)))) == 50
+        assert not seen, "a checksum was computed while the transfer had the cores"
+        meter.finish()
+    assert len(seen) == 50
 
     def refuse(name: str, tensor: torch.Tensor) -> None:
         if name == "t7":

@@ -6,9 +6,9 @@ Run from the repository's root; writes weight_sync.md and weight_sync.json into 
 The servers are benchmarks/weight_receiver.py in two processes: they speak the protocol, copy what arrives into memory
 that they have, and hash it when asked, as SGLang does. What is compared is therefore this side. `transfer` is from the
 first call until every server has taken the last byte; `verified` adds the checksums, the servers' and the trainer's
-(which puts off those of the last 1.25 GB until then: here, of everything), their comparison and the version label; `written` of the disk transport is when the files
-are there. The plain broadcast sends the same tensors, one by one, in one gloo group of three processes; cp copies the
-folder that the disk transport writes.
+(which puts off those of the last 1.25 GB until then: here, of everything), their comparison and the version label;
+`written` of the disk transport is when the files are there. The plain broadcast sends the same tensors, one by one, in
+one gloo group of three processes; cp copies the folder that the disk transport writes.
 
 Rounds are taken in turns, so that other work on the machine meets all of them alike.
 """
@@ -258,8 +258,8 @@ def report(result: dict[str, Any]) -> str:
         f"`python -m benchmarks.bench_weight_sync --rounds {rounds}`: {size:.2f} GB of fp32 weights, two receivers,",
         f"buckets of {result['bucket_mb']} MB, {os.cpu_count()} cores, rounds in turns. `transfer` ends when every",
         "receiver has taken the last byte, `verified` when its checksums were compared and its version was set.",
-        f"Files lie in {result['scratch']}. Trainer and servers hash after the transfer; of larger models the trainer hashes all",
-        "but the last 1.25 GB during it, which on two cores, that three processes share, slows it down.",
+        f"Files lie in {result['scratch']}. Trainer and servers hash after the transfer; of larger models the",
+        "trainer hashes all but the last 1.25 GB during it, which slows it down where three processes share two cores.",
         f"Seconds: median (lowest to highest). Load average of the machine at the end: {result['load']:.0f}.",
         "",
         "| way | seconds | GB/s |",

@@ -15,9 +15,7 @@ tau = 0.5: 64 prompts), which no rule can remove; the other columns are of a mov
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +26,9 @@ import numpy as np
 from aer_megatron.report.metrics import Metric, pass_at
 from aer_megatron.report.picture import draw_comparison
 from aer_megatron.report.writer import read_metrics
-from aer_megatron.types import Float64Array
+from benchmarks.quickstart_runs import WINDOW, finish_run, moving_mean
 
-RUN_FILE = "examples/quickstart/countdown.toml"
-WINDOW, BAND = 10, 0.15
+BAND = 0.15
 TAUS = (0.3, 0.5, 0.7)
 SEEDS = (0, 1, 2)
 # tau = 0.3 is reached near step 350, the others before step 120; a coefficient that is too small takes time to show
@@ -48,18 +45,6 @@ class Trial:
     seed: int
     overrides: tuple[str, ...]
     num_steps: int = STEPS
-
-    def command(self, folder: Path) -> list[str]:
-        fixed = ("--parallel.tp=1", "--report.progress=false", "--report.tensorboard=false", "--run.checkpoint_every=0")
-        own = (
-            f"--run.name={self.name}",
-            f"--run.output_dir={folder / self.name}",
-            f"--run.seed={self.seed}",
-            f"--run.num_steps={self.num_steps}",
-            f"--run.eval_every={self.num_steps}",
-            f"--algo.entropy.tau={self.tau}",
-        )
-        return [sys.executable, "-m", "aer_megatron.train", RUN_FILE, *fixed, *own, *self.overrides]
 
 
 def trials() -> list[Trial]:
@@ -88,18 +73,8 @@ def trials() -> list[Trial]:
 
 def run(trial: Trial, folder: Path) -> None:
     """Returns when the run is finished; a finished one is left as it is."""
-    records = folder / trial.name / "metrics.jsonl"
-    if records.is_file() and len(records.read_text(encoding="utf-8").splitlines()) == trial.num_steps:
-        return
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / f"{trial.name}.log").open("w", encoding="utf-8") as log:
-        subprocess.run(trial.command(folder), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-
-
-def moving_mean(values: Float64Array) -> Float64Array:
-    """Returns the mean of every WINDOW consecutive values."""
-    result: Float64Array = np.convolve(values, np.full(WINDOW, 1.0 / WINDOW), "valid")
-    return result
+    overrides = (f"--algo.entropy.tau={trial.tau}", *trial.overrides)
+    finish_run(trial.name, folder, seed=trial.seed, num_steps=trial.num_steps, overrides=overrides)
 
 
 def row(trial: Trial, folder: Path) -> str | None:

@@ -16,9 +16,7 @@ last third of the run:
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +26,9 @@ from aer_megatron.report.metrics import Metric, pass_at
 from aer_megatron.report.picture import draw_comparison
 from aer_megatron.report.writer import read_metrics
 from aer_megatron.types import Float64Array
+from benchmarks.quickstart_runs import finish_run, moving_mean
 
-RUN_FILE = "examples/quickstart/countdown.toml"
-STEPS, WINDOW = 300, 10
+STEPS = 300
 RECIPES: dict[str, tuple[str, ...]] = {
     "fp32": (),
     "tensorwise": ("--megatron.fp8=hybrid", "--megatron.fp8_recipe=tensorwise"),
@@ -64,18 +62,6 @@ class Trial:
     def name(self) -> str:
         return f"{self.recipe}-corrected-{self.seed}" if self.corrected else f"{self.recipe}-{self.seed}"
 
-    def command(self, folder: Path) -> list[str]:
-        fixed = ("--parallel.tp=1", "--report.progress=false", "--report.tensorboard=false", "--run.checkpoint_every=0")
-        own = (
-            f"--run.name={self.name}",
-            f"--run.output_dir={folder / self.name}",
-            f"--run.seed={self.seed}",
-            f"--run.num_steps={STEPS}",
-            f"--run.eval_every={STEPS}",
-        )
-        correction = CORRECTION if self.corrected else ()
-        return [sys.executable, "-m", "aer_megatron.train", RUN_FILE, *fixed, *own, *RECIPES[self.recipe], *correction]
-
 
 # the three fp32 seeds are the noise that the recipes are compared with
 TRIALS = (
@@ -85,16 +71,6 @@ TRIALS = (
     *(Trial(recipe, 0, corrected=True) for recipe in ("tensorwise", "blockwise", "delayed")),
     Trial("mxfp8", 0),
 )
-
-
-def run(trial: Trial, folder: Path) -> None:
-    """Returns when the run is finished; a finished one is left as it is."""
-    records = folder / trial.name / "metrics.jsonl"
-    if records.is_file() and len(records.read_text(encoding="utf-8").splitlines()) == STEPS:
-        return
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / f"{trial.name}.log").open("w", encoding="utf-8") as log:
-        subprocess.run(trial.command(folder), stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
 
 
 def row(trial: Trial, folder: Path) -> str | None:
@@ -110,7 +86,7 @@ def row(trial: Trial, folder: Path) -> str | None:
 
     target = float(str(third[-1][Metric.ENTROPY_TARGET]))
     ratio = series(Metric.ENTROPY_TOKEN_MEAN) / target
-    smooth = np.convolve(ratio, np.full(WINDOW, 1.0 / WINDOW), "valid")
+    smooth = moving_mean(ratio)
     reward = series(Metric.REWARD_MEAN)
     cells = [
         trial.label,
@@ -155,7 +131,8 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     for trial in () if options.only_report else TRIALS:
-        run(trial, options.runs)
+        overrides = RECIPES[trial.recipe] + (CORRECTION if trial.corrected else ())
+        finish_run(trial.name, options.runs, seed=trial.seed, num_steps=STEPS, overrides=overrides)
     print(report(options.runs, options.out))
     drawn = [trial for trial in TRIALS if trial.seed == 0 and (trial.corrected or trial.recipe == "fp32")]
     folders = [options.runs / trial.name for trial in drawn if row(trial, options.runs) is not None]

@@ -19,58 +19,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.algo.entropy import LogprobEntropy
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.parallel.platform import install_platform
 from aer_megatron.parallel.topology import initialize_topology
-from aer_megatron.types import Experience, TrainBatch
 from tests.support.spawn import run_distributed
 from tests.support.storage_tracker import StorageTracker
+from tests.support.updates import live_tensors, textbook, uniform_batch
 
-HF_CONFIG = {
+HF_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 576, "num_hidden_layers": 2,
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536,
     "vocab_size": 49152, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "tie_word_embeddings": True, "hidden_act": "silu",
 }  # fmt: skip
 FORMS = ("textbook", "logits", "fused")
-
-
-def textbook(logits_TW: Tensor, labels_T: Tensor, **options: Any) -> LogprobEntropy:
-    """Returns the same two vectors as anyone would write them."""
-    logp_TV = torch.log_softmax(logits_TW.float() / options["temperature"], dim=-1)
-    return LogprobEntropy(logp_TV.gather(1, labels_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1))
-
-
-def batch(sequences: int, length: int) -> TrainBatch:
-    """Returns random sequences, a quarter prompt and three quarters response."""
-    rng = np.random.default_rng(0)
-    prompt = length // 4
-    experience = Experience(
-        prompt_id_B=np.arange(sequences, dtype=np.uint64),
-        group_index_B=np.arange(sequences, dtype=np.int64),
-        prompt_length_B=np.full(sequences, prompt, dtype=np.int64),
-        response_length_B=np.full(sequences, length - prompt, dtype=np.int64),
-        token_ids_L=rng.integers(0, HF_CONFIG["vocab_size"], sequences * length).astype(np.int64),
-        rollout_logprob_T=np.zeros(sequences * (length - prompt), dtype=np.float32),
-        reward_B=np.zeros(sequences),
-        truncated_B=np.zeros(sequences, dtype=np.bool_),
-        policy_version_B=np.zeros(sequences, dtype=np.int64),
-        policy_version_sum_B=np.zeros(sequences, dtype=np.int64),
-    )
-    return TrainBatch(
-        experience=experience,
-        advantage_B=rng.normal(size=sequences),
-        entropy_weight_B=rng.uniform(0.0, 0.1, sequences),
-        old_logprob_T=np.full(experience.num_response_tokens, -10.8, dtype=np.float32),
-    )
 
 
 def measure(rank: int, world_size: int, form: str, sequences: int, length: int) -> dict[str, float]:
@@ -89,12 +56,11 @@ def measure(rank: int, world_size: int, form: str, sequences: int, length: int) 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(HF_CONFIG), encoding="utf-8")
         actor.load_hf_weights(random_hf_weights(folder, 0))
-    given = batch(sequences, length)
+    given = uniform_batch(sequences, length, vocab_size=HF_CONFIG["vocab_size"], old_logprob=-10.8)
     patch = mock.patch("aer_megatron.actor.model.vocab_parallel_logprob_entropy", textbook)
     with patch if form == "textbook" else mock.MagicMock():
         actor.train(given, seed=0, entropy_gradient=True)  # makes the optimizer's state
-        kept = [t for t in _all_tensors() if t.untyped_storage().nbytes() > 0]
-        with StorageTracker(*kept) as tracker:
+        with StorageTracker(*live_tensors()) as tracker:
             stats = actor.train(given, seed=0, entropy_gradient=True)
     return {
         "peak_bytes": float(tracker.peak_bytes),
@@ -102,13 +68,6 @@ def measure(rank: int, world_size: int, form: str, sequences: int, length: int) 
         "token_entropy": stats.mean("token_entropy"),
         "grad_norm": stats.grad_norm,
     }
-
-
-def _all_tensors() -> list[Tensor]:
-    import gc
-
-    gc.collect()
-    return [item for item in gc.get_objects() if isinstance(item, Tensor)]
 
 
 def main() -> None:

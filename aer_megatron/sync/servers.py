@@ -7,7 +7,7 @@ rank accepts a token of it. So a transfer that fails anywhere leaves a server ou
 mixture. One rank leads; the others take part in gathering the weights and are told the outcome. Where no server answers
 at all, the leader waits for one to come back.
 
-This file does NOT know how bytes travel: transports give ``_send`` and ``_send_again``.
+This file does NOT know how bytes travel: transports give ``_send`` and ``_resend``.
 """
 
 from __future__ import annotations

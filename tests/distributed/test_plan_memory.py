@@ -1,27 +1,23 @@
-"""The plan's activation and head terms against the live storages of real updates (fp32, local attention, CPU)."""
+"""The plan's activation and head terms against the live storages of real updates (fp32, CPU)."""
 
 from __future__ import annotations
 
-import gc
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from aer_megatron.algo.entropy import LogprobEntropy
 from aer_megatron.algo.memory_plan import BatchShape, StageMemory, TrainingForm, chunk_rows, stage_memory
 from aer_megatron.algo.model_size import Layout, rank_parameters
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.parallel import fused_head, vocab, vocab_shard
-from aer_megatron.types import Experience, TrainBatch
 from tests.support.spawn import run_distributed
 from tests.support.storage_tracker import StorageTracker
+from tests.support.updates import live_tensors, textbook, uniform_batch
 
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2,
@@ -46,39 +42,6 @@ CASES: dict[str, tuple[dict[str, Any], int, int, str, dict[str, Any]]] = {
     "full recomputation": ({"num_hidden_layers": 6}, 4, 96, "fused", FULL),
     "selective recomputation": ({"num_hidden_layers": 3}, 1, 192, "fused", SELECTIVE),
 }
-
-
-def textbook(logits_TW: Tensor, labels_T: Tensor, **options: Any) -> LogprobEntropy:
-    logp_TV = torch.log_softmax(logits_TW.float() / options["temperature"], dim=-1)
-    return LogprobEntropy(logp_TV.gather(1, labels_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1))
-
-
-def batch(sequences: int, length: int, vocab_size: int) -> TrainBatch:
-    rng = np.random.default_rng(0)
-    prompt = length // 4
-    experience = Experience(
-        prompt_id_B=np.arange(sequences, dtype=np.uint64),
-        group_index_B=np.arange(sequences, dtype=np.int64),
-        prompt_length_B=np.full(sequences, prompt, dtype=np.int64),
-        response_length_B=np.full(sequences, length - prompt, dtype=np.int64),
-        token_ids_L=rng.integers(0, vocab_size, sequences * length).astype(np.int64),
-        rollout_logprob_T=np.zeros(sequences * (length - prompt), dtype=np.float32),
-        reward_B=np.zeros(sequences),
-        truncated_B=np.zeros(sequences, dtype=np.bool_),
-        policy_version_B=np.zeros(sequences, dtype=np.int64),
-        policy_version_sum_B=np.zeros(sequences, dtype=np.int64),
-    )
-    return TrainBatch(
-        experience=experience,
-        advantage_B=rng.normal(size=sequences),
-        entropy_weight_B=rng.uniform(0.0, 0.1, sequences),
-        old_logprob_T=np.full(experience.num_response_tokens, -7.0, dtype=np.float32),
-    )
-
-
-def _all_tensors() -> list[Tensor]:
-    gc.collect()
-    return [item for item in gc.get_objects() if isinstance(item, Tensor)]
 
 
 def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, int]]:
@@ -117,13 +80,13 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(table), encoding="utf-8")
             actor.load_hf_weights(random_hf_weights(folder, 0))
-        given = batch(sequences, length, table["vocab_size"])
+        given = uniform_batch(sequences, length, vocab_size=table["vocab_size"], old_logprob=-7.0)
         patch = mock.patch("aer_megatron.actor.model.vocab_parallel_logprob_entropy", textbook)
         if form == "textbook":
             patch.start()
         actor.train(given, seed=0, entropy_gradient=True)  # makes the optimizer's state
         reused = {t.untyped_storage()._cdata for t in parallel_state.get_global_memory_buffer().buffer.values()}
-        tensors = [t for t in _all_tensors() if t.untyped_storage().nbytes()]
+        tensors = live_tensors()
         with StorageTracker(*(t for t in tensors if t.untyped_storage()._cdata not in reused)) as tracker:
             actor.train(given, seed=0, entropy_gradient=True)
         if form == "textbook":

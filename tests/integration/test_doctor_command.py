@@ -10,22 +10,14 @@ from pathlib import Path
 import pytest
 
 from aer_megatron import doctor
-from tests.support.runs import ROOT, environment
+from tests.support.runs import run_command
 
 RUN = "examples/quickstart/countdown.toml"
 
 
 def examine(folder: Path, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return subprocess.run(
-        [*launcher, "aer_megatron.doctor", RUN, f"--run.output_dir={folder}/out", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        cwd=ROOT,
-        check=False,
-    )
+    return run_command([*launcher, "aer_megatron.doctor", RUN, f"--run.output_dir={folder}/out", *arguments])
 
 
 @pytest.mark.integration

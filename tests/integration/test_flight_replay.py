@@ -16,7 +16,7 @@ from aer_megatron.algo.difficulty import normalize_difficulty
 from aer_megatron.algo.flight import BUCKETS, replayed_difficulty
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.flight import read_flight
-from tests.support.runs import ROOT, environment, metric_lines, train, write_run_file
+from tests.support.runs import metric_lines, run_command, train, write_run_file
 
 pytestmark = pytest.mark.integration
 
@@ -33,15 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replay(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "aer_megatron.replay", str(run), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-        cwd=ROOT,
-        check=False,
-    )
+    return run_command([sys.executable, "-m", "aer_megatron.replay", str(run), *arguments], timeout_s=120)
 
 
 def test_the_record_and_the_metrics_tell_the_same(straight: Path) -> None:

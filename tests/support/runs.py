@@ -98,14 +98,13 @@ def environment() -> dict[str, str]:
 
 def train(run_file: Path, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """Returns the finished process, whatever its exit code."""
+    return run_command(train_command(run_file, *arguments, ranks=ranks))
+
+
+def run_command(command: list[str], *, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Returns the finished process of a command in the project's folder, with its output."""
     return subprocess.run(
-        train_command(run_file, *arguments, ranks=ranks),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        cwd=ROOT,
-        check=False,
+        command, capture_output=True, text=True, timeout=timeout_s, env=environment(), cwd=ROOT, check=False
     )
 
 

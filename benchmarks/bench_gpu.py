@@ -16,12 +16,12 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from aer_megatron.convert.mapping import hf_names
 from aer_megatron.parallel.fused_head import fused_linear_logprob_entropy
 from aer_megatron.parallel.platform import Platform, initialize_process_group, install_platform
 from aer_megatron.parallel.topology import destroy_topology, initialize_topology
-from benchmarks.bench_training_memory import batch
+from tests.support.updates import uniform_batch
 
 RUN_FILE = """\
 [run]
@@ -148,16 +148,15 @@ def bench_update(options: argparse.Namespace, platform: Platform) -> list[dict[s
     )
     specs = hf_specs(arch, dict.fromkeys(hf_names(arch), torch.bfloat16))
     actor.load_hf_weights(lambda name: 0.02 * torch.randn(specs[name].shape))
-    given = batch(options.sequences, options.length)
-    token_ids_L = given.experience.token_ids_L % int(table["vocab_size"])
-    given = replace(given, experience=replace(given.experience, token_ids_L=token_ids_L))
+    vocab = int(table["vocab_size"])
+    given = uniform_batch(options.sequences, options.length, vocab_size=vocab, old_logprob=-math.log(vocab))
 
     def step() -> None:
         actor.train(given, seed=0, entropy_gradient=True)
 
     measured = timed(step, platform, warmup=options.warmup, repeats=options.repeats)
     work = Workload(options.sequences, prompt, response, minibatches=1, passes=0)
-    form = TrainingForm(2, "flash", config.model.head, int(table["vocab_size"]), 0, False)
+    form = TrainingForm(2, "flash", config.model.head, vocab, 0, False)
     layout = Layout(config.parallel.tp, 1, platform.world_size // config.parallel.tp, 1, False, "none")
     flops = step_flops(arch, work, layout, form).model / platform.world_size
     peak = gpu_named(options.gpu).bf16_flops

@@ -105,7 +105,7 @@ def timed(call: Callable[[], object], platform: Platform, *, warmup: int, repeat
 def bench_head(options: argparse.Namespace, platform: Platform) -> list[dict[str, Any]]:
     """Returns one record per form of the head."""
     torch.manual_seed(0)
-    shape = {"device": platform.device, "dtype": torch.bfloat16}
+    shape: dict[str, Any] = {"device": platform.device, "dtype": torch.bfloat16}
     hidden_TH = torch.randn(options.tokens, options.hidden, **shape).requires_grad_()
     weight_VH = (0.02 * torch.randn(options.vocab, options.hidden, **shape)).requires_grad_()
     labels_T = torch.randint(0, options.vocab, (options.tokens,), device=platform.device)

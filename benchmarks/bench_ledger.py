@@ -28,6 +28,7 @@ This file does NOT judge the figures.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -185,6 +186,9 @@ def time_updates(num_prompts: int, num_pairs: int, repeats: int) -> list[dict[st
         made.update(ids, none, none, none.astype(np.float64), none, step=0)
         return made
 
+    def update_verdicts(target: DifficultyLedger, threads: int, step: int) -> None:
+        target.update_verdicts(pairs, solved, step=step, num_threads=threads)
+
     def record(name: str, update: Update) -> None:
         cpu, wall = best_times(update, repeats)
         rows.append({"form": name, "cpu_ms": cpu, "wall_ms": wall})
@@ -193,10 +197,8 @@ def time_updates(num_prompts: int, num_pairs: int, repeats: int) -> list[dict[st
     reference = ledger()
     for threads in (1, 2):
         target = reference if threads == 1 else ledger()
-        record(
-            f"ledger pairs, {threads} thread{'s' * (threads > 1)}",
-            lambda step, t=threads, at=target: at.update_verdicts(pairs, solved, step=step, num_threads=t),
-        )
+        name = f"ledger pairs, {threads} thread{'s' * (threads > 1)}"
+        record(name, functools.partial(update_verdicts, target, threads))
     full = ledger()
     record("ledger all columns", lambda step: full.update(pairs, count, wins, zeros, count, step=step))
     peers = {

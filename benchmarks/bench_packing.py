@@ -78,7 +78,8 @@ def ours(length_B: np.ndarray) -> Plan:
 
 def differencing(weight: np.ndarray, parts: int) -> list[np.ndarray]:
     """Returns the largest differencing method's partition (Karmarkar and Karp 1982)."""
-    partial = [([(0, [])] * (parts - 1) + [(int(w), [i])]) for i, w in enumerate(weight)]
+    empty: list[tuple[int, list[int]]] = [(0, [])] * (parts - 1)
+    partial = [[*empty, (int(w), [i])] for i, w in enumerate(weight)]
     while len(partial) > 1:
         partial.sort(key=lambda sums: sums[-1][0] - sums[0][0])
         one, other = partial.pop(), partial.pop()

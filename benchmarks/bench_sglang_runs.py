@@ -90,7 +90,7 @@ def measure(output: Path, options: Sequence[str]) -> dict[str, Any]:
         "rollout_s": Metric.TIME_ROLLOUT,
         "sync_s": Metric.TIME_SYNC,
     }
-    return {key: [float(line[name]) for line in table] for key, name in names.items()}
+    return {key: [float(str(line[name])) for line in table] for key, name in names.items()}
 
 
 def check_served(output: Path, urls: list[str]) -> dict[str, Any]:

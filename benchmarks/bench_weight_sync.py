@@ -172,7 +172,7 @@ def publication(sync: ServerSync, weights: dict[str, Tensor], version: int) -> A
                 write(sync, target, tensors)
                 written.append(time.perf_counter())
 
-            sync._write = noted_write  # type: ignore[method-assign]
+            sync._write = noted_write  # type: ignore[assignment,method-assign]
         began = time.perf_counter()
         sync.publish(iter(weights.items()), version)
         taken = {"transfer": min(arrived) - began, "verified": time.perf_counter() - began}

@@ -61,9 +61,9 @@ def pins_of(text: str) -> tuple[list[Pin], list[str]]:
             for name in re.findall(r"constraints/[\w.-]+\.txt", line):
                 pins += constraint_pins(ROOT / name, python)
         if line.startswith("RUN "):
-            for name, version in packages(line):
-                if version:
-                    pins.append(Pin("apt" if "apt-get install" in line else "pip", name, version, stage, python))
+            for name, pinned in packages(line):
+                if pinned:
+                    pins.append(Pin("apt" if "apt-get install" in line else "pip", name, pinned, stage, python))
                 else:
                     complaints.append(f"{stage}: {name} has no version")
     if "make install" in text:  # the Makefile's own constraints

@@ -299,7 +299,7 @@ def sglang_facts(source: Source) -> dict[str, Any]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for decorator in (part for part in node.decorator_list if isinstance(part, ast.Call)):
                 if ast.unparse(decorator.func).startswith("app.") and isinstance(decorator.args[0], ast.Constant):
-                    routes[decorator.args[0].value] = _request_fields(source, module, node)
+                    routes[str(decorator.args[0].value)] = _request_fields(source, module, node)
     options: set[str] = set()
     folder = source.file("sglang.srt.arg_groups.fields")
     for file in folder.parent.glob("*.py") if folder else ():

@@ -92,10 +92,11 @@ def join_group(body: dict[str, Any]) -> Any:
     """Joins under the names that SGLang's torch uses; by hand, because the trainer may be in the same process."""
     from datetime import timedelta
 
-    from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+    from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
 
     name, wait = body["group_name"], timedelta(seconds=20)
-    store = TCPStore(body["master_address"], body["master_port"], body["world_size"], is_master=False, timeout=wait)
+    address, port = body["master_address"], body["master_port"]
+    store: Store = TCPStore(address, port, body["world_size"], is_master=False, timeout=wait)
     for prefix in (name, f"{name}/", "cpu/"):
         store = PrefixStore(prefix, store)
     return ProcessGroupGloo(store, body["rank_offset"], body["world_size"], wait)
@@ -111,4 +112,4 @@ def receive(group: Any, buffer: NDArray[Any]) -> NDArray[Any]:
 
 
 def served_checksum(array: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()[:16]

@@ -111,7 +111,7 @@ def run_with_kills(
     assert len(kills) == plan.num_kills, f"the run ended after {len(kills)} of {plan.num_kills} kills\n{stderr}"
     checkpoint = max((output / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
     attempts = int(DifficultyLedger.load(str(checkpoint / "ledger")).export().attempts.sum())
-    step_s = [float(line["time/step_s"]) for line in read_metrics(output / "metrics.jsonl")]
+    step_s = [float(str(line["time/step_s"])) for line in read_metrics(output / "metrics.jsonl")]
     return KilledRun(kills, stderr, attempts, step_s)
 
 

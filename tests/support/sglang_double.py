@@ -190,7 +190,9 @@ class SGLangDouble:
         return await self._spoiled(request, reply, fault)
 
     async def _complete(self, body: dict[str, Any], running: Running, fault: Fault) -> dict[str, Any]:
-        params, output, reason = body["sampling_params"], [], None
+        params: dict[str, Any] = body["sampling_params"]
+        output: list[int] = []
+        reason: dict[str, Any] | None = None
         limit = params["max_new_tokens"]
         pause_s = {"slow": _SLOW_S, "hang": 3600.0}.get(fault, 0.0)
         if pause_s:
@@ -257,13 +259,13 @@ class SGLangDouble:
 
     async def _release(self, request: web.Request) -> web.Response:
         if self.running or self.released:  # the real server's scheduler ends itself
-            self._end = asyncio.create_task(self._stop())
+            self._stopping = asyncio.create_task(self._stop())
         self.released = True
         return web.json_response(None)
 
     async def _resume(self, request: web.Request) -> web.Response:
         if not self.released:
-            self._end = asyncio.create_task(self._stop())
+            self._stopping = asyncio.create_task(self._stop())
         self.released = False
         return web.json_response(None)
 

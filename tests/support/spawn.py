@@ -90,7 +90,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
         try:
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(
+                process: BaseProcess = context.Process(
                     target=_entry,
                     args=(sender, init_file, rank, world_size, timeout_s, fn, args),
                     daemon=True,

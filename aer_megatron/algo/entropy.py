@@ -90,21 +90,3 @@ def logprob_entropy_gradient(
     grad_TV -= grad_entropy_T.double()[:, None] * (p_logp_TV + prob_TV * entropy_T1)
     padding = logits_TV.shape[1] - vocab_size
     return torch.nn.functional.pad(grad_TV / temperature, (0, padding))
-
-
-def entropy_histogram(entropy_T: Tensor, edges_K1: Tensor) -> Tensor:
-    """Return how many entropies fall into each of K bins, [K] int64: counts add over ranks and micro-batches.
-
-    Args:
-        entropy_T: [T] entropies in nats.
-        edges_K1: [K + 1] ascending bin edges. Bin k is [edges[k], edges[k + 1]); values below the first edge
-            are counted in the first bin and values from the last edge on in the last bin.
-
-    Raises:
-        ValueError: fewer than two edges, or edges that do not ascend.
-    """
-    if edges_K1.numel() < 2 or not bool((edges_K1.diff() > 0).all()):
-        raise ValueError(f"edges_K1={edges_K1.tolist()} must be at least two ascending values")
-    inner_edges = edges_K1[1:-1].to(entropy_T)
-    bins_T = torch.bucketize(entropy_T.detach(), inner_edges, right=True)
-    return torch.bincount(bins_T, minlength=edges_K1.numel() - 1)

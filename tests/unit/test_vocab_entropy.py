@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_megatron.algo.entropy import entropy_histogram, logprob_entropy, logprob_entropy_gradient
+from aer_megatron.algo.entropy import logprob_entropy, logprob_entropy_gradient
 from aer_megatron.parallel.vocab import LogprobEntropy, vocab_parallel_logprob_entropy
 from aer_megatron.parallel.vocab_shard import VocabShard, chunks, rows_per_chunk
 
@@ -263,17 +263,6 @@ def test_a_row_of_only_minus_inf_is_nan_and_nan_is_not_hidden() -> None:
     logits[1, 2] = math.nan
     result = vocab_parallel_logprob_entropy(logits, torch.zeros(3, dtype=torch.int64))
     assert result.entropy_T.isnan().tolist() == [True, True, False]
-
-
-def test_histogram_counts_add_over_parts_and_keep_outliers() -> None:
-    edges = torch.tensor([0.0, 1.0, 2.0, 4.0])
-    entropy = torch.tensor([-0.1, 0.0, 0.5, 1.0, 3.999, 4.0, 9.0])
-    assert entropy_histogram(entropy, edges).tolist() == [3, 1, 3]
-    parts = entropy_histogram(entropy[:2], edges) + entropy_histogram(entropy[2:], edges)
-    assert parts.tolist() == [3, 1, 3]
-    assert entropy_histogram(entropy[:0], edges).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="ascending"):
-        entropy_histogram(entropy, torch.tensor([0.0, 0.0]))
 
 
 def test_temperature_is_folded_into_the_exponent() -> None:

@@ -166,10 +166,10 @@ class Stages:
             num_aborted=sum(len(item.pending.prompt_ids) - item.num_groups for item in launches),
         )
 
-    def score(self, experience: Experience) -> PolicyScores:
+    def score(self, step: int, experience: Experience) -> PolicyScores:
         """Returns what the policy that is about to be trained says of the batch."""
         with self.parts.timer.phase("score"):
-            return self.parts.policy.score(experience)
+            return self.parts.policy.score(experience, seed=self.config.run.seed + step)
 
     def assess(self, experience: Experience, scores: PolicyScores, step: int, policy_version: int) -> Assessment:
         """Returns the assessment of the batch, after the ledger took its evidence.

@@ -39,7 +39,7 @@ class Trainer:
             experience = collected.experience
             stages.release_memory()
 
-            scores = stages.score(experience)
+            scores = stages.score(step, experience)
             assessed = stages.assess(experience, scores, step, policy_version)
             # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/aer.md)
             controller_state = controller.anchor(controller_state, entropy, assessed.observation)

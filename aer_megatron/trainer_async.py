@@ -49,7 +49,7 @@ class AsyncTrainer:
                 collected = stages.collect(ahead.popleft())
                 experience = collected.experience
 
-                scores = stages.score(experience)
+                scores = stages.score(step, experience)
                 assessed = stages.assess(experience, scores, step, policy_version)
                 assert assessed.staleness.largest <= config.rollout.staleness
                 # of the forward pass just made, by the policy to be trained: stale rollouts give it only their tokens

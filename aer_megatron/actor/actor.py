@@ -109,10 +109,17 @@ class Actor:
         with self._reference.in_place():
             return self.score(experience).logprob_T
 
-    def score(self, experience: Experience) -> PolicyScores:
-        """Returns log-probability and exact entropy of every response token under the current weights."""
-        result = self._score(experience, np.arange(experience.num_sequences, dtype=np.int64))
-        return PolicyScores(*result)
+    def score(self, experience: Experience, *, seed: int | None = None) -> PolicyScores:
+        """Returns log-probability and exact entropy of every response token under the current weights.
+
+        With ``seed`` the batch is cut into micro-batches as ``train`` cuts it with that seed, so that the first
+        update's probability ratios are 1 to the last bit: a kernel's rounding, and an FP8 scale even more, may depend
+        on what else is in a micro-batch.
+        """
+        num_parts = self._config.algo.num_minibatches if seed is not None else 1
+        parts = minibatch_indices(experience.num_sequences, num_parts, seed or 0)
+        first, *others = (self._score(experience, part) for part in parts)
+        return PolicyScores(*sum(others, start=first))
 
     @torch.no_grad()
     def _score(self, experience: Experience, indices_b: Int64Array) -> Float32Array:

@@ -5,6 +5,7 @@ One process and then two run all their scenarios once; the tests look at what ca
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def _resume(folder: Path) -> list[str]:
     return differing + ([] if same_scores and expected["norms"] == got["norms"] else ["scores"])
 
 
+def _mean_ratio(seed: int | None) -> float:
+    """Returns the mean probability ratio of two updates that move nothing, under scores that were cut by ``seed``."""
+    still = {"lr": 1e-30, "weight_decay": 0.0}  # the smallest step: no fp32 weight moves
+    actor = build_actor(
+        policy_config(megatron=RECIPES["tensorwise"], optimizer=still, algo={"num_minibatches": 2})
+    )
+    batch = fixed_batch()
+    scored = dataclasses.replace(batch, old_logprob_T=actor.score(batch.experience, seed=seed).logprob_T)
+    total, count = actor.train(scored, seed=3, entropy_gradient=True).sums["ratio"]
+    return total / count
+
+
 def _experts(folder: Path) -> dict[str, Any]:
     """Returns names of the emulated layers of a model with experts, and its statistics with and without FP8."""
     from aer_megatron.actor.actor import Actor
@@ -95,6 +108,7 @@ def _alone(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     result["recompute"] = _two_updates(_actor(DELAYED | RECOMPUTE))
     kept = _actor(RECIPES["tensorwise"] | FIRST_KEPT).model
     result["emulated"] = [name for name, module in kept.named_modules() if isinstance(module, Fp8Linear)]
+    result["mean_ratio"] = {seed: _mean_ratio(seed) for seed in (3, 4, None)}
     result["resume"] = _resume(folder / "checkpoints")
     result["experts"] = _experts(folder / "experts")
     return result
@@ -174,6 +188,12 @@ def test_delayed_scaling_rounds_shards_like_the_whole(
     for rank in together:
         distance = _distance(rank[layout]["delayed"], alone["delayed"])
         assert all(d < 0.1 * n for d, n in zip(distance, noise, strict=True)), (distance, noise)
+
+
+def test_ratios_are_1_to_the_last_bit_where_scores_are_cut_like_the_updates(alone: dict[str, Any]) -> None:
+    """A tensorwise scale is that of the micro-batch: another cut, as the other seeds make, is another rounding."""
+    assert alone["mean_ratio"][3] == 1.0
+    assert abs(alone["mean_ratio"][4] - 1.0) > 1e-4 and abs(alone["mean_ratio"][None] - 1.0) > 1e-4
 
 
 def test_delayed_scales_are_the_same_on_all_tensor_parallel_ranks(

@@ -100,7 +100,7 @@ class World:
         ]
 
     # policy
-    def score(self, experience: Any) -> PolicyScores:
+    def score(self, experience: Any, *, seed: int) -> PolicyScores:
         values_T = np.full(experience.num_response_tokens, 0.5, dtype=np.float32)
         return PolicyScores(-values_T, values_T)
 

@@ -198,8 +198,8 @@ class Fp8Linear(torch.nn.Module):
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
         if self.delayed is not None:
             self.delayed.enter(self)  # here, because an autograd function always runs without gradients
-        output: Tensor = _EmulatedProduct.apply(input, weight, self)  # type: ignore[no-untyped-call]
-        return output if bias is None else output + bias
+        output: Tensor = _EmulatedProduct.apply(input, weight, bias, self)  # type: ignore[no-untyped-call]
+        return output
 
     def round_operand(self, x_MK: Tensor, role: str, *, both: bool) -> Operands:
         """Returns fp32 ``x_MK`` rounded for products along its columns and, with ``both``, along its rows.
@@ -233,31 +233,35 @@ class Fp8RowParallelLinear(Fp8Linear, RowParallelLinear):  # type: ignore[misc]
 
 
 class _EmulatedProduct(torch.autograd.Function):
-    """y = Q(x) Q(w)^T with rounded operands in the backward products too."""
+    """y = Q(x) Q(w)^T + bias, rounded once, with rounded operands in the backward products too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Fp8Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Fp8Linear) -> Tensor:
         wanted = any(ctx.needs_input_grad)
         x_MK, weight_NK = x.detach().reshape(-1, x.shape[-1]).float(), weight.detach().float()
         x_columns_MK, x_rows_MK = layer.round_operand(x_MK, "input", both=wanted)
         weight_columns_NK, weight_rows_NK = layer.round_operand(weight_NK, "weight", both=wanted)
-        ctx.layer, ctx.shape, ctx.dtypes = layer, x.shape, (x.dtype, weight.dtype)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         if wanted:
             ctx.save_for_backward(x_rows_MK, weight_rows_NK)
         y_MN = x_columns_MK @ weight_columns_NK.t()
+        if bias is not None:
+            y_MN += bias.detach().float()
         return y_MN.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[override]
         x_rows_MK, weight_rows_NK = ctx.saved_tensors
         grad_MN = grad.reshape(-1, grad.shape[-1]).float()
         columns_MN, rows_MN = ctx.layer.round_operand(grad_MN, "gradient", both=True)
-        x_dtype, weight_dtype = ctx.dtypes
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         grad_x = (columns_MN @ weight_rows_NK).to(x_dtype).view(ctx.shape)
         grad_weight = (rows_MN.t() @ x_rows_MK).to(weight_dtype)
         if ctx.layer.delayed is not None:
             ctx.layer.delayed.after_backward(ctx.layer)
-        return grad_x, grad_weight, None
+        grad_bias = None if bias_dtype is None else grad_MN.sum(0).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
 
 
 class DelayedScaling:

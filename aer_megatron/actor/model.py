@@ -11,6 +11,7 @@ This file does NOT know losses, optimizers or files. Version differences of Mega
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -209,7 +210,18 @@ def _checked_passthrough(table: Mapping[str, Any], decided: Mapping[str, Any]) -
                 f"megatron.{key}={table[key]!r} needs TransformerEngine's layers: without them Megatron-Core ignores "
                 "it without a word, so it is refused here (FP8 is emulated only where there is no CUDA device)"
             )
-    return dict(table)
+    return {key: _as_enumeration(key, value) for key, value in table.items()}
+
+
+def _as_enumeration(key: str, value: Any) -> Any:
+    """Returns a run file's value; Megatron-Core compares enumerations with members and ignores their names."""
+    default = getattr(TransformerConfig, key, None)
+    if not (isinstance(default, enum.Enum) and isinstance(value, str)):
+        return value
+    members = type(default).__members__
+    if value not in members:
+        raise ValueError(f"megatron.{key}={value!r} is unknown; use one of {', '.join(members)}")
+    return members[value]
 
 
 def build_chunks(arch: ModelArchitecture, config: Config, topology: Topology) -> list[PolicyModel]:

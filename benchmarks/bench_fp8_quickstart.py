@@ -1,16 +1,16 @@
-"""The quick start under emulated FP8: is entropy held, and is the reward that of fp32?
+"""The quick start under emulated FP8: is entropy held, and is the reward that of bf16?
 
 Run from the repository's root after `make quickstart` (it made the base policy); writes fp8.md into --out and a picture
 into docs/pictures. Runs that are there are not repeated; `--only-report` starts none.
     python -m benchmarks.bench_fp8_quickstart
 
-One rank per run (`--parallel.tp=1`). Everything but [megatron] is examples/quickstart/countdown.toml; H_0 is each run's
-own, measured by its own training forward pass. "corrected" runs set CORRECTION beside the recipe. Columns, over the
-last third of the run:
+One rank per run (`--parallel.tp=1`). Everything but the options below is examples/quickstart/countdown.toml; H_0 is
+each run's own, measured by its own training forward pass. Columns, over the last third of the run:
+  updates     optimizer steps per rollout batch; "corrected" ones with CORRECTION
   H / H*      mean over the steps
   deviation   largest |H / H* - 1| of a moving mean over 10 steps, and of any single step (sampling noise: about 4 %)
   reward      mean over the steps
-  |dlogp|     mean |log-probability of the rollout engine (fp32 weights) - that of the trainer| of a sampled token
+  |dlogp|     mean |log-probability of the rollout engine (weights in bf16) - that of the trainer| of a sampled token
 """
 
 from __future__ import annotations
@@ -29,47 +29,49 @@ from aer_megatron.types import Float64Array
 from benchmarks.quickstart_runs import finish_run, moving_mean
 
 STEPS = 300
-RECIPES: dict[str, tuple[str, ...]] = {
-    "fp32": (),
-    "tensorwise": ("--megatron.fp8=hybrid", "--megatron.fp8_recipe=tensorwise"),
-    "blockwise": ("--megatron.fp8=e4m3", "--megatron.fp8_recipe=blockwise"),
-    "delayed": (
-        "--megatron.fp8=hybrid",
-        "--megatron.fp8_recipe=delayed",
-        "--megatron.fp8_amax_history_len=16",
-        "--megatron.fp8_amax_compute_algo=max",
-    ),
-    "mxfp8": ("--megatron.fp8=e4m3", "--megatron.fp8_recipe=mxfp8"),
+BF16 = ("--model.dtype=bf16",)
+DELAYED = (
+    *BF16,
+    "--megatron.fp8=hybrid",
+    "--megatron.fp8_recipe=delayed",
+    "--megatron.fp8_amax_compute_algo=max",
+)
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "bf16": BF16,
+    "tensorwise": (*BF16, "--megatron.fp8=hybrid", "--megatron.fp8_recipe=tensorwise"),
+    "blockwise": (*BF16, "--megatron.fp8=e4m3", "--megatron.fp8_recipe=blockwise"),
+    "delayed": (*DELAYED, "--megatron.fp8_amax_history_len=1024"),
+    "delayed, history 16": (*DELAYED, "--megatron.fp8_amax_history_len=16"),
 }
-# the ratios of a step's second mini-batch carry the rounding noise: bounded where the advantage is negative, and the
-# mismatch with the fp32 rollouts is weighed
 CORRECTION = ("--algo.dual_clip=3", "--algo.tis_clip=2")
+# an update after the first of a batch has ratios of two roundings of the weights, so that FP8 makes them noise
+UPDATES: dict[str, tuple[str, ...]] = {
+    "1": ("--algo.num_minibatches=1",),
+    "2": ("--algo.num_minibatches=2",),
+    "2, corrected": ("--algo.num_minibatches=2", *CORRECTION),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run. Example: ``Trial("tensorwise", 0, corrected=True)``."""
+    """One run. Example: ``Trial("tensorwise", "1", seed=0)``."""
 
-    recipe: str
+    precision: str
+    updates: str
     seed: int
-    corrected: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.recipe}, corrected" if self.corrected else self.recipe
 
     @property
     def name(self) -> str:
-        return f"{self.recipe}-corrected-{self.seed}" if self.corrected else f"{self.recipe}-{self.seed}"
+        return f"{self.precision}-{self.updates}-{self.seed}".replace(", ", "-").replace(" ", "-")
 
 
-# the three fp32 seeds are the noise that the recipes are compared with
+# the seeds of bf16 are the noise that the recipes are compared with
 TRIALS = (
-    *(Trial("fp32", seed) for seed in (0, 1, 2)),
-    Trial("fp32", 0, corrected=True),
-    *(Trial(recipe, 0) for recipe in ("tensorwise", "blockwise", "delayed")),
-    *(Trial(recipe, 0, corrected=True) for recipe in ("tensorwise", "blockwise", "delayed")),
-    Trial("mxfp8", 0),
+    *(Trial("bf16", "1", seed) for seed in (0, 1, 2)),
+    *(Trial(recipe, "1", seed) for recipe in list(PRECISIONS)[1:] for seed in (0, 1)),
+    *(Trial("bf16", "2", seed) for seed in (0, 1, 2)),
+    *(Trial(recipe, "2", 0) for recipe in ("tensorwise", "blockwise")),
+    *(Trial(recipe, "2, corrected", 0) for recipe in ("tensorwise", "blockwise")),
 )
 
 
@@ -89,7 +91,8 @@ def row(trial: Trial, folder: Path) -> str | None:
     smooth = moving_mean(ratio)
     reward = series(Metric.REWARD_MEAN)
     cells = [
-        trial.label,
+        trial.precision,
+        trial.updates,
         f"{trial.seed}",
         f"{float(str(third[-1][Metric.ENTROPY_INITIAL])):.4f}",
         f"{target:.4f}",
@@ -110,11 +113,11 @@ def report(folder: Path, out: Path) -> str:
         "# The quick start under emulated FP8",
         "",
         "- command: `python -m benchmarks.bench_fp8_quickstart`",
-        f"- commit: `{commit.stdout.strip()}`; columns: see the script's first lines; recipes: its `RECIPES`",
+        f"- commit: `{commit.stdout.strip()}`; columns: see the script's first lines; recipes: its `PRECISIONS`",
         "",
-        "| recipe | seed | H_0 | H* | H / H* | deviation, mean of 10 | single step | reward | pass@1 | pass@8 "
-        "| pass@32 | mean dlogp |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| precision | updates | seed | H_0 | H* | H / H* | deviation, mean of 10 | single step | reward | pass@1 "
+        "| pass@8 | pass@32 | mean dlogp |",
+        "|---" * 13 + "|",
     ]
     lines += [line for trial in TRIALS if (line := row(trial, folder)) is not None]
     text = "\n".join(lines) + "\n"
@@ -131,10 +134,10 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     for trial in () if options.only_report else TRIALS:
-        overrides = RECIPES[trial.recipe] + (CORRECTION if trial.corrected else ())
+        overrides = PRECISIONS[trial.precision] + UPDATES[trial.updates]
         finish_run(trial.name, options.runs, seed=trial.seed, num_steps=STEPS, overrides=overrides)
     print(report(options.runs, options.out))
-    drawn = [trial for trial in TRIALS if trial.seed == 0 and (trial.corrected or trial.recipe == "fp32")]
+    drawn = [trial for trial in TRIALS if trial.seed == 0 and trial.updates == "1" and "," not in trial.precision]
     folders = [options.runs / trial.name for trial in drawn if row(trial, options.runs) is not None]
     if folders:
         draw_comparison(folders, options.pictures / "fp8_quickstart.png")

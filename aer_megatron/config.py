@@ -62,7 +62,6 @@ class ParallelSection(Section):
         256, ge=1, description="weights are gathered for rollouts in buckets of about this many MB (10^6 bytes)"
     )
 
-
     def check(self, longest: int) -> None:
         """Raises ValueError where options exclude one another or ``longest`` tokens do not fit a micro-batch."""
         if self.sequence_parallel and self.tp == 1:
@@ -123,6 +122,9 @@ class RolloutSection(Section):
     engine: Literal["embedded", "sglang"] = Field(
         "embedded", description="embedded = in-process generation on every rank; sglang = the servers of [sglang]"
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none", description="fp8: the engine's weights are rounded to FP8, 128 x 128 values to a scale; docs/fp8.md"
+    )
     prompts_per_step: int = Field(64, ge=1, description="P, prompts of a rollout batch over all ranks")
     group_size: int = Field(8, ge=1, description="G, rollouts per prompt")
     temperature: float = Field(1.0, gt=0)
@@ -168,6 +170,7 @@ class SglangSection(Section):
         default_factory=dict, description="options of launched servers, passed on: mem_fraction_static = 0.8, ..."
     )
     environment: dict[str, str] = Field(default_factory=dict, description="variables added to launched servers'")
+    router_url: str = Field("", description="smg in front of these servers, for generation requests; empty = none")
     api_key_env: str = Field("", description="name of the environment variable that holds the servers' API key")
     transport: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
@@ -176,9 +179,7 @@ class SglangSection(Section):
     )
     trainer_address: str = Field("127.0.0.1", description="rank 0 as the servers reach it, for transport=distributed")
     bucket_mb: int = Field(64, ge=1, description="one broadcast or request of distributed or tensor, MB (10^6 bytes)")
-    release_memory: bool = Field(
-        False, description="servers on the trainer's GPUs free their memory while it trains (enable_memory_saver)"
-    )
+    release_memory: bool = Field(False, description="servers on the trainer's GPUs free their memory while it trains")
     transfer_dir: str = Field("", description="folder of the disk transport; empty = weights/ under run.output_dir")
     max_concurrency: int = Field(64, ge=1, description="requests under way per server and training rank")
     request_timeout_s: float = Field(600.0, gt=0, description="a generation that takes longer is given up")
@@ -309,9 +310,7 @@ class SftSection(Section):
     init: str | None = Field(
         None, description="Hugging Face folder to start from; without *.safetensors: random weights by run.seed"
     )
-    source: SourceSection | None = Field(
-        None, description="problems with a response, or a task that can solve itself"
-    )
+    source: SourceSection | None = Field(None, description="problems with a response, or a task that can solve itself")
     num_steps: int = Field(1000, ge=1)
     batch_size: int = Field(64, ge=1, description="sequences per optimizer step over all ranks")
     optimizer: OptimizerSection = OptimizerSection(lr=1e-3, warmup_steps=50, decay="cosine")

@@ -21,12 +21,13 @@ import torch
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.actor import Actor
+from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.algo import controller
 from aer_megatron.compose.common import build_actor, build_topology, check_model, checked_weights
 from aer_megatron.compose.rl import Data, load_data, rollout_parts
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
-from aer_megatron.convert.fp8_weights import is_quantized, quantize_weight
+from aer_megatron.convert.fp8_weights import round_weight
 from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.parallel import platform as platforms
 from aer_megatron.parallel.topology import Topology, destroy_topology
@@ -47,7 +48,7 @@ generates --steps rollout batches and trains on them; every recipe then trains o
 by its own entropies. Rows:
   EXACT            the reference itself (fp32 or bf16)
   RECIPE           [megatron] fp8 with that recipe: emulated without a CUDA device, TransformerEngine's with one
-  rollout weights  the exact policy with weights in block FP8, as FP8 rollout servers would hold them (scored only)
+  rollout weights  the exact policy with the weights that rollout.quantization = "fp8" gives the engine (scored only)
 Any option of the run file can be overridden with --section.key=value."""
 
 
@@ -59,6 +60,7 @@ class Measured:
     scores: PolicyScores
     layers: tuple[Float32Array, ...]  # [rows, H] of this rank's layers
     metrics: Sequence[Mapping[str, Any]]
+    rollout_kl: float  # to the engine that sampled the first batch
     grad_norm: float | None = None  # of one whole batch under the initial weights
 
     def series(self, metric: Metric) -> Float64Array:
@@ -73,11 +75,11 @@ class Probe:
         self.first: PolicyScores | None = None
         self.layers: tuple[Float32Array, ...] = ()
 
-    def score(self, experience: Experience) -> PolicyScores:
+    def score(self, experience: Experience, *, seed: int) -> PolicyScores:
         if self.first is not None:
-            return self._actor.score(experience)
+            return self._actor.score(experience, seed=seed)
         with _layer_outputs(self._actor) as outputs:
-            self.first = self._actor.score(experience)
+            self.first = self._actor.score(experience, seed=seed)
         self.layers = tuple(outputs)
         return self.first
 
@@ -223,7 +225,8 @@ def _measure_all(config: Config, recipes: Sequence[str], platform: Any, topology
         for recipe in recipes:
             fp8 = {"fp8": FORMATS[recipe]} | dict(config.megatron) | {"fp8_recipe": recipe}
             result.append(measure(recipe, fp8, weight_sync=NoSync()))
-        once = _standing(config.model_copy(update={"megatron": exact}))
+        run = config.run.model_copy(update={"num_steps": 1})
+        once = config.model_copy(update={"megatron": exact, "run": run})
         parts = shared | {"weight_sync": NoSync()}
         rounded = _measure("rollout weights", once, data, parts, (platform, topology), round_weights=True)
         return [*result, replace(rounded, metrics=())]
@@ -259,7 +262,7 @@ def _measure(
         config, config.model.path, platform, topology, optimizer=config.optimizer, num_updates=updates
     )
     get = checked_weights(config.model.path)
-    actor.load_hf_weights(_rounded(get) if round_weights else get)
+    actor.load_hf_weights(_rounded(get, TORCH_DTYPES[config.model.dtype]) if round_weights else get)
     if config.algo.kl_coefficient:
         actor.hold_reference(get)
     probe, trace = Probe(actor), Trace()
@@ -276,17 +279,12 @@ def _measure(
     start = Progress(0, 0, controller.initial_state(config.algo.entropy), all_parts.prompts.state_dict())
     Trainer(Stages(config, all_parts, start)).run()
     assert probe.first is not None
-    return Measured(name, probe.first, probe.layers, trace.steps)
+    return Measured(name, probe.first, probe.layers, trace.steps, float(trace.steps[0][Metric.ROLLOUT_MISMATCH_KL]))
 
 
-def _rounded(get: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
-    """Returns a getter of what FP8 rollout servers would make of the weights."""
-
-    def rounded(name: str) -> torch.Tensor:
-        weight = get(name)
-        return quantize_weight(weight).dequantize().to(weight.dtype) if is_quantized(name) else weight
-
-    return rounded
+def _rounded(get: Callable[[str], torch.Tensor], dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """Returns a getter of what ``rollout.quantization = "fp8"`` makes of the weights, which have the run's dtype."""
+    return lambda name: round_weight(name, get(name).to(dtype))
 
 
 def _layer_errors(one: Measured, exact: Measured) -> list[float]:
@@ -308,11 +306,11 @@ def _row(one: Measured, exact: Measured) -> dict[str, Any]:
         "token_entropy": entropy,
         "token_entropy_shift": entropy - exact_entropy,
         "layer_output_error": _layer_errors(one, exact),
+        "rollout_mismatch_kl": one.rollout_kl,
     }
     if one.metrics:
         norms, exact_norms = (m.series(Metric.TRAIN_GRAD_NORM) for m in (one, exact))
         row |= {
-            "rollout_mismatch_kl": float(one.series(Metric.ROLLOUT_MISMATCH_KL)[0]),
             "grad_norm": one.grad_norm,
             "grad_norm_ratio": float(np.exp(np.mean(np.log(norms[1:] / exact_norms[1:])))) if len(norms) > 1 else None,
             "token_entropy_trace": one.series(Metric.ENTROPY_TOKEN_MEAN).tolist(),
@@ -358,7 +356,7 @@ def _table(rows: Sequence[Mapping[str, Any]], config: Config) -> str:
             number(row["logprob_shift_mean_abs"], ".4f"),
             number(row["logprob_shift_mean"], "+.4f"),
             number(row["logprob_shift_max_abs"], ".3f"),
-            number(row.get("rollout_mismatch_kl"), ".5f"),
+            number(row["rollout_mismatch_kl"], ".5f"),
             number(row["token_entropy"], ".4f"),
             number(row["token_entropy_shift"], "+.4f"),
             number(row.get("grad_norm"), ".4f"),

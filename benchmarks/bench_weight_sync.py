@@ -147,6 +147,8 @@ def transport(name: str, fleet: ServerFleet, config: dict[str, Any], scratch: Pa
         leads=True,
         exchange=lambda value: [json.loads(json.dumps(value))],
         replace=lambda index: None,
+        max_unhashed_bytes=1250 * 10**6,
+        fp8=False,
     )
     if name == "disk":
         return DiskSync(fleet, context, folder=scratch / "transfer", hf_config=config, max_shard_bytes=5 * 10**9)

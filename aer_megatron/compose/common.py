@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
+from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.convert.architecture import (
     ModelArchitecture,
@@ -82,10 +83,11 @@ def architecture(path: str, tp: int = 1) -> ModelArchitecture:
 
 
 def check_model(config: Config, path: str) -> None:
-    """Raises ValueError unless the layout fits the model and the longest sequence its positions."""
+    """Raises ValueError unless layout and rollout engine fit the model and the longest sequence its positions."""
     parallel = config.parallel
     arch = architecture(path, tp=parallel.tp)
     check_parallel(arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
+    check_quantization(config, arch)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > arch.max_positions:
         raise ValueError(

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
+from aer_megatron.compose.quantization import fp8_checkpoint
 from aer_megatron.config import Config
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.parallel.platform import Platform
@@ -30,6 +31,7 @@ from aer_megatron.sync.in_process import InProcessSync
 from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
 from aer_megatron.sync.tensor import TensorSync
 
+MAX_UNHASHED_BYTES = 1250 * 10**6  # of weights that were sent and wait for their checksum; an eighth on a GPU
 SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -50,7 +52,7 @@ def embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tup
         checksum=tensor_checksum,
     )
     stack.callback(engine.close)
-    return engine, InProcessSync(engine, checksum=tensor_checksum)
+    return engine, InProcessSync(engine, checksum=tensor_checksum, fp8=config.rollout.quantization == "fp8")
 
 
 def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
@@ -60,9 +62,10 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     group: ServerGroup | None = None
     urls = list(options.urls)
     if options.num_servers:
+        model = on_first_rank(lambda: str(_served_folder(config)), rank=platform.rank, device=platform.device)
         if platform.rank == 0:
             group = stack.enter_context(
-                ServerGroup(options.num_servers, _launch_options(config), command=command_line)
+                ServerGroup(options.num_servers, _launch_options(config, model), command=command_line)
             )
         urls = on_first_rank(lambda: group and group.start(), rank=platform.rank, device=platform.device)
     fleet = stack.enter_context(
@@ -76,6 +79,10 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
             ),
         )
     )
+    if options.router_url:
+        fleet.route_through(options.router_url)
+    if options.router_url and group:  # their addresses end with the run
+        stack.callback(fleet.leave_router)
     context = SyncContext(
         arch=architecture(config.model.path),
         labels=Labels(version_label, unverified_label),
@@ -84,6 +91,8 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         leads=platform.rank == 0,
         exchange=functools.partial(exchange_json, device=platform.device),
         replace=group.replace if group else lambda index: None,
+        max_unhashed_bytes=MAX_UNHASHED_BYTES // (8 if platform.device_type == "cuda" else 1),
+        fp8=config.rollout.quantization == "fp8",
     )
     sync = _server_sync(config, platform, fleet, context)
     stack.callback(sync.close)
@@ -136,13 +145,20 @@ def _check_release(config: Config) -> None:
         )
 
 
-def _launch_options(config: Config) -> LaunchOptions:
+def _served_folder(config: Config) -> Path:
+    """Returns the folder that launched servers start from."""
+    if config.rollout.quantization == "fp8":
+        return fp8_checkpoint(config, max_shard_bytes=MAX_SHARD_BYTES).absolute()
+    return Path(config.model.path).absolute()
+
+
+def _launch_options(config: Config, model: str) -> LaunchOptions:
     options = config.sglang
     # a server is no rank of this job
     environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_VARIABLES)}
     return LaunchOptions(
         python=options.python or sys.executable,
-        model_path=str(Path(config.model.path).absolute()),
+        model_path=model,
         host=options.host,
         arguments={"dtype": SERVER_DTYPES[config.model.dtype]} | options.launch,
         environment=environment | options.environment,

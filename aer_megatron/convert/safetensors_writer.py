@@ -30,8 +30,10 @@ _DTYPES = {
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
-TORCH_DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items()}
+# the dtypes of models that are trained on: FP8 values are nothing without their scales
+TORCH_DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items() if dtype is not torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ A server joins q, k and v, gate and up, and all experts of a layer, pads the voc
 result for its tensor-parallel ranks. /weights_checker reports the first 64 bits of SHA-256 over the bytes of each
 parameter (on CPU; a CUDA server uses a hash of its own). Both sides are compared through ``ServedChecksums``.
 
+Of a parameter in blocks of FP8 the server hashes what values and scales stand for, rounded to bf16, under the weight's
+name; the scales have no checksum of their own.
+
 This file does NOT talk to servers.
 """
 
@@ -18,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aer_megatron.algo.fp8 import E4M3
 from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.fp8_weights import SCALE_SUFFIX, dequantize_weight
 
 VOCAB_MULTIPLE = 64  # a server pads its vocabulary to a multiple of this
 _HEX_DIGITS = 16  # 64 bits
@@ -60,12 +65,22 @@ class ServedChecksums:
         self._arch = arch
         self._tp_size = tp_size
         self._ranks: list[dict[str, _Parameter]] = [{} for _ in range(tp_size)]
+        self._unscaled: dict[str, Tensor] = {}  # FP8 values that wait for their scales
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes one Hugging Face tensor; nothing of it is kept once its neighbours have come."""
+        """Takes one Hugging Face tensor; nothing of it is kept once its neighbours have come.
+
+        FP8 values come before their scales.
+        """
         if name == "lm_head.weight" and self._arch.tied_embeddings:
             return
         host = tensor.detach().cpu()
+        if host.dtype == E4M3:
+            self._unscaled[name] = host
+            return
+        weight_name = name.removesuffix(SCALE_SUFFIX)
+        if weight_name in self._unscaled:
+            name, host = weight_name, dequantize_weight(self._unscaled.pop(weight_name), host, torch.bfloat16)
         served, part, num_parts = self._place(name)
         for rank, parameters in enumerate(self._ranks):
             parameter = parameters.setdefault(served, _Parameter(num_parts))
@@ -75,8 +90,10 @@ class ServedChecksums:
         """Returns, for every rank, the checksum of every served parameter.
 
         Raises:
-            ValueError: part of a joined parameter never came.
+            ValueError: part of a joined parameter, or the scales of FP8 values, never came.
         """
+        for name in self._unscaled:
+            raise ValueError(f"{name}: the scales of its FP8 values were not sent")
         for name, parameter in self._ranks[0].items():
             if parameter.reached != parameter.num_parts:
                 raise ValueError(f"{name}: only {parameter.reached} of its {parameter.num_parts} parts were sent")
@@ -136,6 +153,22 @@ def first_difference(expected: list[dict[str, str]], reported: Any) -> str:
             if (rank, name) not in seen:
                 return f"it does not report {name} of tensor-parallel rank {rank}"
     return ""
+
+
+def probe_of_fp8() -> dict[str, Any]:
+    """Returns the body of a /weights_checker call that makes a server report its FP8 weights only.
+
+    It leaves out what contains one of the words, but never a weight with scales (utils/weight_checker.py of 0.5.23).
+    """
+    return {"action": "checksum", "skip_tensor_list": ["norm", "embed", "lm_head", "proj", "experts", "gate"]}
+
+
+def holds_fp8(reported: Any) -> bool | None:
+    """Returns whether a server's reply to ``probe_of_fp8`` names weights in FP8; None where it does not say."""
+    rows = [checksums for _, checksums in _reported_ranks(reported)]
+    if not rows or any("norm" in name for checksums in rows for name in checksums):
+        return None  # an older server, which reports everything
+    return any(rows)
 
 
 def by_rank(reported: Any) -> list[dict[str, str]]:

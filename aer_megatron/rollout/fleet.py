@@ -6,6 +6,8 @@ fails is retired with a reason, and with what may bring it back:
     probe     it answers and still carries the verified version (it was unreachable, or a supervisor restored it)
     transfer  the next weight transfer to it is verified (it hung, or failed again and again)
     restart   it runs in a new process (it answered garbage)
+With a router in front, a place at a server is still what a request waits for, and the router is given the servers in
+service as its workers before the request goes to it.
 
 This file does NOT know what the calls mean, and starts no processes.
 """
@@ -14,52 +16,30 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
+
+from aer_megatron.rollout.replies import Reply, describe
+from aer_megatron.rollout.router import ANSWERED_BY, RouterWorkers
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _KEEPALIVE_S = 4.0  # below uvicorn's 5 s: the client closes an idle connection before the server does
 _CLOSE_TIMEOUT_S = 10.0
-
+_FOLLOW_S = 0.1  # between two looks at a router that has not taken its workers yet
 
 Comeback = Literal["probe", "transfer", "restart"]
 
 
-class Reply(NamedTuple):
-    """An HTTP status and the body as it came."""
-
-    status: int
-    body: bytes
-
-    def json(self) -> Any:
-        """Returns the decoded body, None where it is not JSON."""
-        try:
-            return json.loads(self.body)
-        except ValueError:
-            return None
-
-    @property
-    def text(self) -> str:
-        """The message of an error reply, shortened."""
-        table = self.json()
-        for key in ("message", "error", "detail"):
-            if isinstance(table, Mapping) and table.get(key):
-                inner = table[key]
-                return str(inner.get("message", inner) if isinstance(inner, Mapping) else inner)[:500]
-        return self.body.decode("utf-8", "replace")[:500]
-
-
 @dataclass(slots=True)
 class Server:
-    """What this rank knows of one server."""
+    """What this rank knows of one server, or of the router, which has no index."""
 
     index: int
     url: str
@@ -68,6 +48,11 @@ class Server:
     comeback: Comeback = "transfer"
     in_flight: int = 0
     num_failures: int = 0  # in a row
+
+    @property
+    def name(self) -> str:
+        """The server in messages."""
+        return f"server {self.index} ({self.url})" if self.index >= 0 else f"router ({self.url})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +94,9 @@ class ServerFleet:
         self._changed: asyncio.Future[None] = self._loop.create_future()
         self._session: aiohttp.ClientSession | None = None
         self._background: set[asyncio.Task[Any]] = set()
+        self.router: Server | None = None
+        self._workers: RouterWorkers | None = None
+        self._following = asyncio.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -151,13 +139,46 @@ class ServerFleet:
         Raises:
             RuntimeError: no whole reply came, naming server, path and cause.
         """
-        url = self.servers[index].url
+        server = self.servers[index]
         limit = self.options.control_timeout_s if timeout_s is None else timeout_s
         try:
-            return self.run(self.call(index, path, body, timeout_s=limit))
+            return self.run(self.call(server, path, body, timeout_s=limit))
         except (aiohttp.ClientError, OSError) as error:
             cause = f"no reply within {limit:g} s" if isinstance(error, TimeoutError) else describe(error)
-            raise RuntimeError(f"server {index} ({url}): {path} failed: {cause}") from None
+            raise RuntimeError(f"{server.name}: {path} failed: {cause}") from None
+
+    def route_through(self, url: str) -> None:
+        """Has generation requests go through the router at ``url``, whose workers are the servers in service.
+
+        Raises:
+            ValueError: ``url`` is not http(s).
+            RuntimeError: no router answers there, or it has other workers than the servers of this fleet.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"sglang.router_url={url!r} must start with http:// or https://")
+        router = Server(-1, url.rstrip("/"), in_service=True, reason="", comeback="probe")
+
+        async def send(method: str, path: str, body: Mapping[str, Any] | None) -> Reply:
+            return await self.call(router, path, body, timeout_s=self.options.control_timeout_s, method=method)
+
+        workers = RouterWorkers(router.url, [server.url for server in self.servers], self.options.api_key, send)
+        try:
+            self.run(workers.check())
+        except (aiohttp.ClientError, OSError) as error:
+            raise RuntimeError(
+                f"sglang.router_url={url!r} does not answer: {describe(error)}; start the router first, or leave "
+                "sglang.router_url empty to send requests to the servers directly"
+            ) from None
+        self.router, self._workers = router, workers
+
+    def leave_router(self) -> None:
+        """Takes the servers out of the router, which outlives them; harmless where it is gone, too."""
+        if self._workers is None:
+            return
+        try:
+            self.run(self._workers.leave())
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            _LOG.warning("the run's servers stay in the router: %s", error)
 
     def serve(self, version: int, refused: Mapping[int, str]) -> None:
         """Puts every server into service with policy ``version`` but those of ``refused`` (index -> reason)."""
@@ -186,8 +207,12 @@ class ServerFleet:
 
         self.run(apply())
 
+    def distrust(self, index: int) -> None:
+        """Notes that a server, out of service, has to be restarted before it is given weights."""
+        self.servers[index].comeback = "restart"
+
     def renew(self, index: int) -> None:
-        """Notes that a server runs in a new process, which may be given weights."""
+        """Notes that a server may be given weights: it runs in a new process, or another rank sees to that."""
         self.servers[index].comeback = "probe"
 
     def may_transfer(self, index: int) -> bool:
@@ -205,8 +230,8 @@ class ServerFleet:
     def describe(self) -> str:
         """Returns one line that says of every server where it stands."""
         return "; ".join(
-            f"server {server.index} ({server.url}) " + ("in service" if server.in_service else f"out: {server.reason}")
-            for server in self.servers
+            f"{server.name} " + ("in service" if server.in_service else f"out: {server.reason}")
+            for server in [*([self.router] if self.router else []), *self.servers]
         )
 
     def close(self) -> None:
@@ -221,25 +246,44 @@ class ServerFleet:
     # -- on the loop ------------------------------------------------------------------------------------------------
 
     async def call(
-        self, index: int, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float
+        self,
+        server: Server,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float,
+        method: str | None = None,
     ) -> Reply:
-        """Returns the reply of one HTTP call; raises aiohttp.ClientError, TimeoutError or OSError."""
+        """Returns the reply of one HTTP call: POST with a JSON body, GET without one, unless ``method`` is given.
+
+        Raises aiohttp.ClientError, TimeoutError or OSError.
+        """
         session = self._open_session()
         limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self.options.connect_timeout_s)
-        method = "GET" if body is None else "POST"
-        url = self.servers[index].url + path
-        async with session.request(method, url, json=body, timeout=limits, allow_redirects=False) as response:
-            return Reply(response.status, await response.read())
+        verb = method or ("GET" if body is None else "POST")
+        url = server.url + path
+        async with session.request(verb, url, json=body, timeout=limits, allow_redirects=False) as response:
+            return Reply(response.status, await response.read(), response.headers.get(ANSWERED_BY))
 
     async def acquire(self, avoid: frozenset[int], *, timeout_s: float) -> Server | None:
         """Returns the least busy server with a free place, now counted as taken; None if none is in service.
 
         Servers of ``avoid`` are taken only when no other is in service. Waits up to ``timeout_s`` for one to come into
-        service, and as long as needed for a free place or for the end of a transfer.
+        service, and as long as needed for a free place or for the end of a transfer. Behind a router, those in service
+        are the router's workers on return.
+
+        Raises:
+            RuntimeError: the router does not take its workers within ``timeout_s``, or has others.
         """
         deadline = self._loop.time() + timeout_s
         while True:
             alive = [server for server in self.servers if server.in_service]
+            if self.router is not None and self._workers is not None:
+                alive = alive if self.router.in_service else []
+                wanted = frozenset(server.url for server in alive)
+                if alive and self._workers.held != wanted:
+                    await self._follow(self.router, self._workers, wanted, deadline)
+                    continue
             preferred = [server for server in alive if server.index not in avoid] or alive
             free = [server for server in preferred if server.in_flight < self.options.max_concurrency]
             if free:
@@ -255,6 +299,30 @@ class ServerFleet:
             # when a waiter is cancelled (Python 3.11)
             await asyncio.wait({self._changed}, timeout=None if waits else deadline - self._loop.time())
 
+    async def _follow(self, router: Server, workers: RouterWorkers, wanted: frozenset[str], deadline: float) -> None:
+        """Takes one step towards a router that has the servers ``wanted``."""
+        async with self._following:
+            if workers.held == wanted:
+                return
+            try:
+                missing = await workers.follow(wanted)
+            except (aiohttp.ClientError, OSError) as error:
+                self.retire(router, describe(error), "probe")
+                return
+            if missing and self._loop.time() >= deadline:
+                raise RuntimeError(
+                    f"{router.name} did not take its workers within sglang.recovery_timeout_s: {missing}"
+                )
+            if missing:
+                await asyncio.sleep(_FOLLOW_S)
+
+    def suspects(self, answered_by: str | None) -> list[Server]:
+        """Returns the servers that an answer of the router may have come from; has the router looked at again."""
+        if self._workers is not None:
+            self._workers.forget()
+        named = [server for server in self.servers if server.url == answered_by]
+        return named or [server for server in self.servers if server.in_service]
+
     def release(self, server: Server) -> None:
         """Gives a place back."""
         server.in_flight -= 1
@@ -263,7 +331,7 @@ class ServerFleet:
     def admit(self, server: Server) -> None:
         """Puts a server into service."""
         if not server.in_service:
-            _LOG.debug("server %d (%s) is in service", server.index, server.url)
+            _LOG.debug("%s is in service", server.name)
         server.in_service, server.reason, server.num_failures = True, "", 0
         server.comeback = "probe"
         self._wake()
@@ -271,7 +339,7 @@ class ServerFleet:
     def retire(self, server: Server, reason: str, comeback: Comeback, *, level: int = logging.WARNING) -> None:
         """Takes a server out of service, logged at ``level``; running calls to it end by themselves."""
         if server.in_service:
-            _LOG.log(level, "server %d (%s) is out of service: %s", server.index, server.url, reason)
+            _LOG.log(level, "%s is out of service: %s", server.name, reason)
         server.in_service, server.reason, server.num_failures = False, reason, 0
         if server.comeback != "restart":
             server.comeback = comeback
@@ -310,13 +378,3 @@ class ServerFleet:
         await self.settle()  # what was cancelled is being aborted on the servers
         if self._session is not None:
             await self._session.close()
-
-
-def describe(error: BaseException) -> str:
-    """Returns what happened to a connection, in words."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return f"connection refused or impossible ({text})"
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return f"the body was cut off ({text})"
-    return f"the connection broke ({text})"

@@ -230,7 +230,6 @@ class ServerGroup:
         self, index: int, process: ServerProcess, restore: Callable[[int], None], renewed: Callable[[int], None]
     ) -> None:
         self._restarts[index] += 1
-        self._given_up.discard(index)
         began = time.monotonic()
         _LOG.warning(
             "sglang server %d ended; restart %d of %d", index, self._restarts[index], self._options.max_restarts
@@ -242,6 +241,7 @@ class ServerGroup:
             _LOG.warning("sglang server %d %s; see %s", index, failure, process.log_file)
             self._given_up.add(index)
             return
+        self._given_up.discard(index)  # only here: who gives up on it meanwhile means the old process
         renewed(index)
         try:
             restore(index)

@@ -16,6 +16,10 @@ A weight transfer interrupts what is under way: every call is aborted, its token
 request goes on with them behind its prompt. Unlike a paused server's, the continuation reads prompt and tokens with the
 new weights alone, it works with every server version, and no transfer waits for a generation.
 
+Behind a router it is not known which server a failure is of, unless the router says so: then all in service are
+suspected and tried past the router (the version they carry, one token of the request), and those that fail are treated
+by the table. Aborts go to every server.
+
 This file does NOT start servers, transfer weights or import sglang.
 """
 
@@ -24,17 +28,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import aiohttp
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.rollout.fleet import Comeback, Reply, Server, ServerFleet, describe
+from aer_megatron.rollout.fleet import Comeback, Server, ServerFleet
+from aer_megatron.rollout.replies import Reply, describe
 from aer_megatron.rollout.sglang_protocol import (
     BadReply,
+    check_name,
     ended,
     generate_body,
     join_completions,
@@ -49,13 +56,18 @@ from aer_megatron.types import Completion
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
 _ABORT_TIMEOUT_S = 2.0  # an abort is a courtesy to the server: nobody waits longer for it
 _FIRST_PAUSE_S = 0.05  # before a repetition; doubles each time
 _ABORT_AGAIN_S = 0.2  # an abort that overtook its request is not heard of again
 
 
 class _Failed(Exception):
-    """A call that gave no completion and may be repeated."""
+    """A call that gave no completion and may be repeated; ``answered_by``: the server that a router names."""
+
+    def __init__(self, reason: str, answered_by: str | None = None) -> None:
+        super().__init__(reason)
+        self.answered_by = answered_by
 
 
 class _Enough(Exception):
@@ -105,6 +117,8 @@ class SGLangEngine:
         self._numbers = itertools.count()
         self._calls: dict[str, _Call] = {}
         self._idle = asyncio.Event()
+        self._examining = asyncio.Lock()
+        self._examined: dict[int, float] = {}  # when a server was last tried past the router
         fleet.interrupt = self._interrupt
 
     @property
@@ -184,11 +198,16 @@ class SGLangEngine:
                     f"no rollout server came into service within sglang.recovery_timeout_s="
                     f"{self._limits.recovery_timeout_s:g}: {self._fleet.describe()}"
                 )
+            target = self._fleet.router or server
+            rest = rest_of(request, so_far)
             try:
-                more = await self._attempt(server, rest_of(request, so_far), options)
+                more = await self._attempt(target, rest, options)
             except _Failed as failure:
-                failures.append(f"server {server.index} ({server.url}): {failure}")
-                tried |= {server.index}
+                failures.append(f"{target.name}: {failure}")
+                if target is server:
+                    tried |= {server.index}
+                else:
+                    failures[-1] += await self._examine(failure, rest, options)
             else:
                 so_far = so_far if more is None else join_completions(so_far, more)
                 done = so_far and ended(so_far, request, options)
@@ -211,7 +230,7 @@ class SGLangEngine:
             async with asyncio.timeout(timeout_s) as deadline:
                 call = self._calls[rid] = _Call(server, deadline)
                 self._idle.clear()
-                reply = await self._fleet.call(server.index, "/generate", body, timeout_s=timeout_s)
+                reply = await self._fleet.call(server, "/generate", body, timeout_s=timeout_s)
         except asyncio.CancelledError:
             self._abort(server, rid)
             raise
@@ -222,7 +241,8 @@ class SGLangEngine:
             path = "/abort_request" if call.interrupted else "/generate"
             raise self._out(server, f"no answer to {path} within {timeout_s:g} s", "transfer") from None
         except aiohttp.ClientConnectorError as error:
-            raise self._out(server, describe(error), "probe") from None
+            self._fleet.retire(server, describe(error), "probe")  # the router, too
+            raise _Failed(describe(error)) from None
         except (aiohttp.ClientError, OSError) as error:
             self._abort(server, rid)
             raise self._failed(server, describe(error), "probe") from None
@@ -233,20 +253,28 @@ class SGLangEngine:
         if call.interrupted:
             # a request that had not begun is answered with an error
             return parse_partial(reply.json(), request, version=version) if reply.status == 200 else None
-        return self._believed(server, reply, request, version)
+        try:
+            return self._believed(server, reply, request, version, rid)
+        except _Failed as failure:
+            failure.answered_by = reply.answered_by
+            raise
 
-    def _believed(self, server: Server, reply: Reply, request: GenerateRequest, version: int) -> Completion:
-        if reply.status in (400, 422):
-            raise ValueError(f"server {server.index} ({server.url}) refuses a request: {reply.text}")
+    def _believed(
+        self, server: Server, reply: Reply, request: GenerateRequest, version: int, rid: str
+    ) -> Completion:
+        if reply.status in (400, 422) and server is not self._fleet.router:  # a router has other reasons, too
+            raise ValueError(f"{server.name} refuses a request: {reply.text}")
         if reply.status in (401, 403):
             raise RuntimeError(
-                f"server {server.index} ({server.url}) answers {reply.status}: set sglang.api_key_env to the name of "
-                "the environment variable that holds its API key"
+                f"{server.name} answers {reply.status}: set sglang.api_key_env to the name of the environment "
+                "variable that holds its API key"
             )
         if reply.status != 200:
             raise self._failed(server, f"/generate answers {reply.status}: {reply.text}", "transfer")
         try:
-            completion = parse_completion(parse_json(reply.body), request, version=version)
+            table = parse_json(reply.body)
+            completion = parse_completion(table, request, version=version)
+            check_name(table, rid)
         except BadReply as error:
             raise self._out(server, f"it answers garbage: {error}", "restart") from None
         if completion.finish_reason == "abort":
@@ -254,11 +282,46 @@ class SGLangEngine:
         server.num_failures = 0
         return completion
 
+    async def _examine(self, failure: _Failed, request: GenerateRequest, options: SamplingOptions) -> str:
+        """Returns which servers may have caused a failure behind the router; those that fail a trial are retired."""
+        now = asyncio.get_running_loop().time
+        router, began, suspects = self._fleet.router, now(), self._fleet.suspects(failure.answered_by)
+        if router is None or not router.in_service or not suspects:
+            return ""
+        async with self._examining:
+            untried = [server for server in suspects if self._examined.get(server.index, -1.0) < began]
+            self._examined |= {server.index: now() for server in untried}
+            one_token = replace(request, max_new_tokens=1)
+            await asyncio.gather(*(self._try(server, one_token, options) for server in untried))
+        text = ", from " + " or ".join(server.name for server in suspects)
+        if all(server.in_service for server in suspects) and not self._fleet.in_transfer:
+            text += (
+                "; past the router a trial goes well: it drops fields (smg >= 1.13 passes them), or a server fails now "
+                "and then; an empty sglang.router_url does without it"
+            )
+        if untried:
+            _LOG.warning("%s: %s%s", router.name, failure, text)
+        return text
+
+    async def _try(self, server: Server, request: GenerateRequest, options: SamplingOptions) -> None:
+        """Retires a server that does not carry the verified version or fails ``request``."""
+        if not server.in_service or self._fleet.in_transfer:
+            return
+        if not await self._is_back(server):
+            if not self._fleet.in_transfer:  # it may have begun meanwhile
+                self._fleet.retire(server, "it does not answer, or not as the verified policy version", "probe")
+            return
+        with contextlib.suppress(_Failed):
+            await self._attempt(server, request, options)
+
     def _out(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
-        self._fleet.retire(server, reason, comeback)
+        if server is not self._fleet.router:
+            self._fleet.retire(server, reason, comeback)
         return _Failed(reason)
 
     def _failed(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
+        if server is self._fleet.router:
+            return _Failed(reason)
         server.num_failures += 1
         if server.in_service and server.num_failures >= self._limits.max_failures:
             text = f"{server.num_failures} calls in a row failed, the last: {reason}"
@@ -269,8 +332,14 @@ class SGLangEngine:
         self._fleet.start_background(self._send_abort(server, rid))
 
     async def _send_abort(self, server: Server, rid: str) -> None:
-        with contextlib.suppress(aiohttp.ClientError, OSError):  # the server is gone, and the request with it
-            await self._fleet.call(server.index, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
+        """Aborts a call; one to the router at every server, because it may be any of them that has it."""
+
+        async def abort(target: Server) -> None:
+            with contextlib.suppress(aiohttp.ClientError, OSError):  # the server is gone, and the request with it
+                await self._fleet.call(target, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
+
+        targets = self._fleet.servers if server is self._fleet.router else [server]
+        await asyncio.gather(*map(abort, targets))
 
     async def _interrupt(self) -> None:
         """Returns when no call is under way; nothing begins meanwhile, because no server is in service."""
@@ -279,8 +348,12 @@ class SGLangEngine:
             call.interrupted = True
             if not call.deadline.expired():
                 call.deadline.reschedule(limit)
+        router = self._fleet.router
         while self._calls:
-            await asyncio.gather(*(self._send_abort(call.server, rid) for rid, call in list(self._calls.items())))
+            calls = [(call.server, rid) for rid, call in self._calls.items()]
+            if router is not None:  # one abort per server for all: their names begin alike
+                calls = [(router, f"{self._prefix}-")]
+            await asyncio.gather(*(self._send_abort(server, rid) for server, rid in calls))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), _ABORT_AGAIN_S)
 
@@ -288,7 +361,8 @@ class SGLangEngine:
         """Puts servers that are back, still with the verified version, into service again."""
         while True:
             await asyncio.sleep(self._limits.probe_interval_s)
-            for server in self._fleet.servers:
+            router = self._fleet.router
+            for server in [*self._fleet.servers, *([router] if router else [])]:
                 if server.in_service or server.comeback != "probe" or self._fleet.in_transfer:
                     continue
                 back = await self._is_back(server)
@@ -296,12 +370,13 @@ class SGLangEngine:
                     self._fleet.admit(server)
 
     async def _is_back(self, server: Server) -> bool:
+        path = "/workers" if server is self._fleet.router else "/model_info"
         try:
-            reply = await self._fleet.call(
-                server.index, "/model_info", timeout_s=self._fleet.options.control_timeout_s
-            )
+            reply = await self._fleet.call(server, path, timeout_s=self._fleet.options.control_timeout_s)
         except (aiohttp.ClientError, OSError):
             return False
+        if server is self._fleet.router:
+            return reply.status == 200
         table = reply.json()
         return (
             reply.status == 200

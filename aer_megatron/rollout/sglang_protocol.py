@@ -88,6 +88,13 @@ def parse_completion(reply: Any, request: GenerateRequest, *, version: int) -> C
     return Completion(token_ids, _logprobs(meta, token_ids), _finish_reason(meta), spans)
 
 
+def check_name(reply: Any, rid: str) -> None:
+    """Raises BadReply where a reply is of a request of another name: then no abort would have reached it."""
+    name = _field(reply, "meta_info", Mapping).get("id")
+    if name != rid:
+        raise BadReply(f"the reply carries request id {name!r}, not {rid!r}")
+
+
 def parse_partial(reply: Any, request: GenerateRequest, *, version: int) -> Completion | None:
     """Returns what an aborted request had sampled; None where that is nothing, or nothing to be believed."""
     try:

@@ -1,4 +1,4 @@
-"""Tensors of one dtype as one vector of bytes: what the transports that stream send at a time."""
+"""Tensors one behind the other in one vector of bytes: what the transports that stream send at a time."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tensors of one dtype, one behind the other in ``flat``.
+    """Tensors, one behind the other in ``flat``, each at a multiple of its item size.
 
-    Example: of a [2, 2] and a [3] fp32 tensor, ``flat`` is uint8[28].
+    Example: of a [2, 2] FP8 and a [3] fp32 tensor, ``flat`` is uint8[16].
     """
 
     names: list[str]
-    dtype: torch.dtype
+    dtypes: list[torch.dtype]
     shapes: list[list[int]]
     flat: Tensor
 
     @property
-    def dtypes(self) -> list[str]:
-        """Returns the dtype's name for every tensor."""
-        return [str(self.dtype).removeprefix("torch.")] * len(self.names)
+    def dtype_names(self) -> list[str]:
+        """Returns the dtype's name for every tensor, as servers spell it."""
+        return [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
 
 
 def buckets(named_tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[Bucket]:
-    """Yields the stream in buckets of one dtype and at most ``limit`` bytes, or of one larger tensor.
+    """Yields the stream, in order, in buckets of at most ``limit`` bytes, or of one larger tensor.
 
-    A bucket is valid until the one after the next is asked for: two vectors take turns, because fresh memory costs more
-    than the copy into it.
+    Receivers put tensors together without gaps, so one that would lie unaligned begins a bucket. A bucket is valid
+    until the one after the next is asked for: two vectors take turns, because fresh memory costs more than the copy
+    into it.
     """
     vectors: list[Tensor | None] = [None, None]
     held: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in named_tensors:
-        if held and (size + tensor.nbytes > limit or tensor.dtype != held[0][1].dtype):
+        if held and (size + tensor.nbytes > limit or size % tensor.itemsize):
             yield _flatten(held, size, limit, vectors)
             held, size = [], 0
         held.append((name, tensor.detach()))
@@ -56,7 +57,7 @@ def _flatten(held: list[tuple[str, Tensor]], size: int, limit: int, vectors: lis
         flat = torch.cat(raw, out=whole[:size])
     return Bucket(
         names=[name for name, _ in held],
-        dtype=held[0][1].dtype,
+        dtypes=[tensor.dtype for _, tensor in held],
         shapes=[list(tensor.shape) for _, tensor in held],
         flat=flat,
     )

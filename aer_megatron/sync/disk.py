@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from aer_megatron.convert.fp8_weights import fp8_config, fp8_specs
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.safetensors_writer import SafetensorsWriter, TensorSpec
 from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
@@ -25,7 +26,7 @@ class DiskSync(ServerSync):
     Args:
         fleet, context: see ``sync.servers``.
         folder: holds one subfolder per version; this transport makes and removes them.
-        hf_config: content of config.json.
+        hf_config: content of the model's config.json.
         max_shard_bytes: of one safetensors file.
     """
 
@@ -59,10 +60,12 @@ class DiskSync(ServerSync):
         return refused
 
     def _write(self, target: Path, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
-        (target / "config.json").write_text(json.dumps(self._hf_config), encoding="utf-8")
+        config = fp8_config(self._hf_config) if self._context.fp8 else self._hf_config
+        (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
         first_name, first = next(named_tensors)
-        # all of one dtype, the model's
+        # all of one dtype, the model's; the first is an embedding, which FP8 leaves alone
         specs = {name: TensorSpec(shape, first.dtype) for name, shape in hf_names(self._context.arch).items()}
+        specs = fp8_specs(specs) if self._context.fp8 else specs
         with SafetensorsWriter(target, specs, max_shard_bytes=self._max_shard_bytes) as writer:
             for name, tensor in chain([(first_name, first)], named_tensors):
                 writer.write(name, tensor)

@@ -117,7 +117,7 @@ class DistributedSync(SessionSync):
         link = self._links[index]
         body = {
             "names": bucket.names,
-            "dtypes": bucket.dtypes,
+            "dtypes": bucket.dtype_names,
             "shapes": bucket.shapes,
             "group_name": link.name,
             "load_format": "flattened_bucket",

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from aer_megatron.convert.fp8_weights import iter_rounded_weights
+
 
 class StagingEngine(Protocol):
     """What the transport needs of an engine; the embedded engine has it."""
@@ -32,11 +34,13 @@ class InProcessSync:
     Args:
         engine: receives the weights.
         checksum: the function that the engine uses too (``sync.checksum.tensor_checksum``).
+        fp8: the engine is given the values that projections have in blocks of FP8, in the model's dtype.
     """
 
-    def __init__(self, engine: StagingEngine, *, checksum: Callable[[Tensor], int]) -> None:
+    def __init__(self, engine: StagingEngine, *, checksum: Callable[[Tensor], int], fp8: bool) -> None:
         self._engine = engine
         self._checksum = checksum
+        self._fp8 = fp8
 
     def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Puts the tensors into service as policy ``version``; they are streamed, one at a time.
@@ -50,6 +54,8 @@ class InProcessSync:
                 whole.
         """
         sent: dict[str, int] = {}
+        if self._fp8:
+            named_tensors = iter_rounded_weights(named_tensors)
         try:
             held = self._engine.stage_weights(self._metered(named_tensors, sent))
             self._verify(sent, held)

@@ -19,8 +19,7 @@ class Meter:
 
     Args:
         add: takes (name, tensor).
-        max_bytes: of tensors (or one) that are put off, and as many again that the thread is given; an eighth of it
-            where they lie in a device's memory.
+        max_bytes: of tensors (or one) that are put off, and as many again that the thread is given.
     """
 
     def __init__(self, add: Callable[[str, Tensor], None], *, max_bytes: int) -> None:
@@ -42,13 +41,12 @@ class Meter:
         """Yields the stream; its end may come before ``add`` has seen all of it."""
         waiting = busy = 0
         for name, tensor in named_tensors:
-            limit = self._max_bytes if tensor.is_cpu else self._max_bytes // 8
             self._waiting.append((name, tensor))
             waiting += tensor.nbytes
-            while waiting > limit and len(self._waiting) > 1:
+            while waiting > self._max_bytes and len(self._waiting) > 1:
                 size = self._start()
                 waiting, busy = waiting - size, busy + size
-            while busy > limit and len(self._busy) > 1:
+            while busy > self._max_bytes and len(self._busy) > 1:
                 busy -= self._take()
             yield name, tensor
 

@@ -7,6 +7,9 @@ rank accepts a token of it. So a transfer that fails anywhere leaves a server ou
 mixture. One rank leads; the others take part in gathering the weights and are told the outcome. Where no server answers
 at all, the leader waits for one to come back.
 
+FP8 is made here, of whole tensors. A server that holds weights in another form than the one sent is an error: it would
+take them without a word, and on a GPU its checksums could not tell.
+
 This file does NOT know how bytes travel: transports give ``_send`` and ``_resend``.
 """
 
@@ -23,13 +26,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.sglang_weights import ServedChecksums, by_rank, first_difference
+from aer_megatron.convert.fp8_weights import iter_fp8_weights
+from aer_megatron.convert.sglang_weights import ServedChecksums, by_rank, first_difference, holds_fp8, probe_of_fp8
 from aer_megatron.sync.metering import Meter
 
 _LOG = logging.getLogger(__name__)
 _RECOVERY_POLL_S = 0.5
 _IDLE_S = 30.0  # how long a server may take to finish what it was asked
-_MAX_UNHASHED_BYTES = 1250 * 10**6  # tensors that were sent and wait for their checksum
 
 
 class ControlReply(Protocol):
@@ -51,6 +54,8 @@ class Fleet(Protocol):
     def withdraw(self, reason: str) -> None: ...
     def serve(self, version: int, refused: Mapping[int, str]) -> None: ...
     def may_transfer(self, index: int) -> bool: ...
+    def distrust(self, index: int) -> None: ...
+    def renew(self, index: int) -> None: ...
     def describe(self) -> str: ...
 
 
@@ -77,6 +82,8 @@ class SyncContext:
     leads: bool  # whether this rank talks to the servers
     exchange: Callable[[Any], list[Any]]  # a JSON value -> every rank's
     replace: Callable[[int], None]  # has a server restarted that answered garbage
+    max_unhashed_bytes: int  # tensors that were sent and wait for their checksum
+    fp8: bool  # projections are sent in blocks of FP8 with their scales
 
 
 @dataclass(slots=True)
@@ -116,9 +123,7 @@ class ServerSync:
         """
         with self._lock:
             self._fleet.withdraw(f"policy version {version} is being transferred")
-            for report in self._context.exchange([i for i in self._all() if not self._fleet.may_transfer(i)]):
-                for index in report if self._context.leads else ():
-                    self._context.replace(index)
+            self._report_distrusted()
             outcome: dict[str, Any] = {}
             if self._context.leads:
                 outcome = self._lead(iter(named_tensors), version)
@@ -140,7 +145,7 @@ class ServerSync:
                 if not self._carries(index, self._published):  # a publication may have reached it first
                     self._released.discard(index)
                     self._resend(index, self._published)
-            except Untransferred as error:
+            except (Untransferred, ValueError) as error:
                 raise RuntimeError(f"server {index}: {error}") from None
 
     def suspend(self) -> None:
@@ -175,6 +180,16 @@ class ServerSync:
 
     # -- shared -----------------------------------------------------------------------------------------------------
 
+    def _report_distrusted(self) -> None:
+        """Has the leader look after the servers that any rank caught with garbage: it sees them restarted."""
+        reports = self._context.exchange([i for i in self._all() if not self._fleet.may_transfer(i)])
+        for index in {index for report in reports for index in report}:
+            if self._context.leads:
+                self._fleet.distrust(index)
+                self._context.replace(index)
+            else:
+                self._fleet.renew(index)  # it is out of service until the leader has verified it
+
     def _lead(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
         published = Published(version)
         try:
@@ -193,8 +208,9 @@ class ServerSync:
                 meter.finish()
                 return {size: digest.result() for size, digest in digests.items()}
 
-            with Meter(add, max_bytes=_MAX_UNHASHED_BYTES) as meter, ThreadPoolExecutor(1) as pool:
-                refused |= self._send(meter.stream(named_tensors), version, indices)
+            sent = iter_fp8_weights(named_tensors) if self._context.fp8 else named_tensors
+            with Meter(add, max_bytes=self._context.max_unhashed_bytes) as meter, ThreadPoolExecutor(1) as pool:
+                refused |= self._send(meter.stream(sent), version, indices)
                 published.expected = pool.submit(finish)
                 indices = [i for i in indices if i not in refused]
                 refused |= self._in_parallel(lambda index: self._verify(index, published), indices)
@@ -284,10 +300,29 @@ class ServerSync:
             raise Untransferred(f"{path} answers {reply.status}: {reply.text}")
 
     def _learn(self, index: int) -> None:
-        """Notes the tensor-parallel size and the device of a server, which must answer."""
+        """Notes the tensor-parallel size and the device of a server, which must answer. Raises as ``_check_form``."""
         table = self._get(index, "/server_info")
         self._tp_size[index] = int(table.get("tp_size") or 1)
         self._device[index] = str(table.get("device"))
+        if self._published is None or not self._carries(index, self._published):  # it was not checked before
+            self._check_form(index)
+
+    def _check_form(self, index: int) -> None:
+        """Raises ValueError for a server whose weights are not in the form that it would be sent."""
+        fp8 = holds_fp8(self._post(index, "/weights_checker", probe_of_fp8()).get("ranks"))
+        if fp8 is None or fp8 == self._context.fp8:
+            return
+        where = f"server {index} of: {self._fleet.describe()}"
+        if fp8:
+            raise ValueError(
+                "rollout.quantization='none' sends weights as they are, but a server holds them in FP8; set "
+                f"rollout.quantization='fp8', or start it from an unquantised checkpoint ({where})"
+            )
+        raise ValueError(
+            "rollout.quantization='fp8' needs servers that were started from an FP8 checkpoint, but one was not; start "
+            "it from the folder that tools/convert_hf_to_fp8.py makes of model.path, or set "
+            f"rollout.quantization='none' ({where})"
+        )
 
     def _verify(self, index: int, published: Published) -> None:
         """Labels a server that holds exactly what was sent; raises Untransferred otherwise."""

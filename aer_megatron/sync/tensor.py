@@ -76,16 +76,22 @@ class TensorSync(SessionSync):
 
 def serialize(bucket: Bucket) -> str:
     """Returns the bucket as one tensor-parallel rank of a server reads it: base64 of a pickle."""
-    ends = list(accumulate((prod(shape) * bucket.dtype.itemsize for shape in bucket.shapes), initial=0))
+    sizes = (prod(shape) * dtype.itemsize for shape, dtype in zip(bucket.shapes, bucket.dtypes, strict=True))
+    ends = list(accumulate(sizes, initial=0))
     metadata = [
         SimpleNamespace(
-            name=name, shape=tuple(shape), dtype=bucket.dtype, start_idx=start, end_idx=end, numel=end - start
+            name=name, shape=tuple(shape), dtype=dtype, start_idx=start, end_idx=end, numel=end - start
         )
-        for name, shape, (start, end) in zip(bucket.names, bucket.shapes, pairwise(ends), strict=True)
+        for name, shape, dtype, (start, end) in zip(
+            bucket.names, bucket.shapes, bucket.dtypes, pairwise(ends), strict=True
+        )
     ]
     flat = bucket.flat
     if not flat.is_cuda and flat.untyped_storage().nbytes() > flat.nbytes:
         flat = flat.clone()  # pickle would write all of the memory that it is a part of
+    # from 0.19 on Megatron-Core puts a function of its own here, and servers refuse a pickle that says where it is from
+    loader = torch.storage._load_from_bytes
+    loader.__module__, loader.__qualname__ = "torch.storage", "_load_from_bytes"
     raw = io.BytesIO()
     _HandlePickler(raw).dump({"flattened_tensor": flat, "metadata": metadata})
     return base64.b64encode(raw.getbuffer()).decode("ascii")

@@ -142,6 +142,8 @@ def test_sglang_has_every_endpoint_and_field() -> None:
     routes = TABLE[SGLANG]["routes"]
     used: dict[str, set[str]] = {}
     for file in [*(ROOT / "aer_megatron" / "rollout").glob("*.py"), *(ROOT / "aer_megatron" / "sync").glob("*.py")]:
+        if file.name == "router.py":
+            continue  # test_router_contract.py asks a real router
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 for path, keys in requests_of(function):

@@ -37,7 +37,8 @@ def _examinations(rank: int, world_size: int, run_file: Path, url: str) -> dict[
                 outcomes[name] = examine(config, rank, world_size)
         servers = run_config(run_file, "--rollout.engine=sglang", f'--sglang.urls=["{url}"]')
         outcomes[SERVERS] = examine(servers, rank, world_size)
-        bf16 = run_config(run_file, "--model.dtype=bf16", "--rollout.logprob_gate=0", "--megatron.fp8=hybrid")
+        fp8 = ["--megatron.fp8=hybrid", "--rollout.quantization=fp8"]
+        bf16 = run_config(run_file, "--model.dtype=bf16", "--rollout.logprob_gate=0", *fp8)
         outcomes["bf16 without transformers"] = examine(bf16, rank, world_size, reference="never")
     return outcomes
 
@@ -65,8 +66,9 @@ def test_bf16_holds_without_transformers_and_fp8_is_left_out(outcomes: list[dict
     assert outcome.fit, outcome.causes
     (left_out,) = [check for check in outcome.checks if check.area == "transformers"]
     assert (left_out.status, left_out.note) == ("skipped", "--reference=never")
-    (fp8,) = [check for check in outcome.checks if check.subject == "megatron.fp8"]
-    assert fp8.status == "skipped"
+    for option in ("megatron.fp8", "rollout.quantization"):
+        (fp8,) = [check for check in outcome.checks if check.subject == option]
+        assert fp8.status == "skipped"
 
 
 # the fault -> what its one cause says, and which areas have failed rows

@@ -56,6 +56,16 @@ def test_report_holds_every_recipe_and_the_exact_run(run_file: Path) -> None:
         assert row["target"] != exact["target"]
         assert len(row["alpha_trace"]) == STEPS and max(row["alpha_trace"]) > 0
     assert weights["logprob_shift_mean_abs"] > 0 and "alpha_trace" not in weights
+    assert exact["rollout_mismatch_kl"] < 1e-9 < 1e-6 < weights["rollout_mismatch_kl"]
+
+
+def test_the_row_of_rollout_weights_is_what_an_fp8_engine_holds(run_file: Path) -> None:
+    """With the option the first batch is sampled by the rounded policy: only that row then has no mismatch."""
+    folder = run_file.parent / "rounded"
+    result = parity(run_file, "--steps=1", "--recipes=", f"--output={folder}", "--rollout.quantization=fp8")
+    assert result.returncode == 0, result.stderr
+    exact, weights = json.loads((folder / "fp8_parity.json").read_text(encoding="utf-8"))
+    assert weights["rollout_mismatch_kl"] < 1e-9 < 1e-6 < exact["rollout_mismatch_kl"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import pickle
 import re
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
 # what the real server's unpickler lets pass, as far as the trainer writes it
 ALLOWED_GLOBALS = frozenset(
@@ -23,6 +23,7 @@ ALLOWED_GLOBALS = frozenset(
         ("torch", "Size"),
         ("torch", "bfloat16"),
         ("torch", "float32"),
+        ("torch", "float8_e4m3fn"),
         ("torch._utils", "_rebuild_tensor_v2"),
     }
 )
@@ -41,29 +42,52 @@ class AllowListed(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+# by the spellings of safetensors and of requests: bf16 and FP8 values as the bits that they are
+NUMPY_DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": np.uint16, "F8_E4M3": np.uint8} | {
+    "float32": np.float32,
+    "bfloat16": np.uint16,
+    "float8_e4m3fn": np.uint8,
+}
+_JOINED_PARTS = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
+_JOINED_NAMES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+_WEIGHTS = (".weight", ".weight_scale_inv")
+
+
 def served_weights(folder: Path) -> dict[str, NDArray[Any]]:
     """The parameters of a dense model as the server holds them, by its own names (NumPy: the double starts at once)."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise OSError(f"no safetensors in {folder}")
-    return joined({name: tensor for file in files for name, tensor in load_file(file).items()})
+    return joined({name: tensor for file in files for name, tensor in read_safetensors(file).items()})
+
+
+def read_safetensors(file: Path) -> dict[str, NDArray[Any]]:
+    """The tensors of a file; what NumPy has no dtype for comes as ``NUMPY_DTYPES`` says. KeyError for another dtype."""
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    table = json.loads(raw[8:start])
+    table.pop("__metadata__", None)
+    return {
+        name: np.frombuffer(raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]], np.uint8)
+        .view(NUMPY_DTYPES[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in table.items()
+    }
 
 
 def joined(hf: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The served parameters that can be made of Hugging Face tensors."""
     served: dict[str, NDArray[Any]] = {}
     for name in list(hf):
-        if name.endswith(("k_proj.weight", "v_proj.weight", "up_proj.weight")):
+        if _part(name) in ("k_proj", "v_proj", "up_proj"):
             continue
         tensor = hf[name]
-        if any(other not in hf for other in _neighbours(name)):
+        neighbours = _neighbours(name)
+        if any(other not in hf for other in neighbours):
             continue
-        if name.endswith("q_proj.weight"):
-            tensor = np.concatenate([tensor, *(hf[name.replace("q_proj", other)] for other in ("k_proj", "v_proj"))])
-            name = name.replace("q_proj", "qkv_proj")
-        elif name.endswith("gate_proj.weight"):
-            tensor = np.concatenate([tensor, hf[name.replace("gate_proj", "up_proj")]])
-            name = name.replace("gate_proj", "gate_up_proj")
+        if neighbours:
+            tensor = np.concatenate([tensor, *(hf[other] for other in neighbours)])
+            name = name.replace(_part(name), _JOINED_NAMES[_part(name)])
         elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
             padded = np.zeros((math.ceil(len(tensor) / 64) * 64, tensor.shape[1]), dtype=tensor.dtype)
             padded[: len(tensor)] = tensor
@@ -83,9 +107,13 @@ def incomplete(hf: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 
 
 def _neighbours(name: str) -> list[str]:
-    if name.endswith("q_proj.weight"):
-        return [name.replace("q_proj", other) for other in ("k_proj", "v_proj")]
-    return [name.replace("gate_proj", "up_proj")] if name.endswith("gate_proj.weight") else []
+    part = _part(name)
+    return [name.replace(part, other) for other in _JOINED_PARTS.get(part, ())]
+
+
+def _part(name: str) -> str:
+    """The projection whose weight or scales a tensor is, or ""."""
+    return name.split(".")[-2] if name.endswith(_WEIGHTS) and name.count(".") else ""
 
 
 def join_group(body: dict[str, Any]) -> Any:
@@ -113,3 +141,33 @@ def receive(group: Any, buffer: NDArray[Any]) -> NDArray[Any]:
 
 def served_checksum(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()[:16]
+
+
+def reported_checksums(served: dict[str, NDArray[Any]], skipped_words: list[str]) -> dict[str, str]:
+    """What /weights_checker reports: of weights in blocks of FP8 their values in bf16, whatever is to be skipped."""
+    checksums = {}
+    for name, array in served.items():
+        scales = served.get(f"{name}_scale_inv")
+        if scales is not None:
+            checksums[name] = served_checksum(_dequantized(array, scales))
+        elif not name.endswith("_scale_inv") and not any(word in name for word in skipped_words):
+            checksums[name] = served_checksum(array)
+    return checksums
+
+
+def _dequantized(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
+    """The bits of bf16(FP8 value * scale), by a server's rule for the block size: columns / columns of scales."""
+    block = values.shape[1] // scales.shape[1]
+    assert block * scales.shape[1] == values.shape[1]
+    repeated = scales.repeat(block, axis=0).repeat(block, axis=1)[: len(values)]
+    exact = _decoded_e4m3()[values] * repeated
+    assert exact.dtype == np.float32
+    bits = exact.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+
+
+def _decoded_e4m3() -> NDArray[np.float32]:
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    magnitude = np.where(exponent, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
+    return np.where(code & 0x7F == 0x7F, np.nan, np.where(code & 0x80, -magnitude, magnitude)).astype(np.float32)

@@ -25,20 +25,22 @@ from typing import Any, Literal
 import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from tests.support.served_weights import (
+    NUMPY_DTYPES,
     AllowListed,
     incomplete,
     join_group,
     joined,
     receive,
-    served_checksum,
+    reported_checksums,
     served_weights,
 )
 
 Fault = Literal["none", "slow", "500", "reset", "truncated", "hang", "wrong_version", "nan", "counts", "not_json"]
 _SLOW_S = 0.3
+_LOST = "model.layers.0.self_attn.o_proj.weight"
+_OUTSIDE = "update_weights_from_{} must run between begin_weight_update() and end_weight_update()"
 
 
 @dataclass
@@ -76,6 +78,7 @@ class SGLangDouble:
         self.in_session = False
         self.groups: dict[str, Any] = {}
         self.received: dict[str, NDArray[Any]] = {}
+        self.loaded: list[tuple[str, str]] = []  # (name, dtype) of what came in buckets, in order
         self.released = False
         self.access_log: logging.Logger | None = None
         self._args = (host, port, token_s, api_key, vocab_size)
@@ -249,9 +252,8 @@ class SGLangDouble:
         return web.Response()
 
     async def _checksums(self, request: web.Request) -> web.Response:
-        checksums = {name: served_checksum(tensor) for name, tensor in self.weights.items()}
-        info = [{"role": "target", "tp_rank": 0, "tp_size": 1}]
-        ranks = [{"checksums": checksums, "per_gpu_checksum": "", "parallelism_info": info}]
+        checksums = reported_checksums(self.weights, (await request.json()).get("skip_tensor_list") or [])
+        ranks = [{"checksums": checksums, "parallelism_info": [{"role": "target", "tp_rank": 0, "tp_size": 1}]}]
         return web.json_response({"success": True, "message": "Success.", "ranks": ranks})
 
     async def _flush(self, request: web.Request) -> web.Response:
@@ -274,15 +276,13 @@ class SGLangDouble:
         if self.update_fault == "hang":
             await asyncio.sleep(3600)
         if self.update_fault == "500":
-            return web.json_response({"success": False, "message": "no"}, status=500)
+            return _refusal("no", 500)
         try:
             new = served_weights(Path(body["model_path"]))
-        except (OSError, SafetensorError, KeyError) as error:
-            message = f"Failed to get weights iterator: {error}."
-            return web.json_response({"success": False, "message": message}, status=400)
+        except (OSError, ValueError, KeyError) as error:
+            return _refusal(f"Failed to get weights iterator: {error}.")
         if self.update_fault == "drops_a_tensor":
-            lost = "model.layers.0.self_attn.o_proj.weight"
-            new[lost] = self.weights[lost]
+            new[_LOST] = self.weights[_LOST]
         self.weights = new
         self.weight_version = body.get("weight_version") or self.weight_version
         return web.json_response({"success": True, "message": "Succeeded to update model weights."})
@@ -295,14 +295,13 @@ class SGLangDouble:
 
     async def _begin(self, request: web.Request) -> web.Response:
         if self.in_session:
-            message = "a weight-update session is already open; call end_weight_update() first"
-            return web.json_response({"success": False, "message": message}, status=400)
+            return _refusal("a weight-update session is already open; call end_weight_update() first")
         self.in_session = True
         return web.json_response({"success": True, "message": "Success"})
 
     async def _end(self, request: web.Request) -> web.Response:
         if not self.in_session:
-            return web.json_response({"success": False, "message": "no weight-update session is open"}, status=400)
+            return _refusal("no weight-update session is open")
         self.in_session = False
         return web.json_response({"success": True, "message": "Success"})
 
@@ -318,30 +317,34 @@ class SGLangDouble:
     async def _update_distributed(self, request: web.Request) -> web.Response:
         body = await request.json()
         if self._refuses_updates():
-            message = "update_weights_from_distributed must run between begin_weight_update() and end_weight_update()"
-            return web.json_response({"success": False, "message": message}, status=400)
+            return _refusal(_OUTSIDE.format("distributed"))
         if self.update_fault == "hang":
             await asyncio.sleep(3600)
-        sizes = [int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in zip(body["shapes"], body["dtypes"])]
+        kinds = [np.dtype(NUMPY_DTYPES[name]) for name in body["dtypes"]]
+        sizes = [int(np.prod(shape)) * kind.itemsize for shape, kind in zip(body["shapes"], kinds, strict=True)]
         flat = await asyncio.to_thread(receive, self.groups[body["group_name"]], self.buffer(sum(sizes)))
         for name, shape, kind, end, size in zip(
-            body["names"], body["shapes"], body["dtypes"], np.cumsum(sizes), sizes, strict=True
+            body["names"], body["shapes"], kinds, np.cumsum(sizes), sizes, strict=True
         ):
+            if (end - size) % kind.itemsize:
+                return _refusal(f"Unaligned received tensor {name}: byte offset {end - size}, dtype {kind}")
             self.received[name] = flat[end - size : end].view(kind).reshape(shape)
+        self.loaded += zip(body["names"], body["dtypes"], strict=True)
         return self._load_received(body)
 
     async def _update_tensor(self, request: web.Request) -> web.Response:
         body = await request.json()
         if self._refuses_updates():
-            message = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
-            return web.json_response({"success": False, "message": message}, status=400)
+            return _refusal(_OUTSIDE.format("tensor"))
         if self.update_fault == "hang":
             await asyncio.sleep(3600)
         bucket = AllowListed(io.BytesIO(base64.b64decode(body["serialized_named_tensors"][0], validate=True))).load()
         assert body["load_format"] == "flattened_bucket"
         for meta in bucket["metadata"]:
-            tensor = bucket["flattened_tensor"][meta.start_idx : meta.end_idx].view(meta.dtype).reshape(meta.shape)
-            self.received[meta.name] = tensor.numpy()
+            kind = str(meta.dtype).removeprefix("torch.")
+            raw = bucket["flattened_tensor"].numpy()[meta.start_idx : meta.end_idx]
+            self.received[meta.name] = raw.view(NUMPY_DTYPES[kind]).reshape(meta.shape)
+            self.loaded.append((meta.name, kind))
         return self._load_received(body)
 
     def buffer(self, size: int) -> NDArray[Any]:
@@ -353,7 +356,7 @@ class SGLangDouble:
 
     def _load_received(self, body: dict[str, Any]) -> web.Response:
         if self.update_fault == "drops_a_tensor":
-            self.received.pop("model.layers.0.self_attn.o_proj.weight", None)
+            self.received.pop(_LOST, None)
         self.weights |= joined(self.received)
         self.received = incomplete(self.received)
         self.weight_version = body.get("weight_version") or self.weight_version
@@ -364,6 +367,10 @@ class SGLangDouble:
             return "none"
         self.num_faults -= 1
         return self.fault
+
+
+def _refusal(message: str, status: int = 400) -> web.Response:
+    return web.json_response({"success": False, "message": message}, status=status)
 
 
 async def _until(event: asyncio.Event, seconds: float) -> None:

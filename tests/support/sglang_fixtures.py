@@ -60,6 +60,7 @@ def rollouts(
     api_key: str | None = None,
     max_concurrency: int = 8,
     transport: str = "disk",
+    fp8: bool = False,
     **limits: Any,
 ) -> Iterator[Rollouts]:
     """Yields an engine with short deadlines over ``urls``, the model's configuration being ``folder``'s."""
@@ -91,6 +92,8 @@ def rollouts(
             leads=True,
             exchange=lambda value: [json.loads(json.dumps(value))],
             replace=replaced.append,
+            max_unhashed_bytes=1250 * 10**6,
+            fp8=fp8,
         )
         sync = _transport(transport, fleet, context, folder.parent / "transfer", hf_config)
         stack.callback(sync.close)

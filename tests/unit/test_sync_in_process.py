@@ -66,7 +66,7 @@ def make(engine_class: type[EmbeddedEngine] = EmbeddedEngine) -> tuple[EmbeddedE
         max_batch_size=8,
         checksum=tensor_checksum,
     )
-    return engine, InProcessSync(engine, checksum=tensor_checksum)
+    return engine, InProcessSync(engine, checksum=tensor_checksum, fp8=False)
 
 
 def test_published_weights_serve_under_their_version() -> None:
@@ -149,7 +149,7 @@ class ForgetfulEngine:
 
 
 def test_an_engine_that_reports_another_version_is_an_error() -> None:
-    sync = InProcessSync(ForgetfulEngine(version=4), checksum=tensor_checksum)
+    sync = InProcessSync(ForgetfulEngine(version=4), checksum=tensor_checksum, fp8=False)
     with pytest.raises(RuntimeError, match="reports policy version 4 after version 5"):
         sync.publish([("w", torch.ones(2))], version=5)
 
@@ -164,5 +164,5 @@ def test_an_engine_that_reports_another_version_is_an_error() -> None:
 def test_tensors_that_are_missing_or_invented_are_errors(held: dict[str, int], message: str) -> None:
     engine = ForgetfulEngine(version=5, held=held)
     with pytest.raises(RuntimeError, match=message):
-        InProcessSync(engine, checksum=tensor_checksum).publish([("w", torch.ones(2))], version=5)
+        InProcessSync(engine, checksum=tensor_checksum, fp8=False).publish([("w", torch.ones(2))], version=5)
     assert not engine.committed

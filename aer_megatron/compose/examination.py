@@ -106,9 +106,15 @@ class Examiner:
             changes["megatron"] = {key: value for key, value in config.megatron.items() if not key.startswith("fp8")}
             reason = "FP8 scales depend on the tokens of a micro-batch: examined without; see aer_megatron.fp8_parity"
             self._notes.checks.append(diagnosis.skipped("layouts", "all", "megatron.fp8", reason))
+        if config.rollout.quantization != "none" and config.sglang.urls:
+            raise ValueError(
+                f"rollout.quantization={config.rollout.quantization!r}: the doctor gives servers unrounded weights, "
+                "and those of sglang.urls hold FP8; start unquantised ones for it and add --sglang.urls with their "
+                "addresses and --rollout.quantization=none"
+            )
         if config.rollout.quantization != "none":
             changes["rollout.quantization"] = "none"
-            reason = "rounded weights hide what is looked for: examined without, also the servers of sglang.urls"
+            reason = "rounded weights hide what is looked for: examined without"
             self._notes.checks.append(diagnosis.skipped("rollout", "all", "rollout.quantization", reason))
         self._run_config = layouts.changed(config, changes)
         check_model(self._run_config, path)

@@ -130,12 +130,13 @@ class ServedChecksums:
         return tensor.chunk(self._tp_size)[rank] if module in _JOINED else tensor
 
 
-def first_difference(expected: list[dict[str, str]], reported: Any) -> str:
+def first_difference(expected: list[dict[str, str]], reported: Any, *, names_only: bool = False) -> str:
     """Returns what is wrong with the ranks of a /weights_checker reply, nothing where every checksum is right.
 
     Args:
         expected: by tensor-parallel rank, ``ServedChecksums.result``.
         reported: the reply's ``ranks``.
+        names_only: whether the server's hash is another than ours.
     """
     seen: set[tuple[int, str]] = set()
     for rank, checksums in _reported_ranks(reported):
@@ -145,7 +146,7 @@ def first_difference(expected: list[dict[str, str]], reported: Any) -> str:
             wanted = expected[rank].get(name)
             if wanted is None:
                 return f"it holds {name}, which was never sent"
-            if value != wanted:
+            if value != wanted and not names_only:
                 return f"{name} has checksum {value}, {wanted} was sent"
             seen.add((rank, name))
     for rank, wanted_names in enumerate(expected):

@@ -276,14 +276,17 @@ class ServerFleet:
             RuntimeError: the router does not take its workers within ``timeout_s``, or has others.
         """
         deadline = self._loop.time() + timeout_s
+        behind_since: float | None = None  # when the router was first seen with other workers
         while True:
             alive = [server for server in self.servers if server.in_service]
             if self.router is not None and self._workers is not None:
                 alive = alive if self.router.in_service else []
                 wanted = frozenset(server.url for server in alive)
                 if alive and self._workers.held != wanted:
-                    await self._follow(self.router, self._workers, wanted, deadline)
+                    behind_since = behind_since or self._loop.time()
+                    await self._follow(self.router, self._workers, wanted, behind_since + timeout_s)
                     continue
+                behind_since = None
             preferred = [server for server in alive if server.index not in avoid] or alive
             free = [server for server in preferred if server.in_flight < self.options.max_concurrency]
             if free:

@@ -95,6 +95,8 @@ class RouterWorkers:
                 f"the router ({self._url}) answers {reply.status} to /workers: set sglang.api_key_env to the name of "
                 "the environment variable that holds its API key, which is the servers' too"
             )
+        if reply.status >= 500:  # it is being restarted, or something in front of it has lost it
+            raise OSError(f"/workers answers {reply.status}: {reply.text}")
         table = reply.json()
         if reply.status != 200 or not isinstance(table, Mapping) or not isinstance(table.get("workers"), list):
             raise RuntimeError(

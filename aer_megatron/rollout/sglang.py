@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
+_MAX_ABORTS = 256  # under way at a time: behind a router each goes to every server
 _ABORT_TIMEOUT_S = 2.0  # an abort is a courtesy to the server: nobody waits longer for it
 _FIRST_PAUSE_S = 0.05  # before a repetition; doubles each time
 _ABORT_AGAIN_S = 0.2  # an abort that overtook its request is not heard of again
@@ -118,6 +119,7 @@ class SGLangEngine:
         self._calls: dict[str, _Call] = {}
         self._idle = asyncio.Event()
         self._examining = asyncio.Lock()
+        self._aborting = asyncio.Semaphore(_MAX_ABORTS)
         self._examined: dict[int, float] = {}  # when a server was last tried past the router
         fleet.interrupt = self._interrupt
 
@@ -311,6 +313,8 @@ class SGLangEngine:
             if not self._fleet.in_transfer:  # it may have begun meanwhile
                 self._fleet.retire(server, "it does not answer, or not as the verified policy version", "probe")
             return
+        if self._fleet.in_transfer or not server.in_service:
+            return
         with contextlib.suppress(_Failed):
             await self._attempt(server, request, options)
 
@@ -335,8 +339,10 @@ class SGLangEngine:
         """Aborts a call; one to the router at every server, because it may be any of them that has it."""
 
         async def abort(target: Server) -> None:
-            with contextlib.suppress(aiohttp.ClientError, OSError):  # the server is gone, and the request with it
-                await self._fleet.call(target, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
+            # an error: the server is gone, and the request with it
+            async with self._aborting:
+                with contextlib.suppress(aiohttp.ClientError, OSError):
+                    await self._fleet.call(target, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
 
         targets = self._fleet.servers if server is self._fleet.router else [server]
         await asyncio.gather(*map(abort, targets))
@@ -348,12 +354,8 @@ class SGLangEngine:
             call.interrupted = True
             if not call.deadline.expired():
                 call.deadline.reschedule(limit)
-        router = self._fleet.router
         while self._calls:
-            calls = [(call.server, rid) for rid, call in self._calls.items()]
-            if router is not None:  # one abort per server for all: their names begin alike
-                calls = [(router, f"{self._prefix}-")]
-            await asyncio.gather(*(self._send_abort(server, rid) for server, rid in calls))
+            await asyncio.gather(*(self._send_abort(call.server, rid) for rid, call in list(self._calls.items())))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), _ABORT_AGAIN_S)
 

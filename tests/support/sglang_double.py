@@ -246,9 +246,10 @@ class SGLangDouble:
     async def _abort(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.aborts.append(body.get("rid", ""))
-        for rid, running in self.running.items():
-            if body.get("abort_all") or rid.startswith(body["rid"]):  # as the real server: by prefix
-                running.aborted.set()
+        if body.get("abort_all") or body["rid"] in self.running:  # as the real server: unknown names go no further,
+            for rid, running in self.running.items():  # and the others are prefixes
+                if body.get("abort_all") or rid.startswith(body["rid"]):
+                    running.aborted.set()
         return web.Response()
 
     async def _checksums(self, request: web.Request) -> web.Response:

@@ -186,7 +186,6 @@ def test_a_transfer_aborts_at_every_server_and_the_requests_go_on(pair: Pair, fo
             made.sync.publish(iter(weights(1).items()), 1)
         assert {len(completion.policy_versions) for completion in completions} <= {1, 2}
         assert {span.version for c in completions for span in c.policy_versions} == {0, 1}
-        assert all(len(set(server.aborts)) == 1 for server in pair)  # one name that begins all of them
 
 
 def test_a_straggler_is_aborted_whichever_server_has_it(pair: Pair, folder: Path) -> None:

@@ -155,6 +155,9 @@ def test_what_a_server_must_report_is_checked_both_ways() -> None:
     assert first_difference(expected, reported({"a": "01", "b": "02"})) == ""
     assert "b has checksum 03" in first_difference(expected, reported({"a": "01", "b": "03"}))
     assert "does not report b" in first_difference(expected, reported({"a": "01"}))
+    assert first_difference(expected, reported({"a": "01", "b": "03"}), names_only=True) == ""
+    assert "does not report b" in first_difference(expected, reported({"a": "09"}), names_only=True)
+    assert "holds c" in first_difference(expected, reported({"a": "09", "b": "09", "c": "09"}), names_only=True)
     assert "never sent" in first_difference(expected, reported({"a": "01", "b": "02", "c": "04"}))
     assert "tensor-parallel rank 1" in first_difference(expected, reported({"a": "01", "b": "02"}, rank=1))
     assert "does not report" in first_difference(expected, None)

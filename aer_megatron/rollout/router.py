@@ -9,6 +9,7 @@ This file does NOT send generation requests and does not know which servers are 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from aer_megatron.rollout.replies import Reply
 
 ANSWERED_BY = "x-smg-routed-worker-id"  # header of smg's answers: the address of the server; sglang-router has none
 _ACCEPTED = (200, 201, 202)
+_LISTED_WITHIN_S = 5.0
 
 
 class _Worker(NamedTuple):
@@ -45,7 +47,7 @@ class RouterWorkers:
         self._servers = servers
         self._api_key = api_key
         self._send = send
-        self._added: set[str] = set()  # accepted, and not listed yet
+        self._added: dict[str, float] = {}  # accepted at a time, and not listed yet
         self.held: frozenset[str] | None = None  # the servers that were found to be the router's; None: look
 
     def forget(self) -> None:
@@ -60,24 +62,26 @@ class RouterWorkers:
     async def follow(self, wanted: frozenset[str]) -> str:
         """Returns "" when the router has the servers ``wanted`` and no other; else what is still to be done.
 
-        One round: it asks, adds and removes, and does not wait. One ready server is enough, those that were added with
-        it get ready by themselves.
+        One round: it asks, adds and removes, and does not wait. One ready server is enough, others that are listed get
+        ready by themselves. A server that was accepted may yet be dropped, by a removal that was still under way: it is
+        added again.
         """
         listed = await self._listed()
-        self._added -= listed.keys()
+        now = time.monotonic()
+        self._added = {u: at for u, at in self._added.items() if u not in listed and now - at < _LISTED_WITHIN_S}
         surplus = [url for url, worker in listed.items() if url not in wanted and not worker.is_leaving]
         for url in surplus:
             await self._send("DELETE", f"/workers/{listed[url].id}", None)
-        for url in wanted - listed.keys() - self._added:
+        for url in wanted - listed.keys() - self._added.keys():
             key = {"api_key": self._api_key} if self._api_key else {}
             reply = await self._send("POST", "/workers", {"url": url, "worker_type": "regular"} | key)
             if reply.status in _ACCEPTED:
-                self._added.add(url)
+                self._added[url] = now
             elif reply.status != 409:  # another rank was faster
                 raise RuntimeError(f"the router ({self._url}) does not add {url}: {reply.status} {reply.text}")
         is_here = any(url in wanted and worker.is_ready for url, worker in listed.items())
-        is_coming = all(url in self._added or (url in listed and not listed[url].is_leaving) for url in wanted)
-        if is_here and is_coming and not surplus:
+        all_listed = all(url in listed and not listed[url].is_leaving for url in wanted)
+        if is_here and all_listed and not surplus:
             self.held = wanted
             return ""
         return f"it lists {_describe(listed) or 'no worker'}, and should have {', '.join(sorted(wanted))}"

@@ -154,6 +154,7 @@ def test_a_killed_server_loses_no_sample_and_gets_no_traffic_until_it_is_back(
     generate(made)
     assert not pair[0].bodies
     made.sync.restore(0)
+    set_pace(pair[1], 0.05)  # servers are probed while generations last
     wait_until(lambda: bool(generate(made)) and _ready(made) == {server.url for server in pair})
     generate(made)
     assert pair[0].bodies

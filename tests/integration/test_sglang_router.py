@@ -93,5 +93,5 @@ def test_servers_killed_behind_a_router_cost_no_sample(
         assert sum(count for name, count in line.items() if name.startswith("rewards/reason/")) == REQUESTS_PER_STEP
         assert kind == "double" or line["rollout/logprob_diff_max"] < 1e-3
     assert killed.attempts == NUM_STEPS * REQUESTS_PER_STEP
-    assert "is out of service" in killed.stderr
+    assert "restart 1 of 20" in killed.stderr
     assert traces.left() == {}

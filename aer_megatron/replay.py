@@ -22,7 +22,7 @@ import numpy as np
 
 from aer_megatron.algo import controller
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
-from aer_megatron.config import EntropySection
+from aer_megatron.config_algo import EntropySection
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest

@@ -31,7 +31,6 @@ from aer_megatron.sync.in_process import InProcessSync
 from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
 from aer_megatron.sync.tensor import TensorSync
 
-MAX_UNHASHED_BYTES = 1250 * 10**6  # of weights that were sent and wait for their checksum; an eighth on a GPU
 SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -91,7 +90,7 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         leads=platform.rank == 0,
         exchange=functools.partial(exchange_json, device=platform.device),
         replace=group.replace if group else lambda index: None,
-        max_unhashed_bytes=MAX_UNHASHED_BYTES // (8 if platform.device_type == "cuda" else 1),
+        max_unhashed_bytes=platform.spare_weight_bytes,
         fp8=config.rollout.quantization == "fp8",
     )
     sync = _server_sync(config, platform, fleet, context)

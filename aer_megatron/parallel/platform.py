@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_SPARE_WEIGHT_BYTES = 1250 * 10**6
+
 
 @dataclass(frozen=True, slots=True)
 class Platform:
@@ -34,6 +36,11 @@ class Platform:
     @property
     def device(self) -> torch.device:
         return torch.device(self.device_type, self.local_rank) if self.device_type == "cuda" else torch.device("cpu")
+
+    @property
+    def spare_weight_bytes(self) -> int:
+        """Bytes of weights that may be kept for a while beside the model; a device has less to spare than a host."""
+        return _SPARE_WEIGHT_BYTES // (8 if self.device_type == "cuda" else 1)
 
 
 def install_platform() -> Platform:

@@ -19,7 +19,7 @@ from aer_megatron.algo.controller import (
     target_entropy,
     update,
 )
-from aer_megatron.config import EntropySection
+from aer_megatron.config_algo import EntropySection
 
 
 def state_with(

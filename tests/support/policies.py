@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import architecture_from_hf_config
-from aer_megatron.types import Experience, TrainBatch
+from aer_megatron.types import TrainBatch
+from tests.support.experiences import experience_of
 
 VOCAB_SIZE = 25  # odd: every tensor-parallel size pads it
 
@@ -75,20 +76,8 @@ def fixed_batch(num_sequences: int = 12, seed: int = 0) -> TrainBatch:
     response_B = rng.integers(1, 9, num_sequences).astype(np.int64)
     tokens = rng.integers(0, VOCAB_SIZE, int((prompt_B + response_B).sum())).astype(np.int64)
     num_tokens = int(response_B.sum())
-    experience = Experience(
-        prompt_id_B=np.arange(num_sequences, dtype=np.uint64),
-        group_index_B=np.arange(num_sequences, dtype=np.int64),
-        prompt_length_B=prompt_B,
-        response_length_B=response_B,
-        token_ids_L=tokens,
-        rollout_logprob_T=np.zeros(num_tokens, dtype=np.float32),
-        reward_B=np.zeros(num_sequences),
-        truncated_B=np.zeros(num_sequences, dtype=np.bool_),
-        policy_version_B=np.zeros(num_sequences, dtype=np.int64),
-        policy_version_sum_B=np.zeros(num_sequences, dtype=np.int64),
-    )
     return TrainBatch(
-        experience=experience,
+        experience=experience_of(prompt_B, response_B, tokens),
         advantage_B=rng.normal(size=num_sequences),
         entropy_weight_B=rng.uniform(0.0, 0.5, num_sequences),
         old_logprob_T=(-3.0 + 0.1 * rng.normal(size=num_tokens)).astype(np.float32),

@@ -26,6 +26,7 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
+from tests.support.http_double import HttpDouble
 from tests.support.served_weights import (
     NUMPY_DTYPES,
     AllowListed,
@@ -50,7 +51,7 @@ class Running:
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class SGLangDouble:
+class SGLangDouble(HttpDouble):
     """One stand-in server; ``fault`` applies to the next ``num_faults`` /generate calls (-1 = all)."""
 
     def __init__(
@@ -65,6 +66,7 @@ class SGLangDouble:
         legacy: bool = False,
         without_weights: bool = False,
     ) -> None:
+        super().__init__()
         self.fault: Fault = "none"
         self.num_faults = -1
         self.update_fault: Literal["none", "500", "drops_a_tensor", "hang", "keeps_version"] = "none"
@@ -82,31 +84,13 @@ class SGLangDouble:
         self.released = False
         self.access_log: logging.Logger | None = None
         self._args = (host, port, token_s, api_key, vocab_size)
-        self._loop = asyncio.new_event_loop()
-        self._runner: web.AppRunner | None = None
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     # -- life ---------------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> SGLangDouble:
-        self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    def stop(self) -> None:
-        """The port refuses connections from now on; running requests break."""
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
 
     def start_again(self, weight_version: str) -> None:
         """The same port answers again."""
         self.weight_version = weight_version
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+        self.start()
 
     @property
     def url(self) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from tests.support.http_double import HttpDouble
 from tests.support.sglang_double import SGLangDouble
 
 
@@ -29,7 +29,7 @@ class Worker:
     status: str = "ready"
 
 
-class RouterDouble:
+class RouterDouble(HttpDouble):
     """Forwards /generate to its ready workers in turn; what it drops from replies and requests is up to the test."""
 
     def __init__(
@@ -41,6 +41,7 @@ class RouterDouble:
         names_workers: bool = True,
         drain_s: float = 0.1,
     ) -> None:
+        super().__init__()
         self.drops = drops  # fields of replies; "rid": of requests
         self.names_workers = names_workers
         self.sent: list[tuple[str, dict[str, Any]]] = []  # (worker, body) of every request
@@ -53,29 +54,7 @@ class RouterDouble:
         self._first = list(workers)
         self.workers: dict[str, Worker] = {}
         self._port = 0
-        self._loop = asyncio.new_event_loop()
-        self._runner: web.AppRunner | None = None
         self._session: aiohttp.ClientSession | None = None
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-
-    def __enter__(self) -> RouterDouble:
-        self._thread.start()
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        self._loop.close()
-
-    def start(self) -> None:
-        """A new process at the same address, with the workers of its command line."""
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
-
-    def stop(self) -> None:
-        """Refuses connections from now on."""
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
 
     @property
     def url(self) -> str:
@@ -87,7 +66,7 @@ class RouterDouble:
         return {worker.url for worker in self.workers.values() if worker.status == "ready"}
 
     async def _start(self) -> None:
-        self.workers = {}
+        self.workers = {}  # a new process has those of its command line
         for url in self._first:
             self._add(url, self._api_key)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
-from aer_megatron.types import Experience, TrainBatch
+from aer_megatron.types import TrainBatch
+from tests.support.experiences import experience_of
 
 
 def textbook(logits_TW: Tensor, labels_T: Tensor, **options: Any) -> LogprobEntropy:
@@ -23,17 +24,10 @@ def uniform_batch(sequences: int, length: int, *, vocab_size: int, old_logprob: 
     """Returns random sequences of one length, a quarter prompt and three quarters response."""
     rng = np.random.default_rng(0)
     prompt = length // 4
-    experience = Experience(
-        prompt_id_B=np.arange(sequences, dtype=np.uint64),
-        group_index_B=np.arange(sequences, dtype=np.int64),
-        prompt_length_B=np.full(sequences, prompt, dtype=np.int64),
-        response_length_B=np.full(sequences, length - prompt, dtype=np.int64),
-        token_ids_L=rng.integers(0, vocab_size, sequences * length).astype(np.int64),
-        rollout_logprob_T=np.zeros(sequences * (length - prompt), dtype=np.float32),
-        reward_B=np.zeros(sequences),
-        truncated_B=np.zeros(sequences, dtype=np.bool_),
-        policy_version_B=np.zeros(sequences, dtype=np.int64),
-        policy_version_sum_B=np.zeros(sequences, dtype=np.int64),
+    experience = experience_of(
+        np.full(sequences, prompt, dtype=np.int64),
+        np.full(sequences, length - prompt, dtype=np.int64),
+        rng.integers(0, vocab_size, sequences * length).astype(np.int64),
     )
     return TrainBatch(
         experience=experience,

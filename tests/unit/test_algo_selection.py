@@ -10,7 +10,7 @@ import pytest
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.selection import beta_cdf, decided_probability, exploration_draw, skip_decided
-from aer_megatron.config import LedgerSection, SelectionSection
+from aer_megatron.config_algo import LedgerSection, SelectionSection
 
 PRIOR = LedgerSection(decay=0.5)
 

@@ -41,9 +41,10 @@ LAYERS = {
     "algo": 2,
     "config_loading": 2,
     "config": 1,
+    "config_algo": 0,
     "types": 1,
     "_C": 1,
-    "__init__": 0,
+    "__init__": -1,
 }
 PACKAGES = {"compose", "rollout", "rewards", "data", "sync", "report", "actor", "convert", "parallel", "algo"}
 
@@ -52,6 +53,7 @@ THIRD_PARTY = {
     "algo": {"numpy", "torch"},
     "config_loading": {"pydantic"},
     "config": {"pydantic"},
+    "config_algo": {"pydantic"},
     "types": {"numpy"},
     "__init__": set[str](),
 }

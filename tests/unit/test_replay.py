@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aer_megatron import replay as command
-from aer_megatron.config import EntropySection
+from aer_megatron.config_algo import EntropySection
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.writer import write_run_manifest

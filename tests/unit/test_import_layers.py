@@ -19,6 +19,7 @@ PACKAGE = "aer_megatron"
 
 # A module may import from layers with a smaller number, and from its own package; never sideways.
 LAYERS = {
+    "cli": 13,
     "doctor": 12,
     "fp8_parity": 12,
     "replay": 12,
@@ -59,7 +60,7 @@ THIRD_PARTY = {
 }
 TORCH_FREE = {"trainer.py", "trainer_async.py", "trainer_sft.py", "stages.py", "parts.py"}
 ENVIRONMENT_READERS = {"compose/engines.py", "train.py", "config.py", "parallel/platform.py"}
-COMMAND_LINES = {"train.py", "doctor.py", "fp8_parity.py", "replay.py", "plan.py"}
+COMMAND_LINES = {"cli.py", "train.py", "doctor.py", "fp8_parity.py", "replay.py", "plan.py"}
 BROAD_HANDLER_HOME = "rewards/"
 METRIC_NAMES_HOME = "report/metrics.py"
 

@@ -1,0 +1,116 @@
+"""A run whose steps take tenths of a second: its model, its data, its run file, and the command that launches it.
+
+The verifier is a function of benchmarks/reliability/verifiers.py, so that every answer goes to a worker process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aer_megatron.config import DataSection
+from aer_megatron.data import countdown
+from aer_megatron.rollout.server import free_port
+from tests.support.double_runs import random_base
+from tests.support.runs import ROOT
+
+NUM_PROBLEMS = 20_000
+SERVER_PYTHON = ".venv-sglang/bin/python"
+_RUN_FILE = """\
+[run]
+name = "{name}"
+output_dir = "{folder}/run"
+[model]
+path = "{folder}/base"
+dtype = "fp32"
+[parallel]
+micro_batch_size = 64
+[data]
+template = "plain"
+max_prompt_tokens = 14
+{verifier}
+[data.train]
+path = "{folder}/problems.jsonl"
+[rollout]
+prompts_per_step = {prompts}
+group_size = {group_size}
+max_new_tokens = 6
+[optimizer]
+lr = 1e-4
+[algo]
+num_minibatches = 2
+[algo.entropy]
+update = "pi"
+k_p = 0.3
+tau = 1.1
+normalize = "mean"
+difficulty = "complement"
+[report]
+progress = false
+picture = false
+"""
+SERVER_OPTIONS = """\
+[sglang.launch]
+device = "cpu"
+attention_backend = "torch_native"
+sampling_backend = "pytorch"
+grammar_backend = "none"
+mem_fraction_static = 0.3
+max_total_tokens = 8192
+max_running_requests = 32
+sleep_on_idle = true
+[sglang.environment]
+SGLANG_USE_CPU_ENGINE = "1"
+OMP_NUM_THREADS = "1"
+"""
+
+
+def write_run(folder: Path, *, name: str, verifier: str, prompts: int = 8, group_size: int = 4, more: str = "") -> Path:
+    """Returns the run file in ``folder``, with base model and problems beside it; what is there is kept.
+
+    ``verifier`` is a function of benchmarks.reliability.verifiers; ``more`` are further TOML sections.
+    """
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.toml"
+    if not path.exists():
+        random_base(folder / "base")
+        items = countdown.generate(size=NUM_PROBLEMS, seed=0, options={"split": "train"})
+        records = [{"problem": problem, "answer": answer} for problem, answer in zip(*items.texts(), strict=True)]
+        (folder / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+        function = f"benchmarks.reliability.verifiers:{verifier}"
+        named = f'verifier = "{function}"'
+        if "verifiers" in DataSection.model_fields:
+            named += f'\nverifiers = ["{function}"]'
+        text = _RUN_FILE.format(folder=folder, name=name, verifier=named, prompts=prompts, group_size=group_size)
+        path.write_text(text + more, "utf-8")  # last: a folder with it is whole
+    return path
+
+
+def launch_command(run_file: Path, options: Mapping[str, Any], *, ranks: int) -> list[str]:
+    """Returns the command line of a launcher with ``ranks`` training processes; ``options`` by dotted name."""
+    arguments = [str(run_file), *(f"--{name}={_word(value)}" for name, value in options.items())]
+    if importlib.util.find_spec("aer_megatron.launch") is not None:
+        return [sys.executable, "-m", "aer_megatron.cli", "launch", "--nproc", str(ranks), *arguments]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0"]
+    port = str(free_port("127.0.0.1"))
+    return [
+        *agent, "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", port,
+        "-m", "aer_megatron.train", *arguments,
+    ]  # fmt: skip
+
+
+def server_python() -> str:
+    """Returns the interpreter of the servers' environment; raises SystemExit where there is none."""
+    path = ROOT / SERVER_PYTHON
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run tools/install_sglang_cpu.sh first")
+    return str(path)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

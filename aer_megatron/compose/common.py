@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from aer_megatron.convert.architecture import (
 )
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.mapping import check_hf_tensors
-from aer_megatron.parallel.platform import Platform
+from aer_megatron.parallel.agreement import on_first_rank
+from aer_megatron.parallel.platform import Platform, job_id
 from aer_megatron.parallel.topology import Topology, initialize_topology
 from aer_megatron.parallel.watchdog import Watchdog, distributed_store
 from aer_megatron.report.reporter import NullReporter, Reporter
+from aer_megatron.report.run_lock import RunLock
 from aer_megatron.report.writer import package_versions, write_run_manifest
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -113,10 +116,28 @@ def open_reporter(config: Config, platform: Platform, start_step: int, arguments
         package_versions(VERSIONED_PACKAGES),
         command=["aer_megatron.train", *arguments],
         num_ranks=platform.world_size,
+        first_step=start_step,
     )
     return Reporter.open(
         config, folder=config.run.output_dir, num_steps=config.run.num_steps, start_step=start_step
     )
+
+
+@contextmanager
+def held(locks: Mapping[Path, str], platform: Platform) -> Iterator[None]:
+    """Holds lock files on rank 0 for the context; ``locks`` maps each to the option that it protects.
+
+    Raises:
+        ValueError: on every rank, where another run holds one.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            for path, option in locks.items():
+                stack.enter_context(RunLock(path, option=option, job=job_id()))
+
+        on_first_rank(take, rank=platform.rank, device=platform.device)
+        yield
 
 
 def open_watchdog(config: Config, platform: Platform) -> Watchdog:

@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.actor.checkpoint import CheckpointStore
+from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
-from aer_megatron.compose.common import build_actor, checked_weights, open_reporter
+from aer_megatron.compose.common import build_actor, checked_weights, held, open_reporter
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor, PromptSet
 from aer_megatron.data.sources import load_records
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
+from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.parallel.watchdog import Watchdog
 from aer_megatron.parts import Parts, PendingBatch, Progress
 from aer_megatron.report.flight import FlightWriter
+from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
+from aer_megatron.report.writer import changed_options
 from aer_megatron.rewards.pool import VerifierPool
 from aer_megatron.rewards.registry import check_verifiers
 from aer_megatron.rewards.scoring import reason_counts, score_groups
@@ -32,6 +35,7 @@ from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
 from aer_megatron.rollout.seeds import stream_seed
 from aer_megatron.stages import Stages
+from aer_megatron.standard_streams import say
 from aer_megatron.trainer import Trainer
 from aer_megatron.trainer_async import AsyncTrainer
 
@@ -40,6 +44,49 @@ def run_rl(
     config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
 ) -> None:
     """Returns when the last step is done and saved; continues from the newest checkpoint of ``run.output_dir``."""
+    folder = Path(config.run.output_dir)
+    with held({folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r}"}, platform):
+        store = CheckpointStore(
+            folder / "checkpoints", topology=topology, device=platform.device, keep=config.run.keep_checkpoints
+        )
+        checkpoint = store.latest()
+        if checkpoint is not None and not config.run.resume:
+            raise ValueError(
+                f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds checkpoints up to step "
+                f"{checkpoint.step}; remove them, choose another run.output_dir, or set run.resume=true"
+            )
+        if checkpoint is not None:
+            line = on_first_rank(lambda: _what_it_finds(config, checkpoint), rank=platform.rank, device=platform.device)
+            if platform.rank == 0:
+                say(line)
+        if checkpoint is None or checkpoint.step < config.run.num_steps:
+            _train(config, platform, topology, arguments, watchdog, (store, checkpoint))
+
+
+def _what_it_finds(config: Config, checkpoint: Checkpoint) -> str:
+    """Returns the line that says where an existing run goes on, or that it is finished, and what is different."""
+    changes = ", ".join(changed_options(config.run.output_dir, config))
+    if checkpoint.step < config.run.num_steps:
+        place = f"resumed at step {checkpoint.step} of {checkpoint.folder}"
+        return f"{place}; changed: {changes}" if changes else f"{place}; same configuration"
+    different = f"; its configuration differs, and this one was not used: {changes}" if changes else ""
+    return (
+        f"{config.run.output_dir} is finished: {checkpoint.folder} is at step {checkpoint.step} of run.num_steps="
+        f"{config.run.num_steps}, nothing was trained{different}; raise run.num_steps to go on, or choose another "
+        "run.output_dir"
+    )
+
+
+def _train(
+    config: Config,
+    platform: Platform,
+    topology: Topology,
+    arguments: Sequence[str],
+    watchdog: Watchdog,
+    found: tuple[CheckpointStore, Checkpoint | None],
+) -> None:
+    """Trains from what was ``found`` to the last step."""
+    store, checkpoint = found
     actor = build_actor(
         config,
         config.model.path,
@@ -51,19 +98,7 @@ def run_rl(
     data = load_data(config)
     cursor = PromptCursor(data.train, config.run.seed)
     ledger = DifficultyLedger(config.algo.ledger.decay, len(data.train))
-    store = CheckpointStore(
-        Path(config.run.output_dir) / "checkpoints",
-        topology=topology,
-        device=platform.device,
-        keep=config.run.keep_checkpoints,
-    )
     start = Progress(0, 0, controller.initial_state(config.algo.entropy), cursor.state_dict())
-    checkpoint = store.latest()
-    if checkpoint is not None and not config.run.resume:
-        raise ValueError(
-            f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds checkpoints up to step "
-            f"{checkpoint.step}; remove them, choose another run.output_dir, or set run.resume=true"
-        )
     if checkpoint is not None:
         start = _progress_from(store.load(checkpoint, actor))
         cursor.load_state_dict(start.cursor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.compose.common import MAX_SHARD_BYTES, build_actor, checked_weights, open_reporter
+from aer_megatron.compose.common import MAX_SHARD_BYTES, build_actor, checked_weights, held, open_reporter
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
 from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
@@ -20,6 +20,7 @@ from aer_megatron.parallel.exchange import barrier
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.parallel.watchdog import Watchdog
+from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.trainer_sft import run_supervised
 
@@ -29,7 +30,21 @@ STAGE_FILE = "aer_stage.json"
 def run_sft(
     config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
 ) -> None:
-    """Returns when ``model.path`` is written."""
+    """Returns when ``model.path`` is written, by this process or by another that was at it."""
+    target, folder = Path(config.model.path), Path(config.run.output_dir) / "sft"
+    locks = {
+        # beside the folder, which is replaced as a whole
+        target.with_name(f".{target.name}.{LOCK_FILE}"): f"model.path={config.model.path!r}",
+        folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r} (its sft/)",
+    }
+    with held(locks, platform):
+        if not is_made(config):
+            _make(config, platform, topology, arguments, watchdog)
+
+
+def _make(
+    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
+) -> None:
     init, options = init_path(config), config.sft
     if options.source is None:
         raise ValueError("--stage=sft needs a [sft.source] table: a file with responses, or task = \"countdown\"")

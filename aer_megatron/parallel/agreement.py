@@ -22,15 +22,20 @@ def on_first_rank(compute: Callable[[], Any], *, rank: int, device: torch.device
     """Returns on every rank what ``compute`` returned on rank 0, the only one that runs it.
 
     Raises:
-        RuntimeError: on every rank, with the message, where ``compute`` raised RuntimeError, ValueError or OSError.
+        ValueError: on every rank, with the message, where ``compute`` raised one.
+        RuntimeError: likewise, where it raised RuntimeError or OSError.
     """
     outcome: dict[str, Any] = {}
     if rank == 0:
         try:
             outcome = {"value": compute()}
-        except (RuntimeError, ValueError, OSError) as error:
+        except ValueError as error:
+            outcome = {"refusal": str(error)}
+        except (RuntimeError, OSError) as error:
             outcome = {"error": str(error)}
     first = exchange_json(outcome, device=device)[0]
+    if "refusal" in first:
+        raise ValueError(first["refusal"])
     if "error" in first:
         raise RuntimeError(first["error"])
     return first["value"]

@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _SPARE_WEIGHT_BYTES = 1250 * 10**6
+_JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,11 @@ def read_ranks() -> tuple[int, int, int]:
         int(os.environ.get("WORLD_SIZE", "1")),
         int(os.environ.get("LOCAL_RANK", "0")),
     )
+
+
+def job_id() -> str | None:
+    """Returns the scheduler's name of this job, as ``SLURM_JOB_ID 4711``; None outside of one."""
+    return next((f"{name} {os.environ[name]}" for name in _JOB_VARIABLES if os.environ.get(name)), None)
 
 
 def initialize_process_group(platform: Platform, *, init_method: str | None = None, timeout_s: float = 600.0) -> None:

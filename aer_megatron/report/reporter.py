@@ -8,7 +8,8 @@ Ranks other than 0 hold a ``NullReporter``, so that the training loop needs no r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,7 +17,7 @@ from typing import Any, Protocol, Self
 from aer_megatron.config import Config
 from aer_megatron.report.progress import NullProgress, Progress, open_progress
 from aer_megatron.report.tensorboard import TensorBoardWriter
-from aer_megatron.report.writer import MetricsWriter, normalize
+from aer_megatron.report.writer import MetricsWriter, mark_trained, normalize
 
 
 class StepReporter(Protocol):
@@ -61,7 +62,9 @@ class Reporter:
         *,
         tensorboard: TensorBoardWriter | None,
         picture: bool,
+        on_first_step: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_first_step = on_first_step
         self._writer = writer
         self._progress = progress
         self._tensorboard = tensorboard
@@ -82,7 +85,13 @@ class Reporter:
         writer.truncate_from(start_step)
         tensorboard = TensorBoardWriter(folder, start_step=start_step) if config.report.tensorboard else None
         progress = open_progress(config.run.name, num_steps) if config.report.progress else NullProgress()
-        return cls(writer, progress, tensorboard=tensorboard, picture=config.report.picture)
+        return cls(
+            writer,
+            progress,
+            tensorboard=tensorboard,
+            picture=config.report.picture,
+            on_first_step=partial(mark_trained, folder),
+        )
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Records and shows one step.
@@ -96,6 +105,8 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.write(record)
         self._progress.step(record)
+        if not self._num_steps:
+            self._on_first_step()
         self._num_steps += 1
 
     def close(self) -> None:

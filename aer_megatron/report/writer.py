@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from numbers import Integral, Real
 from pathlib import Path
@@ -112,15 +113,23 @@ def write_run_manifest(
     *,
     command: Sequence[str],
     num_ranks: int,
+    first_step: int = 0,
 ) -> Path:
     """Returns the path of run.json: the resolved configuration and what it takes to repeat the run.
 
+    ``launches`` in it lists every launch of the run, this one last; beside it stand the same keys of the newest launch
+    that made a step, which is this one at once where it begins the run and after ``mark_trained`` where it goes on.
     ``command`` is the module and its arguments, ``("aer_megatron.train", "run.toml")``: ``sys.argv[0]``
     would be a path of this machine.
+
+    Raises:
+        ValueError: the folder's run.json is damaged.
     """
-    resolved = config.model_dump(mode="json")
-    manifest = {
+    resolved = recorded_config(config)
+    launch = {
         "name": config.run.name,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "first_step": first_step,
         "command": list(command),
         "num_ranks": num_ranks,
         "config_digest": config_digest(resolved),
@@ -130,19 +139,75 @@ def write_run_manifest(
         "versions": dict(versions),
         "config": resolved,
     }
+    trained = read_run_manifest(folder)
+    launches = trained.pop("launches", [trained] if trained else [])
+    if first_step == 0 or not trained:
+        trained = launch
     path = Path(folder) / MANIFEST_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    _replace_manifest(path, {**trained, "launches": [*launches, launch]})
     return path
 
 
+def mark_trained(folder: str | Path) -> None:
+    """Makes the newest launch in run.json the one that its top-level keys describe; nothing where there is none."""
+    launches = read_run_manifest(folder).get("launches")
+    if launches:
+        _replace_manifest(Path(folder) / MANIFEST_FILE, {**launches[-1], "launches": launches})
+
+
 def read_run_manifest(folder: str | Path) -> dict[str, Any]:
-    """Returns the content of ``folder``/run.json, an empty mapping where there is none."""
+    """Returns the content of ``folder``/run.json, an empty mapping where there is none.
+
+    Raises:
+        ValueError: it is not a JSON object, or its launches are not a list of objects.
+    """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); repair it or move it away") from None
+    launches = content.get("launches", []) if isinstance(content, dict) else None
+    if not isinstance(launches, list) or not all(isinstance(launch, dict) for launch in launches):
+        raise ValueError(f"{path} is not the record of a run; repair it or move it away")
+    return dict(content)
+
+
+def recorded_config(config: Config) -> dict[str, Any]:
+    """Returns the resolved configuration as run.json records it."""
+    return config.model_dump(mode="json")
+
+
+def changed_options(folder: str | Path, config: Config) -> list[str]:
+    """Returns ``optimizer.lr 0.0001 -> 5e-05`` for every option that differs from that of the run in ``folder``.
+
+    Compared is what run.json records, so a secret never shows. An empty list also where there is no run.json.
+    """
+    before = read_run_manifest(folder).get("config")
+    if not isinstance(before, dict):
+        return []
+    old, new = dict(_flat(before)), dict(_flat(recorded_config(config)))
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [f"{name} {_short(old, name)} -> {_short(new, name)}" for name in names]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(table: Mapping[str, Any], name: str) -> str:
+    text = json.dumps(table[name], ensure_ascii=False) if name in table else "unset"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _replace_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    replace_file(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def source_commit(file: Path) -> dict[str, Any] | None:

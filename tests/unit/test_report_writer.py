@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest, config_from_table
 from aer_megatron.report.writer import (
     MetricsWriter,
+    changed_options,
+    mark_trained,
     package_versions,
     read_metrics,
     read_run_manifest,
@@ -199,6 +202,42 @@ def test_the_manifest_holds_what_repeats_the_run(tmp_path: Path) -> None:
     assert (manifest["name"], manifest["num_ranks"]) == ("n", 2)
     assert manifest["python"] == ".".join(map(str, sys.version_info[:3]))
     assert [entry.name for entry in path.parent.iterdir()] == ["run.json"]
+
+
+def launch(folder: Path, config: Config, first_step: int) -> dict[str, Any]:
+    write_run_manifest(folder, config, {}, command=["x"], num_ranks=1, first_step=first_step)
+    return read_run_manifest(folder)
+
+
+def test_every_launch_is_kept_and_the_newest_that_made_a_step_stands_on_top(tmp_path: Path) -> None:
+    other = CONFIG.model_copy(update={"run": CONFIG.run.model_copy(update={"seed": 7})})
+    launch(tmp_path, CONFIG, 0)
+    begun = launch(tmp_path, other, 5)  # goes on at step 5 and has not made it yet
+    assert [entry["first_step"] for entry in begun["launches"]] == [0, 5]
+    assert [entry["config"]["run"]["seed"] for entry in begun["launches"]] == [0, 7]
+    assert begun["config"]["run"]["seed"] == 0
+    assert changed_options(tmp_path, other) == ["run.seed 0 -> 7"]
+    mark_trained(tmp_path)
+    assert read_run_manifest(tmp_path)["config"]["run"]["seed"] == 7
+    assert read_run_manifest(tmp_path)["launches"] == begun["launches"]
+    assert changed_options(tmp_path, other) == []
+    again = launch(tmp_path, CONFIG, 0)  # no checkpoint was there: it begins anew
+    assert again["config"]["run"]["seed"] == 0
+    assert len(again["launches"]) == 3
+
+
+def test_the_record_of_an_older_version_becomes_the_first_launch(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"name": "old", "config": CONFIG.model_dump(mode="json")}))
+    record = launch(tmp_path, CONFIG, 3)
+    assert [entry["name"] for entry in record["launches"]] == ["old", "n"]
+    assert record["name"] == "old"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"launches": 3}', '{"launches": [3]}', "[" * 100_000])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is not .*move it away"):
+        read_run_manifest(tmp_path)
 
 
 def test_a_folder_without_a_manifest_has_an_empty_one(tmp_path: Path) -> None:

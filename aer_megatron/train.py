@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 configuration or data are wrong (one clear message), anyth
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 import warnings
@@ -98,6 +99,7 @@ def plan_text(config: Config) -> str:
     """
     from aer_megatron.compose.common import architecture
     from aer_megatron.parallel.platform import read_ranks
+    from aer_megatron.report.masking import mask_table
 
     _, world_size, _ = read_ranks()
     model_parallel = config.parallel.tp * config.parallel.pp
@@ -109,7 +111,7 @@ def plan_text(config: Config) -> str:
     micro = -(-per_update // dp // config.parallel.micro_batch_size)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     lines = [
-        config.model_dump_json(indent=2),
+        json.dumps(mask_table(config.model_dump(mode="json")), indent=2, ensure_ascii=False),
         "",
         "plan of one step",
         f"  ranks                {num_ranks} = tp {config.parallel.tp} x pp {config.parallel.pp} x dp {dp}",

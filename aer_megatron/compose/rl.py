@@ -119,7 +119,7 @@ def _train(
     timer = PhaseTimer(on_phase=watchdog.enter_phase, first_step=start.next_step)
     with ExitStack() as stack:
         reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
-        flight = _open_flight_recorder(config, platform, start.next_step)
+        flight = _open_flight_recorder(config, platform, start.next_step, stack)
         parts = rollout_parts(config, platform, data, stack) | {
             "prompts": cursor,
             "policy": actor,
@@ -187,12 +187,13 @@ def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSta
     }
 
 
-def _open_flight_recorder(config: Config, platform: Platform, start_step: int) -> Any:
+def _open_flight_recorder(config: Config, platform: Platform, start_step: int, stack: ExitStack) -> Any:
     """Returns rank 0's recorder, None elsewhere; records beyond the resume step go, also with the recorder off."""
     if platform.rank != 0:
         return None
     writer = FlightWriter(config.run.output_dir)
     writer.truncate_from(start_step)
+    stack.enter_context(writer)
     return writer if config.report.flight_recorder else None
 
 

@@ -7,7 +7,6 @@ wrong, a full disk included, nothing is left under the target's name. ``compare`
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from aer_megatron.convert.architecture import (
     check_parallel,
     pad_query_groups,
 )
+from aer_megatron.convert.disk_space import has_space, space_report
 from aer_megatron.convert.hf_folder import HFFolder, config_with_dtype, copy_extra_files, new_folder
 from aer_megatron.convert.mapping import check_hf_tensors, hf_names
 from aer_megatron.convert.megatron_folder import MegatronWriter
@@ -28,7 +28,6 @@ from aer_megatron.convert.safetensors_writer import TORCH_DTYPE_OF, SafetensorsW
 from aer_megatron.convert.stream import write_megatron
 
 Advance = Callable[[int], None]  # told how many bytes have been written since the last call
-_METADATA_BYTES = 1 << 24  # headers, tables and tokenizer files, generously
 
 
 def checked_hf_folder(path: Path, tp: int) -> tuple[HFFolder, ModelArchitecture]:
@@ -126,12 +125,8 @@ class HFConfig:
 
 def check_space(target: Path, num_bytes: int) -> None:
     """Returns nothing; raises ValueError where the disk of ``target`` has too little room for ``num_bytes``."""
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes + _METADATA_BYTES:
-        raise ValueError(
-            f"{target} needs {num_bytes / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB free; choose another disk"
-        )
+    if not has_space(target, num_bytes):
+        raise ValueError(f"{space_report(target, num_bytes)}; choose another disk")
 
 
 def compare(

@@ -13,15 +13,18 @@ import base64
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from aer_megatron.algo.controller import Observation, state_from_dict, state_to_dict
 from aer_megatron.algo.flight import BatchProfile, BucketSums, FlightRecord, GradientGeometry
-from aer_megatron.report.writer import replace_file, split_lines
+from aer_megatron.report.files import LineFile, replace_file
+from aer_megatron.report.writer import split_lines
 from aer_megatron.types import Float64Array
 
 FLIGHT_FILE = "flight.jsonl"
@@ -36,13 +39,25 @@ class FlightWriter:
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / FLIGHT_FILE
+        self._lines = LineFile(self.path)
 
     def write(self, record: FlightRecord) -> None:
-        """Appends one step and hands it to the operating system before it returns."""
-        line = json.dumps(_to_table(record), separators=(",", ":"), allow_nan=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Appends one step and hands it to the operating system before it returns; on a full disk see ``LineFile``."""
+        self._lines.append(json.dumps(_to_table(record), separators=(",", ":"), allow_nan=False))
+
+    def close(self) -> None:
+        """Writes the records for which there was no room; raises RuntimeError where there is none yet."""
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes; an error that ends the run is not hidden by another."""
+        with suppress(RuntimeError, OSError) if kind else nullcontext():
+            self.close()
 
     def truncate_from(self, resume_step: int) -> None:
         """Drops the records of ``resume_step`` and later, and a half-written last line, in one atomic rename.

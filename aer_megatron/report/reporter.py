@@ -8,6 +8,8 @@ Ranks other than 0 hold a ``NullReporter``, so that the training loop needs no r
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,9 +17,12 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from aer_megatron.config import Config
+from aer_megatron.convert.disk_space import lacks_space
 from aer_megatron.report.progress import NullProgress, Progress, open_progress
 from aer_megatron.report.tensorboard import TensorBoardWriter
 from aer_megatron.report.writer import MetricsWriter, mark_trained, normalize
+
+_LOG = logging.getLogger(__name__)
 
 
 class StepReporter(Protocol):
@@ -110,14 +115,24 @@ class Reporter:
         self._num_steps += 1
 
     def close(self) -> None:
-        """Ends the display and the event file and draws the picture; a second call does nothing."""
+        """Ends the display and the event file and draws the picture; a second call does nothing.
+
+        Raises:
+            RuntimeError: the disk has no room for lines of metrics.jsonl that were written while it was full.
+        """
         self._release()
-        if self._picture and self._num_steps:
+        num_steps, self._num_steps = self._num_steps, 0
+        self._writer.close()
+        if self._picture and num_steps:
             # matplotlib takes half a second to import, and only this line needs it.
             from aer_megatron.report.picture import draw_report
 
-            draw_report(self._writer.path.parent)
-        self._num_steps = 0
+            try:
+                draw_report(self._writer.path.parent)
+            except OSError as error:
+                if not lacks_space(error):
+                    raise
+                _LOG.warning("no picture of the run: %s; python -m aer_megatron.report draws it later", error)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +144,8 @@ class Reporter:
             self.close()
         else:
             self._release()  # no picture: it could hide the error that ended the run
+            with contextlib.suppress(RuntimeError, OSError):
+                self._writer.close()
 
     def _release(self) -> None:
         self._progress.close()

@@ -10,8 +10,8 @@ This file does NOT compute metrics; names come from metrics.py.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +25,15 @@ import numpy as np
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
+from aer_megatron.report.files import LineFile, replace_file
+from aer_megatron.report.masking import mask_arguments, mask_table
 from aer_megatron.report.metrics import MACHINE_PREFIX, Metric, unit_of
 
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "run.json"
+
+_LOG = logging.getLogger(__name__)
+_OWNER_ONLY = 0o600
 
 MetricValue = float | str | bool | None
 
@@ -42,17 +47,17 @@ class MetricsWriter:
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = LineFile(self.path)
         self._last_step = -1
         for step, _ in split_lines(self.path):
             self._last_step = step
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Appends one step and hands it to the operating system before it returns.
+        """Appends one step and hands it to the operating system before it returns; on a full disk see ``LineFile``.
 
         Raises:
             ValueError: ``step`` is missing or not beyond the last line's, a name is unknown, or a value has
-            no
-                place in the file.
+                no place in the file.
         """
         record = normalize(metrics)
         step = record[Metric.STEP]
@@ -61,9 +66,12 @@ class MetricsWriter:
                 f"{Metric.STEP}={step} must be an integer above {self._last_step}, the last step in "
                 f"{self.path}; truncate the file at the resume step first"
             )
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        self._lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False))
         self._last_step = step
+
+    def close(self) -> None:
+        """Writes the lines for which there was no room; raises RuntimeError where there is none yet."""
+        self._lines.close()
 
     def truncate_from(self, resume_step: int) -> None:
         """Drops the lines of ``resume_step`` and later, and a half-written last line, in one atomic rename.
@@ -73,6 +81,10 @@ class MetricsWriter:
         """
         kept = [(step, line) for step, line in split_lines(self.path) if step < resume_step]
         self._last_step = kept[-1][0] if kept else -1
+        missing = sorted(set(range(resume_step)) - {step for step, _ in kept})
+        if missing:  # a killed run takes the lines with it for which there was no room
+            _LOG.warning("%s has no line of %d step(s) before step %d, the first of them %d: they are lost",
+                         self.path, len(missing), resume_step, missing[0])  # fmt: skip
         if self.path.exists():
             replace_file(self.path, "".join(f"{line}\n" for _, line in kept))
 
@@ -120,7 +132,7 @@ def write_run_manifest(
     ``launches`` in it lists every launch of the run, this one last; beside it stand the same keys of the newest launch
     that made a step, which is this one at once where it begins the run and after ``mark_trained`` where it goes on.
     ``command`` is the module and its arguments, ``("aer_megatron.train", "run.toml")``: ``sys.argv[0]``
-    would be a path of this machine.
+    would be a path of this machine. Secrets are masked, and the file is the owner's alone (0600).
 
     Raises:
         ValueError: the folder's run.json is damaged.
@@ -130,7 +142,7 @@ def write_run_manifest(
         "name": config.run.name,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "first_step": first_step,
-        "command": list(command),
+        "command": mask_arguments(command),
         "num_ranks": num_ranks,
         "config_digest": config_digest(resolved),
         "git": source_commit(Path(__file__)),
@@ -176,8 +188,8 @@ def read_run_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def recorded_config(config: Config) -> dict[str, Any]:
-    """Returns the resolved configuration as run.json records it."""
-    return config.model_dump(mode="json")
+    """Returns the resolved configuration as run.json records it: without secrets."""
+    return mask_table(config.model_dump(mode="json"))
 
 
 def changed_options(folder: str | Path, config: Config) -> list[str]:
@@ -188,7 +200,7 @@ def changed_options(folder: str | Path, config: Config) -> list[str]:
     before = read_run_manifest(folder).get("config")
     if not isinstance(before, dict):
         return []
-    old, new = dict(_flat(before)), dict(_flat(recorded_config(config)))
+    old, new = dict(_flat(mask_table(before))), dict(_flat(recorded_config(config)))
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return [f"{name} {_short(old, name)} -> {_short(new, name)}" for name in names]
 
@@ -207,7 +219,8 @@ def _short(table: Mapping[str, Any], name: str) -> str:
 
 
 def _replace_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    replace_file(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    content = mask_table(manifest)  # also what launches of before there was a mask left in it
+    replace_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode=_OWNER_ONLY)
 
 
 def source_commit(file: Path) -> dict[str, Any] | None:
@@ -266,15 +279,6 @@ def split_lines(path: Path) -> Iterator[tuple[int, str]]:
                 f"{path}, line {number} is not the record of a step ({error}); repair or remove it"
             ) from None
         yield step, line
-
-
-def replace_file(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _version(name: str) -> str | None:

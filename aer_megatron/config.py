@@ -5,23 +5,56 @@ error that names the nearest known one (config_loading.py reads both). Every sec
 
 ``[megatron]`` passes through to Megatron-Core's TransformerConfig unchanged, ``[sglang.launch]`` to the servers.
 
-This file does NOT read the environment, touch torch or know ranks.
+This file does NOT touch torch or know ranks; of the environment it reads where ``~`` is.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any, Literal, Self
+import os
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from aer_megatron.config_algo import AlgoSection, Section
 
+_SEED_LIMIT = 2**63  # torch, NumPy and the servers all take seeds below it
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty; give it, or leave the option out for its default")
+    return text
+
+
+def _expand_home(path: str | None) -> str | None:
+    """Returns the path with a leading ``~`` or ``~user`` replaced: no shell does that in a run file."""
+    expanded = os.path.expanduser(path or "")
+    if expanded.startswith("~"):
+        raise ValueError("names a home folder that this machine does not know; write the path in full (or ./~...)")
+    return expanded if path else path
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+PathText = Annotated[str, AfterValidator(_not_blank), AfterValidator(_expand_home)]
+PathOrEmpty = Annotated[str, AfterValidator(_expand_home)]
+
+
+def _optional_path(path: str | None) -> str | None:
+    return path if path is None else _expand_home(_not_blank(path))
+
+
+# the union inside: the field's type is then what the documentation prints
+OptionalPath = Annotated[str | None, AfterValidator(_optional_path)]
+
 
 class RunSection(Section):
-    name: str = Field("run", description="label of the run in reports")
-    output_dir: str = Field("runs/run", description="folder that receives metrics, reports and checkpoints")
-    seed: int = Field(0, ge=0, description="seeds data order, rollouts and initialisation")
+    name: Text = Field("run", description="label of the run in reports")
+    output_dir: PathText = Field("runs/run", description="folder that receives metrics, reports and checkpoints")
+    seed: int = Field(0, ge=0, lt=_SEED_LIMIT, description="seeds data order, rollouts and initialisation")
     num_steps: int = Field(100, ge=1, description="policy updates' rollout batches")
     eval_every: int = Field(0, ge=0, description="evaluate every k steps (step 0 included); 0 = never")
     checkpoint_every: int = Field(0, ge=0, description="write a checkpoint every k steps; 0 = only at the end")
@@ -33,7 +66,7 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field(description="Hugging Face folder: config.json, tokenizer, *.safetensors")
+    path: PathText = Field(description="Hugging Face folder: config.json, tokenizer, *.safetensors")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="training precision of weights and activations")
     head: Literal["fused", "logits"] = Field(
         "fused", description="fused: logits never exist beyond a chunk of tokens; logits: the whole logits once"
@@ -86,14 +119,22 @@ class OptimizerSection(Section):
     weight_decay: float = Field(0.1, ge=0)
     clip_grad: float = Field(1.0, ge=0, description="global gradient-norm bound; 0 = no clipping")
 
+    def check(self, name: str) -> None:
+        """Raises ValueError where the decay of section ``name`` would raise the learning rate."""
+        if self.decay != "constant" and self.min_lr > self.lr:
+            raise ValueError(
+                f"{name}.min_lr={self.min_lr:g} must be at most {name}.lr={self.lr:g}, from which the {self.decay} "
+                f"decay starts; lower it, or set {name}.decay='constant'"
+            )
+
 
 class SourceSection(Section):
     """Where problems come from: exactly one of ``path`` and ``task``."""
 
-    path: str | None = Field(None, description='JSONL or Parquet file of {"problem"|"prompt", "answer", ...}')
-    task: str | None = Field(None, description='procedural set: "countdown" or "reasoning_gym:NAME"')
+    path: OptionalPath = Field(None, description='JSONL or Parquet file of {"problem"|"prompt", "answer", ...}')
+    task: str | None = Field(None, min_length=1, description='procedural set: "countdown" or "reasoning_gym:NAME"')
     size: int = Field(10_000, ge=1, description="items of a procedural set")
-    seed: int = Field(0, ge=0, description="seed of a procedural set")
+    seed: int = Field(0, ge=0, lt=_SEED_LIMIT, description="seed of a procedural set")
     options: dict[str, Any] = Field(default_factory=dict, description="options of a procedural set")
 
     @model_validator(mode="after")
@@ -109,9 +150,21 @@ class DataSection(Section):
     template: Literal["plain", "chat"] = Field("chat", description="plain text, or the tokenizer's chat template")
     instruction: str = Field("{problem}", description="text put to the model; {problem} is replaced")
     system: str | None = Field(None, description="system message of the chat template")
-    verifier: str = Field("math", description="verifier of records that name none")
+    verifier: Text = Field("math", description="verifier of records that name none")
+    verifiers: tuple[str, ...] = Field(
+        (), strict=False, description='functions of yours, "package.module:function", that records may name as verifier'
+    )
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are bad records")
     on_bad_record: Literal["error", "skip"] = "error"
+
+    def check(self) -> None:
+        """Raises ValueError where ``verifiers`` lists what is no function."""
+        for name in self.verifiers:
+            if _FUNCTION.fullmatch(name) is None:
+                raise ValueError(
+                    f"data.verifiers={list(self.verifiers)}: {name!r} is not of the form 'package.module:function'; "
+                    "built-in verifiers need not be listed"
+                )
 
 
 class RolloutSection(Section):
@@ -158,10 +211,10 @@ class RolloutSection(Section):
 class SglangSection(Section):
     """SGLang servers, for ``rollout.engine = "sglang"``: those of ``urls``, or ``num_servers`` launched by the run."""
 
-    urls: tuple[str, ...] = Field((), description="servers that run already, http://host:port")
+    urls: tuple[str, ...] = Field((), strict=False, description="servers that run already, http://host:port")
     num_servers: int = Field(0, ge=0, description="servers that rank 0 launches and supervises; 0 = use urls")
-    python: str = Field("", description="interpreter of the servers' environment; empty = the trainer's own")
-    host: str = Field("127.0.0.1", description="address that launched servers listen on")
+    python: PathOrEmpty = Field("", description="interpreter of the servers' environment; empty = the trainer's own")
+    host: Text = Field("127.0.0.1", description="address that launched servers listen on")
     launch: dict[str, Any] = Field(
         default_factory=dict, description="options of launched servers, passed on: mem_fraction_static = 0.8, ..."
     )
@@ -173,10 +226,12 @@ class SglangSection(Section):
         description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL; "
         "tensor = servers on rank 0's machine: CUDA IPC, on CPU inside the request",
     )
-    trainer_address: str = Field("127.0.0.1", description="rank 0 as the servers reach it, for transport=distributed")
+    trainer_address: Text = Field("127.0.0.1", description="rank 0 as the servers reach it, for transport=distributed")
     bucket_mb: int = Field(64, ge=1, description="one broadcast or request of distributed or tensor, MB (10^6 bytes)")
     release_memory: bool = Field(False, description="servers on the trainer's GPUs free their memory while it trains")
-    transfer_dir: str = Field("", description="folder of the disk transport; empty = weights/ under run.output_dir")
+    transfer_dir: PathOrEmpty = Field(
+        "", description="folder of the disk transport; empty = weights/ under run.output_dir"
+    )
     max_concurrency: int = Field(64, ge=1, description="requests under way per server and training rank")
     request_timeout_s: float = Field(600.0, gt=0, description="a generation that takes longer is given up")
     connect_timeout_s: float = Field(5.0, gt=0)
@@ -206,14 +261,16 @@ class RewardSection(Section):
 class EvalSection(Section):
     num_prompts: int = Field(64, ge=1, description="prompts of the evaluation set")
     num_samples: int = Field(32, ge=1, description="samples per prompt, for the unbiased pass@k")
-    k: tuple[int, ...] = Field((1, 8, 32), description="pass@k reported")
+    k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 8, 32), strict=False, min_length=1, description="pass@k reported"
+    )
     temperature: float = Field(1.0, gt=0)
 
 
 class SftSection(Section):
     """The supervised stage: ``--stage=sft`` trains the model of ``sft.init`` and writes ``model.path``."""
 
-    init: str | None = Field(
+    init: OptionalPath = Field(
         None, description="Hugging Face folder to start from; without *.safetensors: random weights by run.seed"
     )
     source: SourceSection | None = Field(None, description="problems with a response, or a task that can solve itself")
@@ -252,8 +309,11 @@ class Config(Section):
         if sequences % self.algo.num_minibatches:
             raise ValueError(
                 f"algo.num_minibatches={self.algo.num_minibatches} must divide rollout.prompts_per_step * "
-                f"rollout.group_size = {sequences}; use one of {_divisors(sequences)[:8]}"
+                f"rollout.group_size = {sequences}; use one of {_divisors(sequences)}"
             )
+        self.optimizer.check("optimizer")
+        self.sft.optimizer.check("sft.optimizer")
+        self.data.check()
         self.parallel.check(self.data.max_prompt_tokens + self.rollout.max_new_tokens)
         if max(self.eval.k) > self.eval.num_samples:
             raise ValueError(
@@ -301,4 +361,6 @@ class Config(Section):
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    """Returns the smallest divisors, at most eight, found in bounded time."""
+    candidates = range(1, min(number, 10_000) + 1)
+    return list(itertools.islice((d for d in candidates if number % d == 0), 8))

@@ -11,9 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A frozen table of the run file."""
+    """A frozen table of the run file.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    Strict: a number is a number and never text, true or false; only an integer may stand where a float belongs. A list
+    of the file becomes a tuple where the field says ``strict=False``, its elements stay strict.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class EntropySection(Section):

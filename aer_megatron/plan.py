@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ from aer_megatron.convert.architecture import (
     pad_query_groups,
     padded_vocab_size,
 )
+from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel import vocab_shard
 from aer_megatron.report.plan_table import gigabytes, layout_lines, memory_lines
 
@@ -124,7 +124,7 @@ def _setting(options: argparse.Namespace, overrides: Sequence[str]) -> Setting:
     file = Path(config.model.path) / "config.json"
     if not file.is_file():
         raise ValueError(f"model.path={config.model.path!r} has no config.json; a plan needs that file, but no weights")
-    arch = architecture_from_hf_config(json.loads(file.read_text(encoding="utf-8")))
+    arch = architecture_from_hf_config(read_json_object(file))
     return Setting(config, arch, gpu_named(options.gpu), options.gpus, options.reserve, options.rollout_share)
 
 

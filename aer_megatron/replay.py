@@ -12,7 +12,6 @@ import csv
 import difflib
 import math
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from aer_megatron.algo import controller
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
 from aer_megatron.config_algo import EntropySection
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config_loading import config_from_table, parse_value
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
 
@@ -111,7 +110,7 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
         if name == "output":
             output = value
         else:
-            options[name] = _toml_value(value)
+            options[name] = parse_value(value, f"algo.entropy.{name}")
     if len(runs) != 1:
         raise ValueError(f"exactly one RUN is replayed, got {' '.join(runs) or 'none'}; give one run folder")
     return CommandLine(runs[0], options, output)
@@ -251,13 +250,6 @@ def _option_name(flag: str) -> str:
         return known[name]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     raise ValueError(f"unknown option {flag}: did you mean --{near[0]}?")
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _describe(options: EntropySection) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from aer_megatron.convert.architecture import (
 )
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.mapping import check_hf_tensors
+from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, job_id
 from aer_megatron.parallel.topology import Topology, initialize_topology
@@ -82,7 +82,7 @@ def architecture(path: str, tp: int = 1) -> ModelArchitecture:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"model folder {path!r} has no config.json; give a Hugging Face folder (model.path, sft.init)")
-    return pad_query_groups(architecture_from_hf_config(json.loads(file.read_text(encoding="utf-8"))), tp)
+    return pad_query_groups(architecture_from_hf_config(read_json_object(file)), tp)
 
 
 def check_model(config: Config, path: str) -> None:

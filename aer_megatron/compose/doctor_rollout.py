@@ -134,7 +134,10 @@ def _prompts(config: Config, count: int) -> tuple[list[Prompt], tuple[int, ...]]
     if source.task is not None:  # a procedural set need not be made whole for a few prompts
         source = source.model_copy(update={"size": min(source.size, 4 * count)})
     records = load_records(
-        source, on_bad_record=config.data.on_bad_record, default_verifier=config.data.verifier
+        source,
+        on_bad_record=config.data.on_bad_record,
+        default_verifier=config.data.verifier,
+        may_name=lambda name: True,  # the doctor judges no answer
     ).records
     prompts = PromptSet(records, tokenizer, config.data)
     chosen = [prompts[index % len(prompts)] for index in range(count)]

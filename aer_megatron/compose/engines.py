@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
 from aer_megatron.compose.quantization import fp8_checkpoint
 from aer_megatron.config import Config
+from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parts import WeightSync
@@ -123,7 +123,7 @@ def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context
         fleet,
         context,
         folder=Path(options.transfer_dir or Path(config.run.output_dir) / "weights"),
-        hf_config=json.loads((Path(config.model.path) / "config.json").read_text(encoding="utf-8")),
+        hf_config=read_json_object(Path(config.model.path) / "config.json"),
         max_shard_bytes=MAX_SHARD_BYTES,
     )
 

@@ -7,7 +7,6 @@ the run is fit.
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -43,6 +42,7 @@ from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.hf_folder import write_hf_folder
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.random_weights import random_hf_weights
+from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, free_memory_bytes
 from aer_megatron.sync.checksum import tensor_checksum
@@ -356,7 +356,7 @@ def policy_folder(config: Config, platform: Platform) -> tuple[str, str]:
         write_hf_folder(
             target,
             ((name, get(name)) for name in hf_names(arch)),
-            config=json.loads((Path(init) / "config.json").read_text(encoding="utf-8")),
+            config=read_json_object(Path(init) / "config.json"),
             extra_files_from=init,
             max_shard_bytes=MAX_SHARD_BYTES,
             dtype=None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.fp8_folder import fp8_folder_config, write_fp8_folder
 from aer_megatron.convert.fp8_weights import split_blocks
+from aer_megatron.json_input import read_json_object
 
 _TP_FLAGS = ("tp_size", "tp", "tensor_parallel_size")  # SGLang's spellings
 
@@ -73,5 +73,4 @@ def fp8_checkpoint(config: Config, *, max_shard_bytes: int) -> Path:
 
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
-    table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return table
+    return read_json_object(file) if file.is_file() else {}

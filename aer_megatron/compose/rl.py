@@ -29,7 +29,7 @@ from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.report.writer import changed_options
 from aer_megatron.rewards.pool import VerifierPool
-from aer_megatron.rewards.registry import check_verifiers
+from aer_megatron.rewards.registry import check_verifiers, is_built_in
 from aer_megatron.rewards.scoring import reason_counts, score_groups
 from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
@@ -147,7 +147,10 @@ def load_data(config: Config) -> Data:
     tokenizer = load_tokenizer(config.model.path)
     stop_ids = stop_token_ids(config.model.path, tokenizer)
     read = functools.partial(
-        load_records, on_bad_record=config.data.on_bad_record, default_verifier=config.data.verifier
+        load_records,
+        on_bad_record=config.data.on_bad_record,
+        default_verifier=config.data.verifier,
+        may_name=lambda name: is_built_in(name) or name in config.data.verifiers,
     )
     train = PromptSet(read(config.data.train).records, tokenizer, config.data)
     evaluation: Sequence[Any] = ()

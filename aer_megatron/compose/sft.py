@@ -16,6 +16,7 @@ from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.data.supervised import SupervisedSource
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
+from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.exchange import barrier
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
@@ -88,7 +89,7 @@ def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -
     if platform.rank == 0:
         if (target / STAGE_FILE).is_file():
             shutil.rmtree(target)
-        hf_config = json.loads((Path(init) / "config.json").read_text(encoding="utf-8"))
+        hf_config = read_json_object(Path(init) / "config.json")
         write_hf_folder(
             target,
             weights,
@@ -137,7 +138,7 @@ def is_made(config: Config) -> bool:
     target = Path(config.model.path)
     stamp = target / STAGE_FILE
     if stamp.is_file():
-        return bool(json.loads(stamp.read_text(encoding="utf-8")).get("digest") == _stage_digest(config))
+        return bool(read_json_object(stamp).get("digest") == _stage_digest(config))
     if target.exists():
         raise ValueError(
             f"model.path={config.model.path!r} exists and was not made by --stage=sft; it is left alone: choose another"

@@ -26,6 +26,7 @@ from aer_megatron.convert.mapping import check_hf_tensors, hf_names
 from aer_megatron.convert.megatron_folder import MegatronWriter
 from aer_megatron.convert.safetensors_writer import TORCH_DTYPE_OF, SafetensorsWriter, TensorSpec
 from aer_megatron.convert.stream import write_megatron
+from aer_megatron.json_input import read_json_object
 
 Advance = Callable[[int], None]  # told how many bytes have been written since the last call
 
@@ -113,14 +114,11 @@ class HFConfig:
     """The config.json of a folder that need not hold weights."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError where there is none."""
+        """Raises ValueError where there is none, or no JSON object in it."""
         file = path / "config.json"
         if not file.is_file():
             raise ValueError(f"{path} holds no config.json; name the Hugging Face folder of the model")
-        try:
-            self.table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+        self.table: dict[str, Any] = read_json_object(file)
 
 
 def check_space(target: Path, num_bytes: int) -> None:

@@ -26,6 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aer_megatron.json_input import read_json_object
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # Everything beside the weights that makes a folder usable: generation settings, tokenizers, chat templates.
@@ -182,13 +184,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a folder; give the folder of a Hugging Face model")
     if not file.is_file():
         raise ValueError(f"{path} holds no config.json; give the folder of a Hugging Face model")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold one JSON object, found {type(config).__name__}")
-    return config
+    return read_json_object(file)
 
 
 def _weight_files(path: Path) -> Mapping[str, set[str] | None]:

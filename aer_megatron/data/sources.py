@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from aer_megatron.config import SourceSection
 from aer_megatron.data import countdown, procedural
+from aer_megatron.json_input import kind_of, parse_json
 
 _KNOWN_FIELDS = frozenset({"problem", "prompt", "answer", "verifier", "id", "response"})
 _MAX_ID = 2**64
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +52,33 @@ class _Row(NamedTuple):
     load: Callable[[], Any]  # raises ValueError where the row is malformed
 
 
+class _Rules(NamedTuple):
+    """What makes a record of a file good."""
+
+    needs: str  # "answer" or "response"
+    default_verifier: str
+    may_name: Callable[[str], bool]  # whether a record may name this verifier
+
+
 def load_records(
-    source: SourceSection, *, on_bad_record: Literal["error", "skip"], default_verifier: str
+    source: SourceSection,
+    *,
+    on_bad_record: Literal["error", "skip"],
+    default_verifier: str,
+    may_name: Callable[[str], bool],
 ) -> LoadedRecords:
     """Returns the records of ``source``, each with an answer, and how many bad ones were skipped.
 
     A file record is ``{"problem" | "prompt", "answer", optional "verifier", "id", "response"}``; other fields
-    are kept as metadata. Records without a verifier get ``default_verifier``; procedural sets name their own.
+    are kept as metadata. Records without a verifier get ``default_verifier``; procedural sets name their own. A name is
+    code to run, so a record may give one only if it is the default or ``may_name`` says so.
 
     Raises:
         ValueError: a malformed record (file, line and reason) with ``on_bad_record="error"``; a missing or
             empty file; an unknown procedural set or option.
     """
     if source.task is None:
-        return _load_file(
-            source, on_bad_record=on_bad_record, default_verifier=default_verifier, needs="answer"
-        )
+        return _load_file(source, on_bad_record, _Rules("answer", default_verifier, may_name))
     if source.task == "countdown":
         texts = countdown.generate(size=source.size, seed=source.seed, options=source.options).texts()
         records = [
@@ -91,7 +106,7 @@ def load_supervised_records(
             f"file whose "
             f'records have a "response"'
         )
-    return _load_file(source, on_bad_record=on_bad_record, default_verifier="", needs="response")
+    return _load_file(source, on_bad_record, _Rules("response", "", lambda name: True))  # none of them is called
 
 
 def stable_id(*parts: str) -> int:
@@ -114,16 +129,14 @@ def _procedural_record(problem: str, answer: str, verifier: str, metadata: Mappi
     return Record(stable_id(problem, answer), problem, answer, verifier, None, metadata)
 
 
-def _load_file(
-    source: SourceSection, *, on_bad_record: Literal["error", "skip"], default_verifier: str, needs: str
-) -> LoadedRecords:
+def _load_file(source: SourceSection, on_bad_record: Literal["error", "skip"], rules: _Rules) -> LoadedRecords:
     path = Path(source.path or "")
     records: list[Record] = []
     owners: dict[int, tuple[str, Record]] = {}
     first_reason, num_skipped = "", 0
     for where, load in _read_rows(path):
         try:
-            record = _parse(load(), default_verifier, needs)
+            record = _parse(load(), rules)
             _check_owner(owners.setdefault(record.id, (where, record)), record)
         except ValueError as error:
             reason = f"{path}, {where}: {error}"
@@ -156,19 +169,10 @@ def _read_jsonl(path: Path) -> Iterator[_Row]:
     # Split on \n alone: str.splitlines would also cut at U+2028, which JSON allows inside a text.
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
-                yield _Row(f"line {number}", lambda line=line: _decode_json(line))  # type: ignore[misc]
-
-
-def _decode_json(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not usable JSON: nested too deeply") from None
+                yield _Row(f"line {number}", lambda line=line: parse_json(line))  # type: ignore[misc]
 
 
 def _read_parquet(path: Path) -> Iterator[_Row]:
@@ -190,19 +194,29 @@ def _read_parquet(path: Path) -> Iterator[_Row]:
         ) from None
 
 
-def _parse(row: Any, default_verifier: str, needs: str) -> Record:
+def _parse(row: Any, rules: _Rules) -> Record:
     if not isinstance(row, dict):
-        raise ValueError(f"a record must be an object, this is {_kind(row)}")
+        raise ValueError(f"a record must be an object, this is {kind_of(row)}")
     row = {key: value for key, value in row.items() if value is not None}
     if "problem" in row and "prompt" in row:
         raise ValueError('a record has "problem" or "prompt", not both')
     problem = _text(row, "problem" if "problem" in row else "prompt", missing='"problem" (or "prompt")')
-    response = _text(row, "response") if "response" in row or needs == "response" else None
-    answer = _text(row, "answer", numbers=True) if "answer" in row or needs == "answer" else ""
-    verifier = _text(row, "verifier") if "verifier" in row else default_verifier
+    response = _text(row, "response") if "response" in row or rules.needs == "response" else None
+    answer = _text(row, "answer", numbers=True) if "answer" in row or rules.needs == "answer" else ""
+    verifier = _verifier(row, rules) if "verifier" in row else rules.default_verifier
     content_id = stable_id(problem, answer)
     metadata = {key: value for key, value in row.items() if key not in _KNOWN_FIELDS}
     return Record(_parse_id(row.get("id"), content_id), problem, answer, verifier, response, metadata)
+
+
+def _verifier(row: Mapping[str, Any], rules: _Rules) -> str:
+    name = _text(row, "verifier")
+    if name != rules.default_verifier and not rules.may_name(name):
+        raise ValueError(
+            f'"verifier"={name[:80]!r} is neither built in (math, countdown, reasoning_gym:NAME) nor listed in '
+            "data.verifiers; a record cannot name code by itself: list the function there if it is yours"
+        )
+    return name
 
 
 def _text(row: Mapping[str, Any], key: str, *, missing: str = "", numbers: bool = False) -> str:
@@ -210,9 +224,9 @@ def _text(row: Mapping[str, Any], key: str, *, missing: str = "", numbers: bool 
         raise ValueError(f"{missing or json.dumps(key)} is missing; the record has {sorted(row)}")
     value = row[key]
     if numbers and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
+        value = _spell_number(value, key)
     if not isinstance(value, str):
-        raise ValueError(f'"{key}" must be text, it is {_kind(value)}')
+        raise ValueError(f'"{key}" must be text, it is {kind_of(value)}')
     if not value.strip():
         raise ValueError(f'"{key}" is empty')
     try:
@@ -220,6 +234,16 @@ def _text(row: Mapping[str, Any], key: str, *, missing: str = "", numbers: bool 
     except UnicodeEncodeError:
         raise ValueError(f'"{key}" holds a lone surrogate and is no valid text') from None
     return value
+
+
+def _spell_number(value: float, key: str) -> str:
+    """Returns the decimal digits of ``value``: no verifier takes 1e-05 for a number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'"{key}"={value} is no number; write the answer itself')
+    try:
+        return format(Decimal(repr(value)), "f")
+    except ValueError:  # repr of an integer with more than 4,300 digits, which Parquet may hold
+        raise ValueError(f'"{key}" is an integer of more than 4,300 digits; write it as text') from None
 
 
 def _parse_id(value: Any, content_id: int) -> int:
@@ -231,7 +255,7 @@ def _parse_id(value: Any, content_id: int) -> int:
         if 0 <= value < _MAX_ID:
             return value
         raise ValueError(f'"id"={value} is outside 0 .. 2^64 - 1; use a text id, it is hashed')
-    raise ValueError(f'"id" must be a whole number or a non-empty text, it is {_kind(value)}')
+    raise ValueError(f'"id" must be a whole number or a non-empty text, it is {kind_of(value)}')
 
 
 def _check_owner(owner: tuple[str, Record], record: Record) -> None:
@@ -240,9 +264,3 @@ def _check_owner(owner: tuple[str, Record], record: Record) -> None:
         raise ValueError(
             f'"id" is already that of another problem at {where}; the difficulty ledger is keyed by it'
         )
-
-
-def _kind(value: Any) -> str:
-    return {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}.get(
-        type(value), f"a {type(value).__name__}"
-    )

@@ -5,12 +5,12 @@ Nothing here or elsewhere may find padding by ``id != pad``: SmolLM2's pad id is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from aer_megatron.json_input import read_json_object
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -84,9 +84,9 @@ def make_decoder(
 def _eos_ids(file: Path) -> list[int]:
     if not file.is_file():
         return []
-    try:
-        value: Any = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        raise ValueError(f"{file} is not a JSON object; write it again") from None
-    ids = value if isinstance(value, list) else [value]
-    return [int(i) for i in ids if i is not None]
+    value = read_json_object(file).get("eos_token_id")
+    ids = [number for number in (value if isinstance(value, list) else [value]) if number is not None]
+    for number in ids:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise ValueError(f"{file}: eos_token_id={value!r} must be one token id or a list of them; correct it")
+    return ids

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import math as arithmetic
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,11 @@ def find_verifier(name: str) -> Verifier:
         f"verifier {name!r} is unknown; use 'math', 'countdown', 'reasoning_gym:NAME' or "
         f"'package.module:function'"
     )
+
+
+def is_built_in(name: str) -> bool:
+    """Returns whether ``name`` is a verifier of this project, which a data record may ask for by itself."""
+    return name in ("countdown", "math") or re.fullmatch(rf"{_REASONING_GYM}[a-z0-9_]+", name) is not None
 
 
 def check_verifiers(names: Iterable[str]) -> None:

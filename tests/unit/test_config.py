@@ -129,7 +129,6 @@ def test_an_unknown_key_like_no_other_lists_what_is_known(tmp_path: Path) -> Non
         ("--algo.entropy.tau=0.0", ["algo.entropy.tau=0.0", "greater than 0"]),
         ("--optimizer.lr=nan", ["optimizer.lr=nan", "finite"]),
         ("--run.num_steps=2.5", ["run.num_steps=2.5", "integer"]),
-        ("--run.name=2024", ["run.name=2024", "string"]),
         ("--parallel=4", ["parallel=4"]),
     ],
 )

@@ -211,8 +211,8 @@ def _damage(path: Path, what: str) -> None:
     [
         ("no folder", "is not a folder"),
         ("no config", "config.json"),
-        ("bad config", "not JSON"),
-        ("list config", "one JSON object, found list"),
+        ("bad config", "not valid JSON"),
+        ("list config", "one JSON object, found a list"),
         ("truncated", "model-00002-of-00003.safetensors is truncated"),
         ("missing shard", "lacks model-00002-of-00003.safetensors of 3 files"),
         ("other tensors", "model-00002-of-00003.safetensors lacks b"),

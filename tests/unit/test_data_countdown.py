@@ -108,7 +108,7 @@ def test_random_solution_of_one_item_verifies() -> None:
 def test_fifty_thousand_records_load_fast() -> None:
     source = SourceSection(task="countdown", size=50_000, options=TRAIN)
     start = time.process_time()
-    records, _ = load_records(source, on_bad_record="error", default_verifier="math")
+    records, _ = load_records(source, on_bad_record="error", default_verifier="math", may_name=lambda name: False)
     assert time.process_time() - start < 4.0  # 0.6 s alone on one core; the margin is for a shared machine
     assert len({record.id for record in records}) == 50_000
     assert {record.verifier for record in records} == {"countdown"}

@@ -18,6 +18,7 @@ from aer_megatron.data.sources import (
     stable_id,
 )
 from aer_megatron.rewards.reasoning_gym import ReasoningGymVerifier
+from aer_megatron.rewards.registry import is_built_in
 from aer_megatron.types import Prompt, Verdict
 
 B2SUM_OF_EXAMPLE = "0fd6b5134a8c37de"
@@ -30,8 +31,13 @@ def write(folder: Path, lines: Sequence[str | bytes], name: str = "set.jsonl") -
     return path
 
 
+def may_name(name: str) -> bool:
+    return is_built_in(name) or name == "pkg.mod:f"
+
+
 def load(path: Path, on_bad_record: Any = "error") -> LoadedRecords:
-    return load_records(SourceSection(path=str(path)), on_bad_record=on_bad_record, default_verifier="math")
+    source = SourceSection(path=str(path))
+    return load_records(source, on_bad_record=on_bad_record, default_verifier="math", may_name=may_name)
 
 
 def test_fields_of_a_record(tmp_path: Path) -> None:
@@ -74,6 +80,15 @@ def test_ids_are_those_of_every_run_and_machine() -> None:
         ('{"problem": "x\\ud800", "answer": "1"}', "lone surrogate"),
         ('{"problem": "x", "answer": "1", "verifier": 3}', '"verifier" must be text'),
         ("[" * 100_000, "nested too deeply"),
+        ('{"problem": "x", "answer": NaN}', '"answer"=nan is no number'),
+        ('{"problem": "x", "answer": 1e999}', '"answer"=inf is no number'),
+        ('{"problem": "x", "answer": -Infinity}', '"answer"=-inf is no number'),
+        (f'{{"problem": "x", "answer": 1{"0" * 5000}}}', '"answer" is an integer of 5001 digits (at most 4300)'),
+        (f'{{"problem": "x", "answer": 1, "m": [{{"k": 1{"0" * 4300}}}]}}', '"m"[0].k is an integer of 4301 digits'),
+        ('{"problem": "x", "answer": "1", "verifier": "shutil:rmtree"}', "\"verifier\"='shutil:rmtree' is neither"),
+        ('{"problem": "x", "answer": "1", "verifier": "pkg.mod:g"}', "nor listed in data.verifiers"),
+        ('{"problem": "x", "answer": "1", "verifier": "reasoning_gym:../x"}', "is neither built in"),
+        ('{"problem": "x", "answer": "1", "verifier": "builtins:eval"}', "cannot name code by itself"),
     ],
 )
 def test_malformed_lines_name_file_line_and_reason(tmp_path: Path, line: str | bytes, reason: str) -> None:
@@ -86,6 +101,44 @@ def test_malformed_lines_name_file_line_and_reason(tmp_path: Path, line: str | b
     assert "on_bad_record='skip'" in str(caught.value)
     records, num_skipped = load(path, "skip")
     assert (len(records), num_skipped) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["math", "countdown", "reasoning_gym:chain_sum", "pkg.mod:f"])
+def test_a_record_may_name_what_is_built_in_or_listed(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, [json.dumps({"problem": "x", "answer": "1", "verifier": name})])
+    assert load(path).records[0].verifier == name
+
+
+def test_the_default_verifier_may_be_named_by_a_record_and_supervised_data_run_none(tmp_path: Path) -> None:
+    path = write(tmp_path, [json.dumps({"problem": "x", "answer": "1", "verifier": "mine:f", "response": "y"})])
+    source = SourceSection(path=str(path))
+    found = load_records(source, on_bad_record="error", default_verifier="mine:f", may_name=lambda name: False)
+    assert found.records[0].verifier == "mine:f"
+    assert len(load_supervised_records(source, on_bad_record="error").records) == 1
+
+
+@pytest.mark.parametrize("on_bad_record", ["error", "skip"])
+def test_a_byte_order_mark_loses_no_record(tmp_path: Path, on_bad_record: str) -> None:
+    path = write(tmp_path, [b"\xef\xbb\xbf" + GOOD.encode(), '{"problem": "p", "answer": "3"}'])
+    records, num_skipped = load(path, on_bad_record)
+    assert ([record.answer for record in records], num_skipped) == (["2", "3"], 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "digits"),
+    [
+        ("1e-05", "0.00001"),
+        ("1e16", "10000000000000000"),
+        ("1.5e22", "15000000000000000000000"),
+        ("-2.5e-7", "-0.00000025"),
+        ("0.1", "0.1"),
+        ("7", "7"),
+        ("-0.0", "-0.0"),
+    ],
+)
+def test_a_number_as_answer_is_spelled_in_digits(tmp_path: Path, number: str, digits: str) -> None:
+    path = write(tmp_path, [f'{{"problem": "x", "answer": {number}}}'])
+    assert load(path).records[0].answer == digits
 
 
 def test_one_id_for_two_problems_is_bad(tmp_path: Path) -> None:
@@ -144,7 +197,7 @@ def test_supervised_files_need_a_response_and_no_answer(tmp_path: Path) -> None:
 
 def procedural(task: str, **fields: Any) -> LoadedRecords:
     source = SourceSection(task=task, **fields)
-    return load_records(source, on_bad_record="error", default_verifier="math")
+    return load_records(source, on_bad_record="error", default_verifier="math", may_name=may_name)
 
 
 def test_reasoning_gym_records_score_their_own_answer() -> None:

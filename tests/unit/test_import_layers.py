@@ -44,6 +44,7 @@ LAYERS = {
     "config": 1,
     "config_algo": 0,
     "types": 1,
+    "json_input": 1,
     "_C": 1,
     "standard_streams": 0,
     "__init__": -1,
@@ -57,6 +58,7 @@ THIRD_PARTY = {
     "config": {"pydantic"},
     "config_algo": {"pydantic"},
     "types": {"numpy"},
+    "json_input": set[str](),
     "__init__": set[str](),
 }
 TORCH_FREE = {"trainer.py", "trainer_async.py", "trainer_sft.py", "stages.py", "parts.py"}

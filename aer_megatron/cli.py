@@ -12,6 +12,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from aer_megatron.failures import print_message
+
 COMMANDS = {
     "launch": ("aer_megatron.launch", "start the ranks of a run, or of another module, on this machine or several"),
     "train": ("aer_megatron.train", "train in this process alone; what every rank of a launch runs"),
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"aer_megatron: aer {name} is no command; use one of {', '.join(COMMANDS)}", file=sys.stderr)
+        print_message(f"aer {name} is no command; use one of {', '.join(COMMANDS)}")
         return 2
     code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
     return code

@@ -1,6 +1,6 @@
 """Examines a run before it starts, on its real launch: the same numbers from every layout, engine and reference?
 
-    torchrun --nproc-per-node 2 -m aer_megatron.doctor RUN.toml --parallel.tp=2
+    aer launch --nproc 2 -m aer_megatron.doctor RUN.toml --parallel.tp=2
     python -m aer_megatron.doctor RUN.toml --reference=never
 
 Exit codes: 0 fit, 1 a check failed (its cause is named), 2 configuration or data are wrong. See docs/doctor.md.
@@ -12,16 +12,18 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
+from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.train import quiet_libraries
 
 REFERENCE_MODES = ("auto", "never", "always")
 
 USAGE = """\
-usage: torchrun --nproc-per-node N -m aer_megatron.doctor RUN.toml [--reference=auto] [--section.key=value ...]
+usage: aer launch --nproc N -m aer_megatron.doctor RUN.toml [--reference=auto] [--section.key=value ...]
        python -m aer_megatron.doctor RUN.toml ...
 
   RUN.toml             the run file, with the same overrides as for training
@@ -49,12 +51,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     quiet_libraries()
-    try:
-        command = parse_command_line(arguments)
-        return run_doctor(load_config(command.run_file, command.overrides), command.reference)
-    except ValueError as error:
-        print(f"aer_megatron: {error}", file=sys.stderr)
-        return 2
+    given = list(arguments)
+    return run_command(lambda edge: run(given, edge))
+
+
+def run(arguments: Sequence[str], edge: Edge) -> int:
+    """Returns the exit code of what the command line asks for."""
+    command = parse_command_line(arguments)
+    config = load_config(command.run_file, command.overrides)
+    edge.log_folder = Path(config.run.output_dir) / "doctor" / LOG_FOLDER
+    return run_doctor(config, command.reference, edge)
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -76,7 +82,7 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     return CommandLine(run_file, reference, tuple(overrides))
 
 
-def run_doctor(config: Config, reference: str) -> int:
+def run_doctor(config: Config, reference: str, edge: Edge) -> int:
     """Returns 0 where every check of the examination holds, else 1; rank 0 prints the table."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -92,7 +98,7 @@ def run_doctor(config: Config, reference: str) -> int:
     config.check_world_size(platform.world_size)
     platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(config))
     try:
-        with open_watchdog(config, platform) as watchdog:
+        with edge.noting(), open_watchdog(config, platform) as watchdog:
             examiner = Examiner(
                 config,
                 platform,

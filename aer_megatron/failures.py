@@ -2,12 +2,12 @@
 
     return run_command(lambda edge: train(arguments, edge))
 
-Exit codes: 2 for ValueError (configuration or data), 130 for an interrupt, 1 for everything else. The trace goes to a log
-file that the message names; a ValueError of our own code says all there is to say and has none.
+Exit codes: 2 for ValueError (configuration or data), 130 for an interrupt, 1 for everything else. The trace goes to a
+log file that the message names; a ValueError of our own code says all there is to say and has none.
 
 A rank says nothing itself: it hands its failure to its launcher in the file that TORCHELASTIC_ERROR_FILE names, in
-torchrun's format, so that the message of several ranks appears once, after everything else. ``aer launch`` prints it as the
-last line; torchrun puts it at the end of its report.
+torchrun's format, so that the message of several ranks appears once, after everything else. ``aer launch`` prints it
+as the last line; torchrun puts it at the end of its report.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import os
-import sys
 import sysconfig
 import tempfile
 import time
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aer_megatron
+from aer_megatron.standard_streams import keep_standard_streams, say
 
 LOG_FOLDER = "logs"  # below run.output_dir
 LAUNCH_ROLE = "aer-launch"  # ROLE_NAME of the ranks of aer launch
@@ -38,7 +38,7 @@ _SECOND_MESSAGE_S = 1.0  # under torchrun: time to end a rank whose failure is n
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What ended a process. Example: ``Failure("run.num_steps=0 must be at least 1", 2, time_ns=1764291600000000000)``."""
+    """What ended a process. Example: ``Failure("run.seed=-1 must be at least 0", 2, 1764291600000000000)``."""
 
     message: str  # with the path of the trace, without a prefix
     exit_code: int
@@ -75,6 +75,7 @@ def run_command(body: Callable[[Edge], int], *, is_launcher: bool = False) -> in
     Args:
         is_launcher: the process has no launcher, whatever its environment says.
     """
+    keep_standard_streams()
     edge = Edge()
     try:
         return body(edge)
@@ -84,18 +85,15 @@ def run_command(body: Callable[[Edge], int], *, is_launcher: bool = False) -> in
         failure = edge.note(error)
         assert failure is not None
     if is_launcher or _error_file() is None:
-        say(failure.message)
+        print_message(failure.message)
     elif _other_rank_of_torchrun():
         time.sleep(_SECOND_MESSAGE_S)  # torchrun ends it meanwhile
     return failure.exit_code
 
 
-def say(message: str) -> None:
-    """Prints one message on standard error, behind everything that was printed before."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it, or the stream is closed
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError):
-        print(f"aer_megatron: {message}", file=sys.stderr, flush=True)
+def print_message(message: str) -> None:
+    """Prints one message on standard error."""
+    say(f"aer_megatron: {message}", error=True)
 
 
 def read_failure(path: Path) -> Failure | None:
@@ -148,9 +146,10 @@ def _says_all(error: BaseException) -> bool:
 
 
 def _write_trace(error: BaseException, log_folder: Path | None) -> str:
-    """Returns the path of the file that holds the trace; it goes to a temporary folder where ``log_folder`` takes none."""
+    """Returns the path of the trace's file; it lies in a temporary folder where ``log_folder`` takes none."""
     text = "".join(traceback.format_exception(error)).encode(errors="backslashreplace")
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-rank{os.environ.get('RANK', '0')[:6]}-{os.getpid()}.log".replace("/", "_")
+    rank = os.environ.get("RANK", "0")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-rank{rank if rank.isdigit() else 0}-{os.getpid()}.log"
     for make in (lambda: log_folder, lambda: Path(tempfile.mkdtemp(prefix="aer_megatron-"))):
         try:
             folder = make()

@@ -29,6 +29,7 @@ from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
 from aer_megatron.convert.fp8_weights import round_weight
 from aer_megatron.data.prompts import PromptCursor
+from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.parallel import platform as platforms
 from aer_megatron.parallel.topology import Topology, destroy_topology
 from aer_megatron.parts import Parts, Progress
@@ -152,16 +153,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", default=",".join(FORMATS), help=f"of {', '.join(FORMATS)} [all]")
     parser.add_argument("--output", default="", help="folder of the report [RUN.output_dir/fp8_parity]")
     options, overrides = parser.parse_known_args(arguments)
-    try:
-        config = load_config(options.run_file, overrides)
-        recipes = [name for name in options.recipes.split(",") if name]
-        folder = Path(options.output or Path(config.run.output_dir) / "fp8_parity")
-        text = run_report(_report_config(config, options.steps), _checked_recipes(recipes), folder)
-        if text:
-            print(text)
-    except ValueError as error:
-        print(f"aer_megatron.fp8_parity: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda edge: _print_report(options, overrides, edge))
+
+
+def _print_report(options: argparse.Namespace, overrides: Sequence[str], edge: Edge) -> int:
+    config = load_config(options.run_file, overrides)
+    recipes = [name for name in options.recipes.split(",") if name]
+    folder = Path(options.output or Path(config.run.output_dir) / "fp8_parity")
+    edge.log_folder = folder / LOG_FOLDER
+    text = run_report(_report_config(config, options.steps), _checked_recipes(recipes), folder)
+    if text:
+        print(text)
     return 0
 
 

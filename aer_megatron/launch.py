@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from aer_megatron.failures import run_command, say
+from aer_megatron.failures import print_message, run_command
 
 USAGE = """\
 usage: aer launch --nproc N [options] RUN.toml [--section.key=value ...]
@@ -35,9 +35,10 @@ usage: aer launch --nproc N [options] RUN.toml [--section.key=value ...]
   --shutdown-timeout S   how long the other ranks may go on when one has failed [10]
   --help                 this text
 
-torchrun's spellings (--nproc-per-node, --node_rank, --rdzv-id, ...) work as well. SIGTERM, SIGINT and SIGUSR1 are handed on to
-every rank, which finishes its step and saves; a second SIGTERM or SIGINT ends the ranks at once, a third one kills them.
-Exit codes: 0, or that of the first rank that failed (2: configuration or data are wrong); 143, 130 and 0 after the signals.
+torchrun's spellings (--nproc-per-node, --node_rank, --rdzv-id, ...) work as well. SIGTERM, SIGINT and SIGUSR1 are
+handed on to every rank, which finishes its step and saves; a second SIGTERM or SIGINT ends the ranks at once, a third
+one kills them. Exit codes: 0, or that of the first rank that failed (2: configuration or data are wrong); 143, 130
+and 0 after the signals.
 """
 
 _ALIASES = {"nproc-per-node": "nproc", "rdzv-id": "run-id"}
@@ -75,16 +76,20 @@ def parse_command_line(arguments: Sequence[str], environment: Mapping[str, str])
         ValueError: an argument is not understood, has no value or a wrong one, or the machines are not described.
     """
     given, program = _split(arguments)
-    texts = {name: value for name, value in given.items() if name in ("nproc", "run_id")}
-    options = LaunchOptions(program, **texts, nnodes=_whole(given, "nnodes", 1, 1))
-    for name in ("join_timeout", "shutdown_timeout"):
-        if name in given:
-            options = dataclasses.replace(options, **{name: _seconds(name, given[name])})
-    if options.nnodes == 1:
-        if _whole(given, "node_rank", 0, 0) != 0:
-            raise ValueError(f"--node-rank={given['node_rank']} needs --nnodes, which is 1; give the number of machines")
-        return options  # an address is of no use to one machine: its store is on the loopback
-    return dataclasses.replace(options, **_machines(options.nnodes, given, environment))
+    one = LaunchOptions(program)
+    options = LaunchOptions(
+        program,
+        nproc=given.get("nproc", one.nproc),
+        nnodes=_whole(given, "nnodes", one.nnodes, 1),
+        run_id=given.get("run_id", one.run_id),
+        join_timeout=_seconds(given, "join_timeout", one.join_timeout),
+        shutdown_timeout=_seconds(given, "shutdown_timeout", one.shutdown_timeout),
+    )
+    if options.nnodes > 1:
+        return _one_of_several(options, given, environment)
+    if _whole(given, "node_rank", 0, 0) != 0:
+        raise ValueError(f"--node-rank={given['node_rank']} needs --nnodes, which is 1; give the number of machines")
+    return options  # an address is of no use to one machine: its store is on the loopback
 
 
 def launch(options: LaunchOptions, environment: Mapping[str, str]) -> int:
@@ -113,7 +118,7 @@ def launch(options: LaunchOptions, environment: Mapping[str, str]) -> int:
     failure = processes.failure()
     message = failure.message if failure is not None else processes.stop_message()
     if message is not None:
-        say(message)
+        print_message(message)
     return processes.exit_code()
 
 
@@ -154,23 +159,23 @@ def _unknown(flag: str, names: set[str]) -> str:
     return f"{text}; did you mean --{near[0].replace('_', '-')}?" if near else f"{text}; see aer launch --help"
 
 
-def _machines(nnodes: int, given: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str | int]:
-    """Returns the fields that say which of several machines this is, and where the first one is."""
-    found = dict(given)
-    for name, variable in (("master_addr", "MASTER_ADDR"), ("master_port", "MASTER_PORT"), ("node_rank", "SLURM_NODEID")):
-        if name not in found and environment.get(variable):
-            found[name] = environment[variable]
+def _one_of_several(options: LaunchOptions, given: Mapping[str, str], environment: Mapping[str, str]) -> LaunchOptions:
+    """Returns the options, with which of several machines this is, and where the first one is."""
+    variables = {"master_addr": "MASTER_ADDR", "master_port": "MASTER_PORT", "node_rank": "SLURM_NODEID"}
+    found = {name: environment[variable] for name, variable in variables.items() if environment.get(variable)}
+    found |= given
+    flag = f"--nnodes={options.nnodes}"
     if "master_addr" not in found:
-        raise ValueError(f"--nnodes={nnodes} needs --master-addr: the name of the machine of --node-rank 0")
+        raise ValueError(f"{flag} needs --master-addr: the name of the machine of --node-rank 0")
     if "node_rank" not in found:
-        raise ValueError(f"--nnodes={nnodes} needs --node-rank, the number of this machine from 0; under srun it is known")
+        raise ValueError(f"{flag} needs --node-rank, the number of this machine from 0; srun gives it as SLURM_NODEID")
     node_rank = _whole(found, "node_rank", 0, 0)
-    if node_rank >= nnodes:
-        raise ValueError(f"--node-rank={node_rank} must be below --nnodes={nnodes}; machines are counted from 0")
+    if node_rank >= options.nnodes:
+        raise ValueError(f"--node-rank={node_rank} must be below {flag}; machines are counted from 0")
     port = _whole(found, "master_port", 29400, 1)
     if port > 65535:
         raise ValueError(f"--master-port={port} must lie between 1 and 65535")
-    return {"node_rank": node_rank, "master_addr": found["master_addr"], "master_port": port}
+    return dataclasses.replace(options, node_rank=node_rank, master_addr=found["master_addr"], master_port=port)
 
 
 def _whole(given: Mapping[str, str], name: str, default: int, least: int) -> int:
@@ -184,7 +189,8 @@ def _whole(given: Mapping[str, str], name: str, default: int, least: int) -> int
     return int(text)
 
 
-def _seconds(name: str, text: str) -> float:
+def _seconds(given: Mapping[str, str], name: str, default: float) -> float:
+    text = given.get(name, str(default))
     try:
         value = float(text)
     except ValueError:

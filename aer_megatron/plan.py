@@ -41,6 +41,7 @@ from aer_megatron.convert.architecture import (
     pad_query_groups,
     padded_vocab_size,
 )
+from aer_megatron.failures import run_command
 from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel import vocab_shard
 from aer_megatron.report.plan_table import gigabytes, layout_lines, memory_lines
@@ -84,16 +85,16 @@ class Setting:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code; prints the plan, or one message on standard error."""
     options, overrides = _parser().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
-    try:
-        setting = _setting(options, overrides)
-        check_layout(setting)
-        candidates = list(fitting_candidates(setting))
-        print("\n".join(report(setting, candidates, options.top)))
-        if not candidates:
-            raise ValueError(_nothing_fits(setting))
-    except ValueError as error:
-        print(f"aer_megatron.plan: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda edge: _print_plan(options, overrides))
+
+
+def _print_plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    setting = _setting(options, overrides)
+    check_layout(setting)
+    candidates = list(fitting_candidates(setting))
+    print("\n".join(report(setting, candidates, options.top)))
+    if not candidates:
+        raise ValueError(_nothing_fits(setting))
     return 0
 
 

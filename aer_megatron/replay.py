@@ -23,6 +23,7 @@ from aer_megatron.algo import controller
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
 from aer_megatron.config_algo import EntropySection
 from aer_megatron.config_loading import config_from_table, parse_value
+from aer_megatron.failures import run_command
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
 
@@ -72,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0
-    try:
-        command = parse_command_line(arguments)
-        print(replay_run(command))
-    except ValueError as error:
-        print(f"aer_megatron.replay: {error}", file=sys.stderr)
-        return 2
+    given = list(arguments)
+    return run_command(lambda edge: _print_replay(given))
+
+
+def _print_replay(arguments: Sequence[str]) -> int:
+    print(replay_run(parse_command_line(arguments)))
     return 0
 
 

@@ -1,8 +1,8 @@
 """The command line of training; compose/ builds what a stage is made of.
 
-    torchrun --nproc-per-node 2 -m aer_megatron.train RUN.toml --parallel.tp=2 --algo.entropy.kind=aer
+    aer launch --nproc 2 RUN.toml --parallel.tp=2 --algo.entropy.kind=aer
     python -m aer_megatron.train RUN.toml --dry-run
-    torchrun --nproc-per-node 2 -m aer_megatron.train RUN.toml --stage=sft
+    aer launch --nproc 2 RUN.toml --stage=sft
 
 Exit codes: 0 done, 2 configuration or data are wrong (one clear message), anything else a failure while running.
 """
@@ -15,13 +15,15 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import describe_options, load_config
+from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 
 USAGE = """\
 usage: python -m aer_megatron.train RUN.toml [--stage=rl|sft] [--dry-run] [--section.key=value ...]
-       torchrun --nproc-per-node N -m aer_megatron.train RUN.toml ...
+       aer launch --nproc N RUN.toml ...
 
   RUN.toml             run file; every option below can be set in it or overridden with --section.key=value
   --stage=rl           reinforcement learning (the default)
@@ -48,18 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0
     quiet_libraries()
-    try:
-        command = parse_command_line(arguments)
-        config = load_config(command.run_file, command.overrides)
-        if command.dry_run:
-            print(plan_text(config))
-            return 0
-        run_stage(command.stage, config, arguments)
-    except ValueError as error:
-        if logging.getLogger("aer_megatron").isEnabledFor(logging.DEBUG):
-            raise
-        print(f"aer_megatron: {error}", file=sys.stderr)
-        return 2
+    given = list(arguments)
+    return run_command(lambda edge: run(given, edge))
+
+
+def run(arguments: Sequence[str], edge: Edge) -> int:
+    """Returns the exit code of what the command line asks for."""
+    command = parse_command_line(arguments)
+    config = load_config(command.run_file, command.overrides)
+    edge.log_folder = Path(config.run.output_dir) / LOG_FOLDER
+    if command.dry_run:
+        print(plan_text(config))
+    else:
+        run_stage(command.stage, config, arguments, edge)
     return 0
 
 
@@ -128,7 +131,7 @@ def plan_text(config: Config) -> str:
     return "\n".join(lines)
 
 
-def run_stage(stage: str, config: Config, arguments: Sequence[str]) -> None:
+def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge) -> None:
     """Returns when the stage is done; every rank calls it."""
     from aer_megatron.compose.common import build_topology, check_model, collective_timeout_s, open_watchdog
     from aer_megatron.parallel import platform as platforms
@@ -138,7 +141,7 @@ def run_stage(stage: str, config: Config, arguments: Sequence[str]) -> None:
     config.check_world_size(platform.world_size)
     platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(config))
     try:
-        with open_watchdog(config, platform) as watchdog:
+        with edge.noting(), open_watchdog(config, platform) as watchdog:
             if stage == "sft":
                 from aer_megatron.compose.sft import init_path, is_made, run_sft
 

@@ -1,7 +1,8 @@
 """torchrun's agent with processes of our own: rendezvous, rank numbers and the exit barrier are torch's.
 
 What differs from ``torch.distributed.run``: the store listens on one address, not on all, and nothing in it is pickled;
-signals are handed on to the ranks, and they are waited for (rank_processes.py). A lost rank ends the launch: no restarts.
+signals are handed on to the ranks, and they are waited for (rank_processes.py). A lost rank ends the launch: it is not
+started again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
-from torch.distributed.elastic.agent.server.api import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    RunResult,
+    SimpleElasticAgent,
+    WorkerGroup,
+    WorkerSpec,
+    WorkerState,
+)
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from aer_megatron.failures import LAUNCH_ROLE
@@ -91,11 +98,9 @@ class StaticRendezvous(RendezvousHandler):
         nodes = self._nodes
         listener = open_listener(nodes)
         port = int(listener.getsockname()[1])
-        timeout = timedelta(seconds=nodes.join_timeout_s)
+        place = (nodes.master_addr, port, nodes.count, True, timedelta(seconds=nodes.join_timeout_s))
         try:
-            store = TCPStore(
-                nodes.master_addr, port, nodes.count, True, timeout, multi_tenant=True, master_listen_fd=listener.detach()
-            )
+            store = TCPStore(*place, multi_tenant=True, master_listen_fd=listener.detach())
         except RuntimeError as error:
             raise RuntimeError(
                 f"not all of {nodes.count} nodes joined {nodes.master_addr} port {port} within "

@@ -47,10 +47,24 @@ class Platform:
 def install_platform() -> Platform:
     """Returns the platform of this process and prepares torch for it; idempotent.
 
-    Ranks come from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); without it the process is rank 0 of 1.
+    Ranks come from the launcher's environment (RANK, WORLD_SIZE, LOCAL_RANK); without it the process is rank 0 of 1.
+
+    Raises:
+        ValueError: the environment is incomplete or contradicts itself, or names a device that is not there.
     """
     rank, world_size, local_rank = read_ranks()
     if torch.cuda.is_available():
+        devices = torch.cuda.device_count()
+        if local_rank >= devices:
+            raise ValueError(
+                f"LOCAL_RANK={local_rank}, but this process sees {devices} CUDA devices, numbered from 0; start "
+                f"at most {devices} ranks on this machine, or look at CUDA_VISIBLE_DEVICES"
+            )
+        if world_size > 1 and devices > 1 and "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"LOCAL_RANK is not set, but WORLD_SIZE={world_size} and {devices} CUDA devices are visible: every "
+                "rank would take the first one; set it to the rank's number on its machine"
+            )
         torch.cuda.set_device(local_rank)
         return Platform("cuda", "nccl", rank, world_size, local_rank)
     _redirect_cuda_to_cpu()
@@ -65,12 +79,44 @@ def free_memory_bytes(platform: Platform) -> int:
 
 
 def read_ranks() -> tuple[int, int, int]:
-    """Returns (rank, world size, local rank) of torchrun's environment; (0, 1, 0) without it."""
-    return (
-        int(os.environ.get("RANK", "0")),
-        int(os.environ.get("WORLD_SIZE", "1")),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    """Returns (rank, world size, local rank) of the launcher's environment; (0, 1, 0) without it.
+
+    Raises:
+        ValueError: a variable is no number or out of range, or one of those that belong together is missing.
+    """
+    remedy = "start ranks with aer launch, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each"
+    missing = "is not; unset it for a process on its own, else " + remedy
+    values = {name: _number_of(name, remedy) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    world_size = values["WORLD_SIZE"]
+    if world_size is None:
+        for name in ("RANK", "LOCAL_RANK"):
+            if values[name] is not None:
+                raise ValueError(f"{name}={values[name]} is set, but WORLD_SIZE {missing}")
+        return 0, 1, 0
+    if world_size == 0:
+        raise ValueError(f"WORLD_SIZE=0 must be at least 1; {remedy}")
+    if world_size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ValueError(f"WORLD_SIZE={world_size} is set, but {name} {missing}")
+        if not 0 < (_number_of("MASTER_PORT", remedy) or 0) < 65536:
+            raise ValueError(f"MASTER_PORT={os.environ['MASTER_PORT']} must lie between 1 and 65535; {remedy}")
+    rank, local_rank = values["RANK"] or 0, values["LOCAL_RANK"] or 0
+    if rank >= world_size:
+        raise ValueError(f"RANK={rank} must be below WORLD_SIZE={world_size}: ranks are counted from 0; {remedy}")
+    name = "WORLD_SIZE" if values["LOCAL_WORLD_SIZE"] is None else "LOCAL_WORLD_SIZE"
+    if local_rank >= (values[name] or 0):
+        raise ValueError(f"LOCAL_RANK={local_rank} must be below {name}={values[name]}: it counts the machine's ranks")
+    return rank, world_size, local_rank
+
+
+def _number_of(name: str, remedy: str) -> int | None:
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(f"{name}={text!r} must be a whole number, 0 or more; {remedy}")
+    return int(text)
 
 
 def job_id() -> str | None:
@@ -79,13 +125,13 @@ def job_id() -> str | None:
 
 
 def initialize_process_group(platform: Platform, *, init_method: str | None = None, timeout_s: float = 600.0) -> None:
-    """Joins the default process group of ``platform``; a single process without torchrun gets a private one."""
+    """Joins the default process group of ``platform``; a single process gets a private one, without a socket."""
     import datetime
 
     if torch.distributed.is_initialized():
         return
     timeout = datetime.timedelta(seconds=timeout_s)
-    if init_method is None and "MASTER_ADDR" not in os.environ:
+    if init_method is None and platform.world_size == 1:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
         return

@@ -1,7 +1,7 @@
 """The processes of a launcher's ranks: started in sessions of their own, told of signals, waited for, ended.
 
-A session of its own keeps a terminal's Ctrl-C from a rank: it reaches the launcher, which hands each signal on once. The
-launcher waits as long as the ranks take to save. SIGKILL of the launcher ends them, too (rank_main.py).
+A session of its own keeps a terminal's Ctrl-C from a rank: it reaches the launcher, which hands each signal on once,
+and waits as long as the ranks take to save. SIGKILL of the launcher ends them, too (rank_main.py).
 
 This file does NOT know torch: the agent (launch_agent.py) gives it the ranks' environments.
 """

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from aer_megatron.failures import run_command
 from aer_megatron.report.picture import PICTURE_FILE, draw_comparison, draw_report
 
 
@@ -23,15 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"picture to write; without it RUN/{PICTURE_FILE}, or comparison.png here for several runs",
     )
     options = parser.parse_args(arguments)
-    try:
-        if options.output is None and len(options.runs) == 1:
-            path = draw_report(options.runs[0])
-        else:
-            path = draw_comparison(options.runs, options.output or Path("comparison.png"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(path)
+    return run_command(lambda edge: _draw(options.runs, options.output))
+
+
+def _draw(runs: Sequence[Path], output: Path | None) -> int:
+    if output is None and len(runs) == 1:
+        print(draw_report(runs[0]))
+    else:
+        print(draw_comparison(runs, output or Path("comparison.png")))
     return 0
 
 

@@ -133,7 +133,7 @@ def test_bad_input_is_one_clear_message(
 ) -> None:
     assert command.main([str(make_run(tmp_path, OPTIONS, num_steps=2)), *arguments]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("aer_megatron.replay: ") and "Traceback" not in message
+    assert message.startswith("aer_megatron: ") and "Traceback" not in message
     for word in words:
         assert word in message
 

@@ -39,10 +39,10 @@ from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
 from aer_megatron.rollout.server import LaunchOptions, ServerGroup
-from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
 from aer_megatron.sync.disk import DiskSync
 from aer_megatron.sync.distributed import DistributedSync
-from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
+from aer_megatron.sync.servers import ServerSync, SyncContext
 from tests.support.runs import ROOT
 
 NUM_SERVERS = 2
@@ -141,7 +141,7 @@ def transport(name: str, fleet: ServerFleet, config: dict[str, Any], scratch: Pa
     """Returns a transport that notes when its servers have taken the last byte."""
     context = SyncContext(
         arch=architecture_from_hf_config(config),
-        labels=Labels(version_label, unverified_label),
+        labels=WeightLabels(new_run_id()),
         timeout_s=300.0,
         recovery_s=1.0,
         leads=True,
@@ -151,7 +151,14 @@ def transport(name: str, fleet: ServerFleet, config: dict[str, Any], scratch: Pa
         fp8=False,
     )
     if name == "disk":
-        return DiskSync(fleet, context, folder=scratch / "transfer", hf_config=config, max_shard_bytes=5 * 10**9)
+        return DiskSync(
+            fleet,
+            context,
+            folder=scratch / "transfer",
+            owner=str(scratch),
+            hf_config=config,
+            max_shard_bytes=5 * 10**9,
+        )
     return DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=bucket_bytes)
 
 

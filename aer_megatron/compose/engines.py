@@ -23,12 +23,12 @@ from aer_megatron.rollout.engine import RolloutEngine
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
 from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
 from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
-from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
 from aer_megatron.sync.checksum import tensor_checksum
 from aer_megatron.sync.disk import DiskSync
 from aer_megatron.sync.distributed import DistributedSync
 from aer_megatron.sync.in_process import InProcessSync
-from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
+from aer_megatron.sync.servers import ServerSync, SyncContext
 from aer_megatron.sync.tensor import TensorSync
 
 SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -82,9 +82,12 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         fleet.route_through(options.router_url)
     if options.router_url and group:  # their addresses end with the run
         stack.callback(fleet.leave_router)
+    arch = architecture(config.model.path)
+    # of this launch: another one, of the same run too, never takes what these weights sampled for its own
+    labels = WeightLabels(on_first_rank(new_run_id, rank=platform.rank, device=platform.device))
     context = SyncContext(
-        arch=architecture(config.model.path),
-        labels=Labels(version_label, unverified_label),
+        arch=arch,
+        labels=labels,
         timeout_s=options.transfer_timeout_s,
         recovery_s=options.recovery_timeout_s,
         leads=platform.rank == 0,
@@ -104,7 +107,8 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         recovery_timeout_s=options.recovery_timeout_s,
         probe_interval_s=options.probe_interval_s,
     )
-    return SGLangEngine(fleet, limits, transfer=sync.transfer), sync
+    engine = SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size, transfer=sync.transfer)
+    return engine, sync
 
 
 def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context: SyncContext) -> ServerSync:
@@ -123,6 +127,7 @@ def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context
         fleet,
         context,
         folder=Path(options.transfer_dir or Path(config.run.output_dir) / "weights"),
+        owner=str(Path(config.run.output_dir).absolute()),
         hf_config=read_json_object(Path(config.model.path) / "config.json"),
         max_shard_bytes=MAX_SHARD_BYTES,
     )

@@ -145,9 +145,9 @@ def first_difference(expected: list[dict[str, str]], reported: Any, *, names_onl
         for name, value in checksums.items():
             wanted = expected[rank].get(name)
             if wanted is None:
-                return f"it holds {name}, which was never sent"
+                return f"it holds {ascii(name)[1:-1][:200]}, which was never sent"
             if value != wanted and not names_only:
-                return f"{name} has checksum {value}, {wanted} was sent"
+                return f"{name} has checksum {_shown(value)}, {wanted} was sent"
             seen.add((rank, name))
     for rank, wanted_names in enumerate(expected):
         for name in wanted_names:
@@ -178,11 +178,17 @@ def by_rank(reported: Any) -> list[dict[str, str]]:
     return [dict(rows.get(rank, {})) for rank in range(len(rows))]
 
 
-def _reported_ranks(reported: Any) -> Iterator[tuple[int, Mapping[str, str]]]:
+def _reported_ranks(reported: Any) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yields (rank, checksums) of those rows of a reply that can be a server's report; -1 is no rank."""
     for row in reported if isinstance(reported, list) else []:
         if not isinstance(row, Mapping) or not isinstance(row.get("checksums"), Mapping):
             continue
-        info: Any = row.get("parallelism_info") or {}
+        info = row.get("parallelism_info")
         # one entry per role of the engine; the target comes first
-        first = info[0] if isinstance(info, list) else info
-        yield int(first.get("tp_rank", 0)), row["checksums"]
+        first = info[0] if isinstance(info, list) and info else info
+        rank = first.get("tp_rank", 0) if isinstance(first, Mapping) else 0
+        yield rank if type(rank) is int else -1, row["checksums"]
+
+
+def _shown(value: Any) -> str:
+    return ascii(value)[1:-1][:40] if isinstance(value, str) else f"of type {type(value).__name__}"

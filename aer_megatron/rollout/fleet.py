@@ -25,13 +25,14 @@ from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 
-from aer_megatron.rollout.replies import Reply, describe
+from aer_megatron.rollout.replies import Reply, describe, read_body
 from aer_megatron.rollout.router import ANSWERED_BY, RouterWorkers
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _KEEPALIVE_S = 4.0  # below uvicorn's 5 s: the client closes an idle connection before the server does
 _CLOSE_TIMEOUT_S = 10.0
+_CONTROL_BYTES = 1 << 24  # of the answer to a control call: checksums of thousands of parameters take a few MB
 _FOLLOW_S = 0.1  # between two looks at a router that has not taken its workers yet
 
 Comeback = Literal["probe", "transfer", "restart"]
@@ -253,17 +254,21 @@ class ServerFleet:
         *,
         timeout_s: float,
         method: str | None = None,
+        max_bytes: int = _CONTROL_BYTES,
     ) -> Reply:
         """Returns the reply of one HTTP call: POST with a JSON body, GET without one, unless ``method`` is given.
 
-        Raises aiohttp.ClientError, TimeoutError or OSError.
+        Redirects are not followed: the API key goes to no other host.
+
+        Raises aiohttp.ClientError, TimeoutError or OSError; replies.UnreadableReply for more than ``max_bytes``.
         """
         session = self._open_session()
         limits = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self.options.connect_timeout_s)
         verb = method or ("GET" if body is None else "POST")
         url = server.url + path
         async with session.request(verb, url, json=body, timeout=limits, allow_redirects=False) as response:
-            return Reply(response.status, await response.read(), response.headers.get(ANSWERED_BY))
+            raw = await read_body(response, max_bytes)
+            return Reply(response.status, raw, response.headers.get(ANSWERED_BY))
 
     async def acquire(self, avoid: frozenset[int], *, timeout_s: float) -> Server | None:
         """Returns the least busy server with a free place, now counted as taken; None if none is in service.
@@ -366,10 +371,15 @@ class ServerFleet:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            headers = {"Authorization": f"Bearer {self.options.api_key}"} if self.options.api_key else {}
+            headers = {"Accept-Encoding": "identity"}  # a compressed body has no bound
+            if self.options.api_key:
+                headers["Authorization"] = f"Bearer {self.options.api_key}"
             # trust_env stays off: a proxy of the environment has no business between trainer and server
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S), headers=headers
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+                headers=headers,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
 

@@ -8,7 +8,11 @@ answer that cannot be right takes its server out of service (``rollout/fleet.py`
     connection refused                         out, until a probe succeeds     repeated elsewhere
     connection broken, body cut off, 5xx, 429  out after max_failures in a row repeated
     no answer within request_timeout_s         out, until the next transfer    aborted, repeated elsewhere
-    not JSON, NaN, wrong version, wrong counts out, until it is restarted      repeated elsewhere
+    not JSON, NaN, wrong version, wrong counts,
+    beyond the vocabulary, too long a body     out, until it is restarted      repeated elsewhere
+    another run's weights                      out, until a transfer takes it  repeated elsewhere
+    aborted by somebody else                   stays                           repeated
+    no file descriptors left here              stays                           repeated
     400, 422                                   stays                           ValueError
     401, 403                                   stays                           RuntimeError
 
@@ -38,18 +42,20 @@ import aiohttp
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.fleet import Comeback, Server, ServerFleet
-from aer_megatron.rollout.replies import Reply, describe
+from aer_megatron.rollout.replies import BadReply, Reply, UnreadableReply, describe, is_ours, parse_json
 from aer_megatron.rollout.sglang_protocol import (
-    BadReply,
+    Expected,
+    ForeignWeights,
+    WeightLabels,
     check_name,
     ended,
     generate_body,
+    is_empty_abort,
     join_completions,
     parse_completion,
-    parse_json,
     parse_partial,
+    reply_limit,
     rest_of,
-    version_label,
 )
 from aer_megatron.types import Completion
 
@@ -101,6 +107,8 @@ class SGLangEngine:
     Args:
         fleet: the servers; closed by ``close``.
         limits: of every request.
+        labels: of the weights that this run publishes.
+        vocab_size: token ids from it on are no tokens.
         transfer: publishes weights to the fleet, (tensors, version) -> checksum of every tensor by name.
     """
 
@@ -109,10 +117,14 @@ class SGLangEngine:
         fleet: ServerFleet,
         limits: RequestLimits,
         *,
+        labels: WeightLabels,
+        vocab_size: int,
         transfer: Callable[[Iterable[tuple[str, Tensor]], int], Mapping[str, int]],
     ) -> None:
         self._fleet = fleet
         self._limits = limits
+        self._labels = labels
+        self._vocab_size = vocab_size
         self._transfer = transfer
         self._prefix = f"aer-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
@@ -225,14 +237,17 @@ class SGLangEngine:
         """Returns what the server sampled: whole, or, where a transfer interrupted the call, what there was by then."""
         # SGLang aborts every request whose name begins with the given one: the dot keeps -1 from ending -12
         rid = f"{self._prefix}-{next(self._numbers)}."
-        version = self._fleet.policy_version  # a transfer changes it only when no call is under way
+        # a transfer changes the version only when no call is under way
+        expected = Expected(request, self._fleet.policy_version, self._labels, self._vocab_size)
         body = generate_body(request, options, rid=rid)
         timeout_s = self._limits.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as deadline:
                 call = self._calls[rid] = _Call(server, deadline)
                 self._idle.clear()
-                reply = await self._fleet.call(server, "/generate", body, timeout_s=timeout_s)
+                reply = await self._fleet.call(
+                    server, "/generate", body, timeout_s=timeout_s, max_bytes=reply_limit(request)
+                )
         except asyncio.CancelledError:
             self._abort(server, rid)
             raise
@@ -242,28 +257,38 @@ class SGLangEngine:
                 timeout_s = self._fleet.options.control_timeout_s
             path = "/abort_request" if call.interrupted else "/generate"
             raise self._out(server, f"no answer to {path} within {timeout_s:g} s", "transfer") from None
-        except aiohttp.ClientConnectorError as error:
-            self._fleet.retire(server, describe(error), "probe")  # the router, too
-            raise _Failed(describe(error)) from None
-        except (aiohttp.ClientError, OSError) as error:
+        except UnreadableReply as error:
             self._abort(server, rid)
-            raise self._failed(server, describe(error), "probe") from None
+            raise self._out(server, describe(error), "restart") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._unanswered(server, rid, error) from None
         finally:
             del self._calls[rid]
             if not self._calls:
                 self._idle.set()
         if call.interrupted:
             # a request that had not begun is answered with an error
-            return parse_partial(reply.json(), request, version=version) if reply.status == 200 else None
+            return parse_partial(reply.json(), expected) if reply.status == 200 else None
         try:
-            return self._believed(server, reply, request, version, rid)
+            return self._believed(server, reply, expected, rid)
         except _Failed as failure:
             failure.answered_by = reply.answered_by
             raise
 
-    def _believed(
-        self, server: Server, reply: Reply, request: GenerateRequest, version: int, rid: str
-    ) -> Completion:
+    def _unanswered(self, server: Server, rid: str, error: aiohttp.ClientError | OSError) -> _Failed:
+        """Returns the failure of a call that broke off, with what it means for the server."""
+        if is_ours(error):
+            return _Failed(
+                f"this process may open no further connection ({describe(error)}); raise its limit of open files "
+                "(ulimit -n), or lower sglang.max_concurrency"
+            )
+        if isinstance(error, aiohttp.ClientConnectorError):
+            self._fleet.retire(server, describe(error), "probe")  # the router, too
+            return _Failed(describe(error))
+        self._abort(server, rid)
+        return self._failed(server, describe(error), "probe")
+
+    def _believed(self, server: Server, reply: Reply, expected: Expected, rid: str) -> Completion:
         if reply.status in (400, 422) and server is not self._fleet.router:  # a router has other reasons, too
             raise ValueError(f"{server.name} refuses a request: {reply.text}")
         if reply.status in (401, 403):
@@ -275,12 +300,16 @@ class SGLangEngine:
             raise self._failed(server, f"/generate answers {reply.status}: {reply.text}", "transfer")
         try:
             table = parse_json(reply.body)
-            completion = parse_completion(table, request, version=version)
+            if is_empty_abort(table):
+                raise _Failed("the request was aborted on the server")
+            completion = parse_completion(table, expected)
             check_name(table, rid)
+        except ForeignWeights as error:
+            raise self._out(server, str(error), "transfer") from None
         except BadReply as error:
             raise self._out(server, f"it answers garbage: {error}", "restart") from None
-        if completion.finish_reason == "abort":
-            raise self._failed(server, "the request was aborted on the server", "transfer")
+        if completion.finish_reason == "abort":  # by somebody else: no sign of a fault
+            raise _Failed("the request was aborted on the server")
         server.num_failures = 0
         return completion
 
@@ -383,5 +412,5 @@ class SGLangEngine:
         return (
             reply.status == 200
             and isinstance(table, Mapping)
-            and table.get("weight_version") == version_label(self._fleet.policy_version)
+            and table.get("weight_version") == self._labels.verified(self._fleet.policy_version)
         )

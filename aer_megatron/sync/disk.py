@@ -1,12 +1,12 @@
 """Weights through a folder that trainer and servers share: safetensors files and /update_weights_from_disk.
 
 The folder of the version in service stays until the next one is in service: a restarted server is restored from it.
+What lies where: ``sync/transfer_folder.py``.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from aer_megatron.convert.fp8_weights import fp8_config, fp8_specs
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.safetensors_writer import SafetensorsWriter, TensorSpec
 from aer_megatron.sync.servers import Fleet, Published, ServerSync, SyncContext, Untransferred
+from aer_megatron.sync.transfer_folder import TransferFolder
 
 
 class DiskSync(ServerSync):
@@ -25,38 +26,41 @@ class DiskSync(ServerSync):
 
     Args:
         fleet, context: see ``sync.servers``.
-        folder: holds one subfolder per version; this transport makes and removes them.
+        folder: one of this run's is made and removed in it.
+        owner: what tells this run from others that use ``folder``: its output folder.
         hf_config: content of the model's config.json.
         max_shard_bytes: of one safetensors file.
     """
 
     def __init__(
-        self, fleet: Fleet, context: SyncContext, *, folder: Path, hf_config: Mapping[str, Any], max_shard_bytes: int
+        self,
+        fleet: Fleet,
+        context: SyncContext,
+        *,
+        folder: Path,
+        owner: str,
+        hf_config: Mapping[str, Any],
+        max_shard_bytes: int,
     ) -> None:
         super().__init__(fleet, context)
-        self._folder = folder.absolute()
+        self._folder = TransferFolder(folder, run_id=context.labels.run, owner=owner)
         self._hf_config = hf_config
         self._max_shard_bytes = max_shard_bytes
 
     def close(self) -> None:
-        """Removes the folder."""
-        if self._context.leads:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """Removes what this run wrote."""
+        self._folder.close()
 
     def _send(
         self, named_tensors: Iterator[tuple[str, Tensor]], version: int, indices: Sequence[int]
     ) -> dict[int, str]:
-        target = self._path(version)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
+        self._folder.open()
+        target = self._folder.make_version(version)
         # not flushed to disk: the files live for a step, and a checkpoint holds what must survive
         self._write(target, named_tensors)
         refused = self._in_parallel(lambda index: self._load(index, version), indices)
         if len(refused) < len(indices):
-            for other in self._folder.iterdir():
-                if other != target:
-                    shutil.rmtree(other, ignore_errors=True)
+            self._folder.keep_only(version)
         return refused
 
     def _write(self, target: Path, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -80,12 +84,9 @@ class DiskSync(ServerSync):
 
     def _load(self, index: int, version: int) -> None:
         body = {
-            "model_path": str(self._path(version)),
+            "model_path": str(self._folder.version_path(version)),
             "weight_version": self._context.labels.unverified(version),
             "abort_all_requests": True,  # nothing of this run is under way while weights are transferred
             "flush_cache": True,
         }
         self._post(index, "/update_weights_from_disk", body)
-
-    def _path(self, version: int) -> Path:
-        return self._folder / f"version-{version}"

@@ -7,8 +7,10 @@ rank accepts a token of it. So a transfer that fails anywhere leaves a server ou
 mixture. One rank leads; the others take part in gathering the weights and are told the outcome. Where no server answers
 at all, the leader waits for one to come back.
 
-FP8 is made here, of whole tensors. A server that holds weights in another form than the one sent is an error: it would
+FP8 is made here, of whole tensors. A server that holds weights in another form than the one sent is refused: it would
 take them without a word, and on a GPU its checksums could not tell.
+
+A label names the run, too. What another run has given weights since is that run's server, and refused from then on.
 
 This file does NOT know how bytes travel: transports give ``_send`` and ``_resend``.
 """
@@ -63,12 +65,14 @@ class Untransferred(Exception):
     """A server that did not take the weights, verified; the message is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """How a server's weight version is spelled, before and after verification."""
+class Labels(Protocol):
+    """How a server's weight version is spelled; ``rollout.sglang_protocol.WeightLabels`` has it."""
 
-    verified: Callable[[int], str]
-    unverified: Callable[[int], str]
+    @property
+    def run(self) -> str: ...
+    def verified(self, version: int) -> str: ...
+    def unverified(self, version: int) -> str: ...
+    def is_foreign(self, label: Any) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +109,9 @@ class ServerSync:
         self._lock = threading.Lock()  # between publishing and restoring a restarted server
         self._published: Published | None = None
         self._tp_size: dict[int, int] = {}
-        self._device: dict[int, str] = {}
+        self._is_cpu: dict[int, bool] = {}
         self._released: set[int] = set()  # servers without their memory
+        self._owned: set[int] = set()  # servers that carried this run's label
         self._silent: set[int] = set()  # servers that gave no answer to the last call
 
     def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -145,7 +150,7 @@ class ServerSync:
                 if not self._carries(index, self._published):  # a publication may have reached it first
                     self._released.discard(index)
                     self._resend(index, self._published)
-            except (Untransferred, ValueError) as error:
+            except Untransferred as error:
                 raise RuntimeError(f"server {index}: {error}") from None
 
     def suspend(self) -> None:
@@ -300,25 +305,48 @@ class ServerSync:
             raise Untransferred(f"{path} answers {reply.status}: {reply.text}")
 
     def _learn(self, index: int) -> None:
-        """Notes the tensor-parallel size and the device of a server, which must answer. Raises as ``_check_form``."""
+        """Notes the tensor-parallel size and the device of a server; raises Untransferred where it is not fit."""
         table = self._get(index, "/server_info")
-        self._tp_size[index] = int(table.get("tp_size") or 1)
-        self._device[index] = str(table.get("device"))
-        if self._published is None or not self._carries(index, self._published):  # it was not checked before
-            self._check_form(index)
+        self._tp_size[index] = self._checked_tp_size(table.get("tp_size"))
+        self._is_cpu[index] = table.get("device") == "cpu"
+        label = self._get(index, "/model_info").get("weight_version")
+        self._check_owner(index, label)
+        if self._published is None or label != self._context.labels.verified(self._published.version):
+            self._check_form(index)  # it was not checked before
+
+    def _checked_tp_size(self, size: Any) -> int:
+        """Returns a server's tensor-parallel size; raises Untransferred for what no server of this model can have."""
+        heads = self._context.arch.num_heads
+        size = 1 if size is None else size
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= heads or heads % size:
+            raise Untransferred(f"it reports tp_size {_shown(size)}, which must divide the model's {heads} heads")
+        return size
+
+    def _check_owner(self, index: int, label: Any) -> None:
+        """Raises Untransferred for a server that this run gave weights and another one has taken since."""
+        if not self._context.labels.is_foreign(label):
+            return
+        if index not in self._owned:
+            _LOG.warning("server %d served %s, weights of another run; it is this run's now", index, label)
+            return
+        self._context.replace(index)  # a launched one is taken back, by a new process
+        raise Untransferred(
+            f"it serves {_shown(label)}, weights of another run (this one is {self._context.labels.run}): two runs "
+            "share a server; give each run servers of its own"
+        )
 
     def _check_form(self, index: int) -> None:
-        """Raises ValueError for a server whose weights are not in the form that it would be sent."""
+        """Raises Untransferred for a server whose weights are not in the form that it would be sent."""
         fp8 = holds_fp8(self._post(index, "/weights_checker", probe_of_fp8()).get("ranks"))
         if fp8 is None or fp8 == self._context.fp8:
             return
         where = f"server {index} of: {self._fleet.describe()}"
         if fp8:
-            raise ValueError(
+            raise Untransferred(
                 "rollout.quantization='none' sends weights as they are, but a server holds them in FP8; set "
                 f"rollout.quantization='fp8', or start it from an unquantised checkpoint ({where})"
             )
-        raise ValueError(
+        raise Untransferred(
             "rollout.quantization='fp8' needs servers that were started from an FP8 checkpoint, but one was not; start "
             "it from the folder that tools/convert_hf_to_fp8.py makes of model.path, or set "
             f"rollout.quantization='none' ({where})"
@@ -329,7 +357,7 @@ class ServerSync:
         size = self._tp_size[index]
         ranks = self._post(index, "/weights_checker", {"action": "checksum"}).get("ranks")
         expected = published.expected.result()[size]
-        is_our_hash = self._device[index] == "cpu"
+        is_our_hash = self._is_cpu[index]
         difference = first_difference(expected, ranks, names_only=not is_our_hash)
         if not difference and not is_our_hash:  # all that can be asked beside the names is that the servers agree
             difference = first_difference(published.agreed.setdefault(size, by_rank(ranks)), ranks)
@@ -339,7 +367,8 @@ class ServerSync:
         self._post(index, "/update_weight_version", {"new_version": label, "abort_all_requests": False})
         held = self._get(index, "/model_info").get("weight_version")
         if held != label:
-            raise Untransferred(f"it reports weight version {held!r} after {label!r} was set")
+            raise Untransferred(f"it reports weight version {_shown(held)} after {label!r} was set")
+        self._owned.add(index)
 
     def _carries(self, index: int, published: Published) -> bool:
         """Returns whether a server is labelled with the published version."""
@@ -352,6 +381,13 @@ class ServerSync:
 
     def _get(self, index: int, path: str) -> Mapping[str, Any]:
         return _checked(self._fleet.control(index, path), path)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value that a server reported for a message, short whatever it is."""
+    if isinstance(value, (str, int, float)):
+        return ascii(value)[:80]
+    return f"a {type(value).__name__}"
 
 
 def _checked(reply: ControlReply, path: str) -> Mapping[str, Any]:

@@ -117,9 +117,9 @@ def test_another_model_than_the_one_sent_is_refused(server: Rollouts) -> None:
 
 
 def test_a_weight_version_is_what_was_set(server: Rollouts) -> None:
-    body = {"new_version": "7-unverified", "abort_all_requests": False}
+    body = {"new_version": "aer-0123456789abcdef/7-unverified", "abort_all_requests": False}
     assert server.fleet.control(0, "/update_weight_version", body).json()["success"]
-    assert server.fleet.control(0, "/model_info").json()["weight_version"] == "7-unverified"
+    assert server.fleet.control(0, "/model_info").json()["weight_version"] == "aer-0123456789abcdef/7-unverified"
 
 
 def test_memory_is_released_and_taken_back(server: Rollouts) -> None:

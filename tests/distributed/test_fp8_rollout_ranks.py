@@ -16,14 +16,15 @@ from aer_megatron.convert.fp8_weights import iter_fp8_weights
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.agreement import exchange_json
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.rollout.sglang_protocol import WeightLabels
 from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.servers import Labels, SyncContext
+from aer_megatron.sync.servers import SyncContext
 from tests.support.fp8_models import fp8_tensors, save_fp8_model
 from tests.support.sglang_double import SGLangDouble
 from tests.support.spawn import run_distributed
 
 CPU = torch.device("cpu")
+RUN = "aer-0123456789abcdef"
 
 
 def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[st
         with ServerFleet(urls, options) as fleet:
             context = SyncContext(
                 arch=arch,
-                labels=Labels(version_label, unverified_label),
+                labels=WeightLabels(RUN),
                 timeout_s=20.0,
                 recovery_s=0.5,
                 leads=rank == 0,
@@ -61,7 +62,9 @@ def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[st
             )
             table = json.loads((Path(folder) / "config.json").read_text())
             shared = Path(folder).parent / "shared"
-            sync = DiskSync(fleet, context, folder=shared, hf_config=table, max_shard_bytes=10**6)
+            sync = DiskSync(
+                fleet, context, folder=shared, owner=str(shared), hf_config=table, max_shard_bytes=10**6
+            )
             sync.publish(stream(), 4)
             assert fleet.in_service() == [0]
             sync.close()
@@ -89,7 +92,7 @@ def test_two_ranks_give_the_blocks_of_the_whole_tensors(folder: Path) -> None:
     )
     with SGLangDouble(start) as server:
         seen = run_distributed(publish, 2, str(folder), [server.url])
-        assert server.weight_version == "4"
+        assert server.weight_version == f"{RUN}/4"
         for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight_scale_inv"):
             assert np.array_equal(server.weights[name].view(np.uint8).ravel(), bits(expected[name])), name
     (alone,) = run_distributed(publish, 1, str(folder), [])

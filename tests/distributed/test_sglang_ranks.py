@@ -12,14 +12,15 @@ import torch
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.rollout.sglang_protocol import WeightLabels
 from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.servers import Labels, SyncContext
+from aer_megatron.sync.servers import SyncContext
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import model_folder, weights
 from tests.support.spawn import run_distributed
 
 CPU = torch.device("cpu")
+RUN = "aer-0123456789abcdef"
 
 
 def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts: int | None) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
     with ServerFleet(urls, options) as fleet:
         context = SyncContext(
             arch=architecture_from_hf_config(hf_config),
-            labels=Labels(version_label, unverified_label),
+            labels=WeightLabels(RUN),
             timeout_s=10.0,
             recovery_s=0.5,
             leads=rank == 0,
@@ -39,8 +40,9 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
             max_unhashed_bytes=1250 * 10**6,
             fp8=False,
         )
+        shared = Path(folder).parent / "shared"
         sync = DiskSync(
-            fleet, context, folder=Path(folder).parent / "shared", hf_config=hf_config, max_shard_bytes=10**6
+            fleet, context, folder=shared, owner=str(shared), hf_config=hf_config, max_shard_bytes=10**6
         )
         if rank == 1 and distrusts is not None:
             fleet.servers[distrusts].comeback = "restart"

@@ -14,9 +14,7 @@ import asyncio
 import base64
 import hashlib
 import io
-import json
 import logging
-import math
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from aiohttp import web
 from numpy.typing import NDArray
 
 from tests.support.http_double import HttpDouble
+from tests.support.reply_faults import SpoiledReply, spoil
 from tests.support.served_weights import (
     NUMPY_DTYPES,
     AllowListed,
@@ -38,7 +37,7 @@ from tests.support.served_weights import (
     served_weights,
 )
 
-Fault = Literal["none", "slow", "500", "reset", "truncated", "hang", "wrong_version", "nan", "counts", "not_json"]
+Fault = Literal["none", "slow", "500", "reset", "truncated", "hang", "redirect", "aborted", SpoiledReply]
 _SLOW_S = 0.3
 _LOST = "model.layers.0.self_attn.o_proj.weight"
 _OUTSIDE = "update_weights_from_{} must run between begin_weight_update() and end_weight_update()"
@@ -185,7 +184,7 @@ class SGLangDouble(HttpDouble):
         if pause_s:
             await _until(running.aborted, pause_s)
         while reason is None:
-            if running.aborted.is_set():
+            if running.aborted.is_set() or fault == "aborted":
                 reason = {"type": "abort", "message": "Abort", "status_code": None, "err_type": None}
                 break
             if self._args[2]:
@@ -208,18 +207,11 @@ class SGLangDouble(HttpDouble):
         return {"text": "", "output_ids": output, "meta_info": meta}
 
     async def _spoiled(self, request: web.Request, reply: dict[str, Any], fault: Fault) -> web.StreamResponse:
-        meta = reply["meta_info"]
-        if fault == "nan":
-            meta["output_token_logprobs"][-1][0] = math.nan
-        elif fault == "counts":
-            meta["output_token_logprobs"].pop()
-        elif fault == "wrong_version":
-            meta["weight_versions"][0]["version"] = "99999"
-        raw = json.dumps(reply).encode()
-        if fault == "not_json":
-            raw = raw[: len(raw) // 2]
+        raw, encoding = spoil(reply, fault)
+        if fault == "redirect":
+            return web.Response(status=307, headers={"Location": "http://127.0.0.1:9/generate"})
         if fault != "truncated":
-            return web.Response(body=raw, content_type="application/json")
+            return web.Response(body=raw, headers={"Content-Type": "application/json"} | encoding)
         response = web.StreamResponse(headers={"Content-Length": str(len(raw))})
         await response.prepare(request)
         await response.write(raw[: len(raw) // 2])

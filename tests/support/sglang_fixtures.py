@@ -15,10 +15,10 @@ from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
 from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
-from aer_megatron.rollout.sglang_protocol import unverified_label, version_label
+from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
 from aer_megatron.sync.disk import DiskSync
 from aer_megatron.sync.distributed import DistributedSync
-from aer_megatron.sync.servers import Labels, ServerSync, SyncContext
+from aer_megatron.sync.servers import ServerSync, SyncContext
 from aer_megatron.sync.tensor import TensorSync
 from tests.support.policies import tiny_hf_model
 
@@ -34,6 +34,7 @@ class Rollouts(NamedTuple):
     fleet: ServerFleet
     sync: ServerSync
     replaced: list[int]
+    labels: WeightLabels
 
 
 def model_folder(folder: Path, *, seed: int = 0) -> Path:
@@ -75,6 +76,7 @@ def rollouts(
     } | limits
     transfer_timeout_s = chosen.pop("transfer_timeout_s")
     replaced: list[int] = []
+    labels = WeightLabels(new_run_id())
     with ExitStack() as stack:
         fleet = stack.enter_context(
             ServerFleet(
@@ -86,7 +88,7 @@ def rollouts(
         )
         context = SyncContext(
             arch=architecture_from_hf_config(hf_config),
-            labels=Labels(version_label, unverified_label),
+            labels=labels,
             timeout_s=transfer_timeout_s,
             recovery_s=chosen["recovery_timeout_s"],
             leads=True,
@@ -97,9 +99,11 @@ def rollouts(
         )
         sync = _transport(transport, fleet, context, folder.parent / "transfer", hf_config)
         stack.callback(sync.close)
-        engine = SGLangEngine(fleet, RequestLimits(**chosen), transfer=sync.transfer)
+        engine = SGLangEngine(
+            fleet, RequestLimits(**chosen), labels=labels, vocab_size=context.arch.vocab_size, transfer=sync.transfer
+        )
         torch.manual_seed(0)
-        yield Rollouts(engine, fleet, sync, replaced)
+        yield Rollouts(engine, fleet, sync, replaced, labels)
 
 
 def _transport(
@@ -109,4 +113,6 @@ def _transport(
         return DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=BUCKET_BYTES)
     if name == "tensor":
         return TensorSync(fleet, context, bucket_bytes=BUCKET_BYTES)
-    return DiskSync(fleet, context, folder=folder, hf_config=hf_config, max_shard_bytes=BUCKET_BYTES)
+    return DiskSync(
+        fleet, context, folder=folder, owner=str(folder), hf_config=hf_config, max_shard_bytes=BUCKET_BYTES
+    )

@@ -123,7 +123,7 @@ def test_a_killed_server_is_restored_before_it_serves_and_no_completion_is_lost(
         assert all(span.version == 5 for completion in completions for span in completion.policy_versions)
         # a later step finds it again: restarted, restored, verified
         assert wait_until(lambda: made.engine.generate(requests(8), OPTIONS) and made.fleet.in_service() == [0, 1], 60)
-        assert made.fleet.control(0, "/model_info").json()["weight_version"] == "5"
+        assert made.fleet.control(0, "/model_info").json()["weight_version"] == made.labels.verified(5)
         assert not set(victim) & set(processes_of(port_of(group.urls[0])))
 
 

@@ -53,6 +53,23 @@ def state(made: Rollouts, index: int = 0) -> tuple[bool, str, str]:
         ("nan", False, "restart", "log-probability 5 is nan"),
         ("counts", False, "restart", "5 log-probabilities came for 6 tokens"),
         ("not_json", False, "restart", "the body is not JSON"),
+        ("redirect", False, "transfer", "/generate answers 307"),
+        ("foreign_version", False, "transfer", "weights of another run"),
+        ("version_of_5000_digits", False, "restart", "never verified"),
+        ("beyond_vocabulary", False, "restart", "token 5 is 1000000, not an id of the 25"),
+        ("negative_id", False, "restart", "token 5 is -1"),
+        ("id_2_63", False, "restart", "token 5 is 9223372036854775808"),
+        ("id_true", False, "restart", "token 5 is True"),
+        ("logprob_beyond_fp32", False, "restart", "log-probability 5 is -1e+39"),
+        ("logprob_of_400_digits", False, "restart", "log-probability 5 is -1000"),
+        ("positive_logprob", False, "restart", "log-probability 5 is 0.5"),
+        ("short_length", False, "restart", "'length' after 2 of 6 tokens"),
+        ("number_of_5000_digits", False, "restart", "4300 digits"),
+        ("nested", False, "restart", "nested too deep"),
+        ("endless", False, "restart", "longer than the 68608 bytes"),
+        ("gzip_bomb", False, "restart", "encoding 'gzip', which was not asked for"),
+        ("list", False, "restart", "the reply has no meta_info"),
+        ("null", False, "restart", "the reply has no meta_info"),
     ],
 )
 def test_a_fault_of_one_server_costs_no_completion(
@@ -145,7 +162,7 @@ def test_a_step_waits_for_a_server_that_comes_back(pair: tuple[SGLangDouble, SGL
     with ExitStack() as stack:
         made = opened(stack, pair[:1], folder, recovery_timeout_s=20.0)
         pair[0].stop()
-        threading.Timer(0.3, pair[0].start_again, ["0"]).start()
+        threading.Timer(0.3, pair[0].start_again, [made.labels.verified(0)]).start()
         assert len(made.engine.generate(requests(8), OPTIONS)) == 8
 
 

@@ -256,6 +256,9 @@ class SglangSection(Section):
 class RewardSection(Section):
     num_workers: int = Field(1, ge=1, description="verifier processes per rank")
     timeout_s: float = Field(5.0, gt=0, description="hard limit for one answer; the worker is killed beyond it")
+    memory_mb: int = Field(
+        4096, ge=0, description="MiB of address space of a verifier process beyond its loaded verifiers; 0: unbounded"
+    )
 
 
 class EvalSection(Section):

@@ -42,6 +42,7 @@ from aer_megatron.report.training import (
     experience_metrics,
     training_metrics,
 )
+from aer_megatron.rewards.labels import bound_counts
 from aer_megatron.types import (
     Experience,
     Float32Array,
@@ -158,7 +159,7 @@ class Stages:
         rewards = np.concatenate([part.reward_B for part in rounds])
         return Collected(
             experience=result,
-            reasons=reasons,
+            reasons=bound_counts(reasons),
             reward_mean=float(rewards.mean()),
             num_dropped=sum(num_groups(part) for part in rounds) - num_groups(result),
             num_refills=len(rounds) - 1,

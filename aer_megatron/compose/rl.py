@@ -28,8 +28,8 @@ from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.report.writer import changed_options
-from aer_megatron.rewards.pool import VerifierPool
-from aer_megatron.rewards.registry import check_verifiers, is_built_in
+from aer_megatron.rewards.pool import VerifierPool, check_verifiers
+from aer_megatron.rewards.registry import is_built_in
 from aer_megatron.rewards.scoring import reason_counts, score_groups
 from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
@@ -164,7 +164,8 @@ def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSta
     """Returns collectors, verifier pool and weight sync around the engine; ``stack`` closes them."""
     rollout = config.rollout
     engine, weight_sync = build_engine(config, platform, stack)
-    pool = stack.enter_context(VerifierPool(config.rewards.num_workers, config.rewards.timeout_s))
+    rewards = config.rewards
+    pool = stack.enter_context(VerifierPool(rewards.num_workers, rewards.timeout_s, rewards.memory_mb))
 
     def collector(num_samples: int, temperature: float, stream: str) -> RolloutCollector:
         return RolloutCollector(

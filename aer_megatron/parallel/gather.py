@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,13 +25,12 @@ def gather_batch(
     """
     mine = pack_groups(groups)
     names = [field.name for field in dataclasses.fields(Experience)]
-    labels = np.frombuffer("\n".join(sorted(counts)).encode(), dtype=np.uint8)
-    numbers = np.array([counts[label] for label in sorted(counts)], dtype=np.int64)
-    of_ranks = all_gather_arrays([*(getattr(mine, name) for name in names), labels, numbers], device=device)
-    parts = [Experience(**dict(zip(names, arrays[:-2], strict=True))) for arrays in of_ranks]
+    labels = np.frombuffer(json.dumps(dict(counts)).encode(), dtype=np.uint8)
+    of_ranks = all_gather_arrays([*(getattr(mine, name) for name in names), labels], device=device)
+    parts = [Experience(**dict(zip(names, arrays[:-1], strict=True))) for arrays in of_ranks]
     total: dict[str, int] = {}
-    for *_, raw, row in of_ranks:
-        for label, number in zip(raw.tobytes().decode().split("\n"), row.tolist(), strict=True) if row.size else ():
+    for *_, raw in of_ranks:
+        for label, number in json.loads(raw.tobytes()).items():
             total[label] = total.get(label, 0) + number
     return join_experiences(parts), dict(sorted(total.items()))
 

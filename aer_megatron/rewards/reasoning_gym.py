@@ -24,7 +24,11 @@ class ReasoningGymVerifier:
 
     def __init__(self, name: str) -> None:
         from reasoning_gym import create_dataset
+        from reasoning_gym.factory import DATASETS
 
+        if name not in DATASETS:
+            known = ", ".join(sorted(DATASETS))
+            raise ValueError(f"verifier 'reasoning_gym:{name}' is unknown; reasoning-gym has {known}")
         self._create_dataset = create_dataset
         self._name = name
         self._datasets: dict[str, Any] = {}

@@ -12,14 +12,16 @@ This file does NOT start processes (rewards/pool.py).
 from __future__ import annotations
 
 import importlib
-import math as arithmetic
+import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from aer_megatron.rewards import math, reasoning_gym
 from aer_megatron.rewards.countdown import verify_countdown
+from aer_megatron.rewards.labels import error_label, to_label
+from aer_megatron.rewards.messages import MAX_REWARD
 from aer_megatron.types import Prompt, Verdict
 
 VerifyFunction = Callable[[str, Prompt], Any]
@@ -39,6 +41,11 @@ class Verifier:
     in_process: bool
     decide: VerifyFunction
     load: Callable[[float], VerifyFunction]
+
+    @property
+    def is_checked_in_worker(self) -> bool:
+        """Whether only a worker process can tell that it can be used: it imports what the name says."""
+        return ":" in self.name
 
 
 def find_verifier(name: str) -> Verifier:
@@ -73,16 +80,13 @@ def is_built_in(name: str) -> bool:
     return name in ("countdown", "math") or re.fullmatch(rf"{_REASONING_GYM}[a-z0-9_]+", name) is not None
 
 
-def check_verifiers(names: Iterable[str]) -> None:
-    """Raises where a verifier of ``names`` cannot be used: a typing error stops a run before its first step.
+def load_verifier(name: str, timeout_s: float) -> VerifyFunction:
+    """Returns the function of a verifier, ready to judge: what a worker process calls.
 
     Raises:
-        ValueError: a name is unknown or its function cannot be imported (with the reason).
+        ValueError: no verifier has that name, or what it names is no function of (text, prompt).
     """
-    for name in sorted(set(names)):
-        if find_verifier(name).in_process or name == "math" or name.startswith(_REASONING_GYM):
-            continue
-        _import_function(name)
+    return find_verifier(name).load(timeout_s)
 
 
 def to_verdict(result: Any) -> Verdict:
@@ -90,35 +94,46 @@ def to_verdict(result: Any) -> Verdict:
 
     Raises:
         TypeError: it is neither a Verdict nor a number.
-        ValueError: the reward is not finite.
+        ValueError: the reward is not finite or beyond 10^6.
     """
-    if isinstance(result, Verdict):
-        reward, reason = float(result.reward), str(result.reason)
-    elif isinstance(result, bool | int | float) or hasattr(result, "__float__"):
-        reward = float(result)
+    given, reason = (result.reward, result.reason) if isinstance(result, Verdict) else (result, None)
+    if isinstance(given, str | bytes) or not hasattr(given, "__float__"):
+        raise TypeError(f"a verifier must return Verdict, float or bool, not {_describe(result, given)}")
+    reward = float(given)
+    if not abs(reward) <= MAX_REWARD:  # also where it is no number
+        raise ValueError(f"a verifier returned the reward {reward}; it must be in [-{MAX_REWARD:g}, {MAX_REWARD:g}]")
+    if reason is None:
         reason = {1.0: "correct", 0.0: "wrong"}.get(reward, "scored")
-    else:
-        raise TypeError(f"a verifier must return Verdict, float or bool, not {type(result).__name__}")
-    if not arithmetic.isfinite(reward):
-        raise ValueError(f"a verifier returned the reward {reward}; it must be finite")
-    return Verdict(reward, reason)
+    return Verdict(reward, to_label(str(reason)))
+
+
+def _describe(result: Any, given: Any) -> str:
+    return f"a Verdict with a {type(given).__name__}" if isinstance(result, Verdict) else type(result).__name__
 
 
 def judge(verify: VerifyFunction, text: str, prompt: Prompt) -> Verdict | None:
     """Returns the verdict of ``verify`` (None: the case is left open); any error is a counted verdict."""
     verdict, error = attempt(lambda: _call(verify, text, prompt))
-    return verdict if error is None else Verdict(0.0, f"verifier_error:{type(error).__name__}")
+    return verdict if error is None else Verdict(0.0, error_label(error))
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
     """Returns (result, None), or (None, error) if ``function`` raises.
 
-    The sandbox edge: the one place of the project that catches every exception, because a verifier may be
-    anything.
+    The sandbox edge, with ``attempt_anything``: the one place of the project that catches every exception, because a
+    verifier may be anything.
     """
     try:
         return function(), None
     except Exception as error:
+        return None, error
+
+
+def attempt_anything(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """The same in a worker process, where also SystemExit and KeyboardInterrupt are only what a verifier raised."""
+    try:
+        return function(), None
+    except BaseException as error:
         return None, error
 
 
@@ -129,13 +144,29 @@ def _call(verify: VerifyFunction, text: str, prompt: Prompt) -> Verdict | None:
 
 def _import_function(name: str) -> VerifyFunction:
     module_name, _, function_name = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    function, error = attempt_anything(lambda: getattr(importlib.import_module(module_name), function_name))
+    if error is not None:
         raise ValueError(
-            f"verifier {name!r} cannot be imported: {error}; it must be 'package.module:function' on the "
-            f"Python path"
-        ) from None
-    if not callable(function):
-        raise ValueError(f"verifier {name!r} is not a function; it is called with (text, prompt)")
+            f"verifier {name!r} cannot be imported: {type(error).__name__}: {error}; it must be "
+            "'package.module:function' on the Python path"
+        ) from error
+    _check_function(name, function)
     return function  # type: ignore[no-any-return]
+
+
+def _check_function(name: str, function: Any) -> None:
+    """Raises ValueError unless ``function`` can be called with (text, prompt) and then answers."""
+    rule = "it is called with two positional arguments, (text, prompt), and returns a Verdict, a float or a bool"
+    if not callable(function) or inspect.isclass(function):
+        raise ValueError(f"verifier {name!r} is not a function but a {type(function).__name__}; {rule}")
+    bodies = (function, getattr(function, "__call__", None))  # noqa: B004 - a callable object's own code
+    if any(inspect.iscoroutinefunction(body) or inspect.isasyncgenfunction(body) for body in bodies):
+        raise ValueError(f"verifier {name!r} is an async function; {rule}: use 'def', with asyncio.run() inside")
+    if any(inspect.isgeneratorfunction(body) for body in bodies):
+        raise ValueError(f"verifier {name!r} is a generator function; {rule}: use 'return' instead of 'yield'")
+    signature, _ = attempt(lambda: inspect.signature(function))
+    if signature is None:
+        return  # some functions written in C do not tell
+    _, error = attempt(lambda: signature.bind("text", None))
+    if error is not None:
+        raise ValueError(f"verifier {name!r} has the arguments {signature} ({error}); {rule}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from aer_megatron.rewards.labels import bound_counts
 from aer_megatron.rewards.pool import Job, VerifierPool
 from aer_megatron.rewards.registry import find_verifier, judge
 from aer_megatron.types import RolloutGroup, ScoredGroup, Verdict
@@ -42,9 +43,9 @@ def score_groups(
 
 
 def reason_counts(scored: Iterable[ScoredGroup]) -> dict[str, int]:
-    """Returns how many verdicts have each reason, most frequent first.
+    """Returns how many verdicts have each reason, most frequent first; beyond 32 reasons the rest is "other".
 
     Example: ``{"wrong": 301, "correct": 180, "no_answer": 29, "timeout": 2}``
     """
     counts = Counter(verdict.reason for group in scored for verdict in group.verdicts)
-    return dict(counts.most_common())
+    return bound_counts(counts)

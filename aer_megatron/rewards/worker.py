@@ -1,71 +1,83 @@
-"""The program of one verifier process: load verifiers, judge one answer at a time, end with the trainer.
+"""The program of one verifier process: load verifiers, judge one answer at a time (messages: rewards/messages.py).
 
-Messages in: ``("load", name)``, ``("judge", name, text, prompt)``. Messages out: ``("loaded", name)``,
-``("failed", name, reason)``, ``("verdict", Verdict)``.
-
-This file does NOT limit the time of an answer from outside: rewards/pool.py kills a worker that overruns.
+This file does NOT limit the time of an answer: rewards/pool.py ends a worker that overruns. Nor does it end with the
+trainer by itself: rewards/guard.py sees to that.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import resource
 import signal
-import threading
-import time
-from multiprocessing.connection import Connection
+import socket
 from typing import Any
 
-from aer_megatron.rewards.registry import VerifyFunction, attempt, find_verifier, judge
-from aer_megatron.types import Verdict
+from aer_megatron.rewards.labels import error_label
+from aer_megatron.rewards.messages import Garbage, WorkerChannel, decode_prompt
+from aer_megatron.rewards.registry import VerifyFunction, attempt_anything, load_verifier, to_verdict
 
-_PARENT_POLL_S = 1.0
-_CPU_MARGIN_S = 5
+_CAUSE_LENGTH = 300
 
 
-def run_worker(file_descriptor: int, parent_pid: int, timeout_s: float) -> None:
-    """Answers messages on the inherited socket ``file_descriptor`` until it closes or the parent is gone."""
+def run_worker(descriptor: int, timeout_s: float, memory_mb: int) -> None:
+    """Answers messages on the inherited socket ``descriptor`` until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's business; it closes the socket
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # its timeouts are verdicts, not log lines
-    threading.Thread(target=_exit_with_parent, args=(parent_pid,), daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    own_pid = os.getpid()
     verifiers: dict[str, VerifyFunction] = {}
-    with Connection(file_descriptor) as connection:
+    with socket.socket(fileno=descriptor) as end:
+        channel = WorkerChannel(end)
         while True:
             try:
-                message = connection.recv()
-            except (EOFError, OSError):
+                message = channel.receive()
+            except (EOFError, OSError, Garbage):
                 return
-            connection.send(_answer(message, verifiers, timeout_s))
+            reply = _load(message["load"], verifiers, timeout_s) if "load" in message else _judge(message, verifiers)
+            if os.getpid() != own_pid:
+                os._exit(0)  # a verifier forked, and its child came back here: the answer is the parent's to give
+            if "load" in message:
+                _limit_memory(memory_mb)
+            try:
+                channel.send(reply)
+            except OSError:
+                return
 
 
-def _answer(
-    message: tuple[Any, ...], verifiers: dict[str, VerifyFunction], timeout_s: float
-) -> tuple[Any, ...]:
-    kind, name, *rest = message
-    if kind == "load":
-        function, error = attempt(lambda: find_verifier(name).load(timeout_s))
-        if error is not None:
-            return ("failed", name, f"{type(error).__name__}: {error}")
-        verifiers[name] = function
-        return ("loaded", name)
-    text, prompt = rest
-    _limit_cpu_time(timeout_s)
-    verdict = judge(verifiers[name], text, prompt)
-    return ("verdict", verdict or Verdict(0.0, "verifier_error:TypeError"))  # None is no answer here
+def _load(name: str, verifiers: dict[str, VerifyFunction], timeout_s: float) -> dict[str, Any]:
+    function, error = attempt_anything(lambda: load_verifier(name, timeout_s))
+    if error is not None:
+        return {"failed": name, "cause": str(error) if isinstance(error, ValueError) else _cause(error)}
+    verifiers[name] = function
+    return {"loaded": name}
 
 
-def _limit_cpu_time(timeout_s: float) -> None:
-    """Lets the kernel end this process if the parent dies during an answer that never returns to Python."""
-    cores = os.cpu_count() or 1
-    limit = math.ceil(time.process_time() + (timeout_s + _CPU_MARGIN_S) * cores)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    if hard == resource.RLIM_INFINITY or limit < hard:
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+def _judge(message: dict[str, Any], verifiers: dict[str, VerifyFunction]) -> dict[str, Any]:
+    number, prompt = message["number"], decode_prompt(message["prompt"])
+    verify = verifiers[message["judge"]]
+    verdict, error = attempt_anything(lambda: to_verdict(verify(message["text"], prompt)))
+    if error is not None:
+        return {"number": number, "reward": 0.0, "reason": error_label(error), "cause": _cause(error)}
+    return {"number": number, "reward": verdict.reward, "reason": verdict.reason}
 
 
-def _exit_with_parent(parent_pid: int) -> None:
-    while os.getppid() == parent_pid:
-        time.sleep(_PARENT_POLL_S)
-    os._exit(1)
+def _cause(error: BaseException) -> str:
+    """Returns what was raised, and where."""
+    text, failure = attempt_anything(lambda: f"{type(error).__name__}: {error}"[:_CAUSE_LENGTH])
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    place = "" if where is None else f" ({where.tb_frame.f_code.co_filename}, line {where.tb_lineno})"
+    return (text if failure is None else type(error).__name__) + place
+
+
+def _limit_memory(memory_mb: int) -> None:
+    """Bounds the address space at ``memory_mb`` MiB beyond what is held now, the loaded verifiers; 0 is no bound."""
+    if not memory_mb:
+        return
+    with open("/proc/self/statm", encoding="ascii") as file:
+        held = int(file.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = held + (memory_mb << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -54,7 +54,7 @@ def test_pool_verdicts_come_back_to_their_completions() -> None:
 def test_an_error_in_the_trainers_process_is_a_verdict_too() -> None:
     with VerifierPool(num_workers=1, timeout_s=1.0) as pool:
         scored = score_groups([group("no countdown problem", "", "countdown", ["1"])], decode, pool)
-    assert scored[0].verdicts == (Verdict(0.0, "verifier_error:ValueError"),)
+    assert scored[0].verdicts == (Verdict(0.0, "verifier_error_value_error"),)
 
 
 def test_unknown_verifier_is_an_error_not_a_zero() -> None:

@@ -171,19 +171,9 @@ class Actor:
         returns, is left out: weights, optimizer and ``num_updates`` stay as they are. ``minibatch`` is the only one of
         the updates that is made, all of them without it.
         """
-        experience = batch.experience
-        parts = minibatch_indices(experience.num_sequences, self._config.algo.num_minibatches, seed)
-
-        def updates() -> Iterator[Update]:
-            for index, indices in enumerate(parts):  # one by one: the selection sees the updates before its own
-                if minibatch not in (None, index):
-                    continue
-                bad = tuple(nonfinite_inputs(batch, indices))
-                selected_T = None if bad else self._select_tokens(batch, indices, seed=seed, moved=index > 0)
-                micros, loss = self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
-                yield Update(index, micros, loss, bad)
-
-        return self._updates.make(updates(), experience, report, always=POLICY_STATISTICS)
+        updates = self._all_updates(batch, seed=seed, entropy_gradient=entropy_gradient)
+        chosen = (update for update in updates if minibatch in (None, update.minibatch))
+        return self._updates.make(chosen, batch.experience, report, always=POLICY_STATISTICS)
 
     def train_supervised(self, batch: SupervisedBatch, *, report: Report = stop) -> StepStats:
         """Returns the sums of one supervised update over the response tokens; ``report`` as in ``train``."""
@@ -196,6 +186,15 @@ class Actor:
         indices = np.arange(batch.num_sequences, dtype=np.int64)
         update = Update(0, self._micro_batches(batch, indices), loss)
         return self._updates.make([update], batch, report, always=("supervised_loss",))
+
+    def _all_updates(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> Iterator[Update]:
+        """Yields the updates of a batch one by one: the selection of tokens sees the updates before its own."""
+        parts = minibatch_indices(batch.experience.num_sequences, self._config.algo.num_minibatches, seed)
+        for index, indices in enumerate(parts):
+            bad = tuple(nonfinite_inputs(batch, indices))
+            selected_T = None if bad else self._select_tokens(batch, indices, seed=seed, moved=index > 0)
+            micros, loss = self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
+            yield Update(index, micros, loss, bad)
 
     def _select_tokens(
         self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool

@@ -129,8 +129,9 @@ class Probe:
         for rank in of_ranks:
             for place, table in rank["first"]:
                 finding, where = finding_from_dict(table), (place[0], place[1])
-                if finding.kind not in first or where < first[finding.kind][0]:
-                    first[finding.kind] = (where, finding)
+                group = "activation" if finding.kind == "activation_input" else finding.kind
+                if group not in first or where < first[group][0]:
+                    first[group] = (where, finding)
         findings = [finding for _, finding in first.values()]
         known = {(finding.kind, finding.tensor, finding.owner) for finding in findings}
         listed = [finding_from_dict(table) for rank in of_ranks for table in rank["listed"]]
@@ -144,13 +145,13 @@ class Probe:
         self._calls[number] += 1
 
     def _forward(self, number: int, name: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        del module, inputs
+        del module
         index = self._calls[number]
+        for kind, tensors in (("activation_input", inputs), ("activation", output)):
+            for tensor in _tensors(tensors):
+                if not self._found.keys() & {"activation_input", "activation"}:
+                    self._look(kind, name, tensor.detach(), index, self._stage(number))
         for tensor in _tensors(output):
-            if not torch.is_floating_point(tensor):
-                continue
-            if "activation" not in self._found:
-                self._look("activation", name, tensor.detach(), index, self._stage(number))
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._output_gradient, number, name, index))
 
@@ -276,7 +277,7 @@ def _nonfinite_terms(result: LossOutput) -> tuple[str, list[str]]:
 
 def _tensors(output: Any) -> list[Tensor]:
     items = output if isinstance(output, tuple | list) else [output]
-    return [item for item in items if isinstance(item, Tensor)]
+    return [item for item in items if isinstance(item, Tensor) and torch.is_floating_point(item)]
 
 
 def _finite(tensor: Tensor) -> bool:

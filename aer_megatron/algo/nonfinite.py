@@ -88,6 +88,7 @@ class Finding:
 KINDS = {
     "input": "the batch's {}",
     "parameter": "the parameter {}",
+    "activation_input": "the input of {}",  # what is computed between two modules
     "activation": "the output of {}",
     "score": "the {}",
     "scored": "the batch's {}",  # inputs that a forward pass of the policy made
@@ -148,6 +149,8 @@ def nonfinite_inputs(batch: TrainBatch, indices_b: Int64Array) -> list[Finding]:
     for name, values in (of_sequences | of_tokens).items():
         if values is None:
             continue
+        with np.errstate(over="ignore"):
+            values = values if name == "reward_B" else values.astype(np.float32)  # as the loss reads them
         bad = ~np.isfinite(values) & (member_B if name in of_sequences else member_B[sequence_T])
         where = np.flatnonzero(bad)
         if not where.size:

@@ -14,6 +14,7 @@ from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
 from aer_megatron.compose.common import build_actor, checked_weights, held, open_reporter
 from aer_megatron.compose.engines import build_engine
+from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor, PromptSet
 from aer_megatron.data.sources import load_records
@@ -122,7 +123,7 @@ def _train(
         flight = _open_flight_recorder(config, platform, start.next_step, stack)
         parts = rollout_parts(config, platform, data, stack) | {
             "prompts": cursor,
-            "policy": actor,
+            "policy": GuardedPolicy(actor, config, platform),
             "ledger": ledger,
             "save": save,
             "flight": flight,

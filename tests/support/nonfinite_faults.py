@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from aer_megatron.algo.nonfinite import Diagnosis
@@ -17,6 +16,7 @@ from tests.support.policies import build_actor, fixed_batch, policy_config
 
 NAN_WEIGHT = "decoder.layers.1.mlp.linear_fc2.weight"
 NORM_WEIGHT = "decoder.layers.1.input_layernorm.weight"
+FIRST_MATRIX = "decoder.layers.1.mlp.linear_fc1.weight"
 SEQUENCE = 5  # of the batch; the one that a fault of a single sample hits
 
 
@@ -56,8 +56,16 @@ def plant_once(actor: Any, rank: int) -> None:
         calls.append(1)
         return gradient * math.nan if len(calls) == 1 else gradient
 
-    if rank == actor.topology.world_size - 1:
-        parameter_of(actor, NAN_WEIGHT).register_hook(hook)
+    parameter = parameter_of(actor, NAN_WEIGHT)
+    if parameter is not None and rank == actor.topology.world_size - 1:
+        parameter.register_hook(hook)
+
+
+def plant_overflow(actor: Any, rank: int) -> None:
+    """Finite weights whose product is beyond bf16, in one layer."""
+    parameter = parameter_of(actor, FIRST_MATRIX)
+    if parameter is not None:
+        parameter.data.mul_(1e30)
 
 
 def nan_advantage(batch: TrainBatch) -> TrainBatch:
@@ -70,6 +78,20 @@ def nan_rollout_logprob(batch: TrainBatch) -> TrainBatch:
     logprob_T = batch.experience.rollout_logprob_T.copy()
     logprob_T[int(batch.experience.response_length_B[:SEQUENCE].sum())] = math.nan
     return replace(batch, experience=replace(batch.experience, rollout_logprob_T=logprob_T))
+
+
+def nan_old_logprob(batch: TrainBatch) -> TrainBatch:
+    """A score that is NaN although the policy is well: the memory it lay in, say."""
+    logprob_T = batch.old_logprob_T.copy()
+    logprob_T[int(batch.experience.response_length_B[:SEQUENCE].sum())] = math.nan
+    return replace(batch, old_logprob_T=logprob_T)
+
+
+def giant_advantage(batch: TrainBatch) -> TrainBatch:
+    """Finite in float64, in which rewards are; infinite in float32, in which the loss is."""
+    advantage_B = batch.advantage_B.copy()
+    advantage_B[SEQUENCE] = 1e300
+    return replace(batch, advantage_B=advantage_B)
 
 
 def infinite_advantage_term(batch: TrainBatch) -> TrainBatch:
@@ -87,43 +109,52 @@ ACTOR_FAULTS: dict[str, Callable[[Any, int], None]] = {
     "inf gradient": plant_inf_gradient,
     "gradient of a copy": plant_gradient_of_a_copy,
     "once": plant_once,
+    "bf16 overflow": plant_overflow,
 }
 BATCH_FAULTS: dict[str, Callable[[TrainBatch], TrainBatch]] = {
     "nan advantage": nan_advantage,
     "nan rollout logprob": nan_rollout_logprob,
+    "nan old logprob": nan_old_logprob,
+    "giant advantage": giant_advantage,
     "overflow in the loss": infinite_advantage_term,
 }
 
 
-def update_with(fault: str, rank: int, layout: dict[str, Any], *, dtype: str = "fp32") -> dict[str, Any]:
+def update_with(fault: str, rank: int, layout: dict[str, Any]) -> dict[str, Any]:
     """Returns what one rank saw of an update with a fault: the diagnosis, and which tensors it moved."""
-    config = policy_config(parallel=layout, model={"dtype": dtype})
+    config = policy_config(parallel=layout, model={"dtype": "bf16" if fault == "bf16 overflow" else "fp32"})
     actor, batch = build_actor(config), fixed_batch()
     actor.train(batch, seed=0, entropy_gradient=True)  # a good one, so that there is an optimizer state to lose
-    plant = ACTOR_FAULTS.get(fault)
-    if plant is not None:
-        plant(actor, rank)
+    if fault in ACTOR_FAULTS:
+        ACTOR_FAULTS[fault](actor, rank)
     bad = BATCH_FAULTS[fault](batch) if fault in BATCH_FAULTS else batch
     before, heard = snapshot(actor), list[Diagnosis]()
     stats = actor.train(bad, seed=0, entropy_gradient=True, report=heard.append)
-    moved = [name for name in differences(before, snapshot(actor)) if not bool(before[name].isnan().any())]
+    after = snapshot(actor)
     result = {
-        "text": [diagnosis.text() for diagnosis in heard],
-        "findings": [finding for diagnosis in heard for finding in diagnosis.findings],
-        "moved": moved,
+        "diagnoses": heard,
+        "moved": differences(_bits(before), _bits(after)),
         "skipped": stats.updates_skipped,
         "num_updates": actor.num_updates,
-        "grad_norm": stats.grad_norm,
+        "sums": dict(stats.sums),
+        "stopped": _message_of(actor, bad) if fault != "once" else "",
     }
-    if fault in BATCH_FAULTS or fault == "once":  # the run goes on
+    if fault in BATCH_FAULTS or fault == "once":  # the run goes on as if the update had not been there
         result["after"] = actor.train(batch, seed=0, entropy_gradient=True).grad_norm
+        same = build_actor(config)
+        same.train(batch, seed=0, entropy_gradient=True)
+        result["expected_after"] = same.train(batch, seed=0, entropy_gradient=True).grad_norm
     return result
 
 
-def ranks_and_layouts() -> dict[str, dict[str, Any]]:
-    """Returns the two-rank layouts by name."""
-    return {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {}, "packed": {"tokens_per_micro_batch": 2048}}
+def _message_of(actor: Any, batch: TrainBatch) -> str:
+    try:
+        actor.train(batch, seed=0, entropy_gradient=True)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
-def is_finite(value: float) -> bool:
-    return bool(np.isfinite(value))
+def _bits(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """NaN differs from itself; its bits do not."""
+    return {name: value.contiguous().view(-1).view(torch.uint8) for name, value in tensors.items()}

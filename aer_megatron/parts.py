@@ -80,6 +80,15 @@ class Progress:
     pending: tuple[PendingBatch, ...] = ()
 
 
+class Saves(Protocol):
+    """Writes checkpoints, perhaps while training goes on; one that cannot be written is said and tried anew later."""
+
+    num_failed: int
+
+    def save(self, progress: Progress) -> None: ...
+    def finish(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What train.py chose for this run."""
@@ -93,7 +102,7 @@ class Parts:
     policy: Policy
     weight_sync: WeightSync
     ledger: DifficultyLedger
-    save: Callable[[Progress], None]
+    saves: Saves
     flight: FlightRecorder | None  # on one rank, where the run has a recorder
     reporter: StepReporter
     timer: PhaseTimer

@@ -267,8 +267,6 @@ class Stages:
         experience, algo = collected.experience, self.config.algo
         penalty_B = self._penalty(experience)
         shaping = {} if penalty_B is None else {Metric.REWARD_OVERLONG_PENALTY: float(penalty_B.mean())}
-        skips = self.config.run.on_nonfinite == "skip"
-        skipped = {Metric.TRAIN_UPDATES_SKIPPED: stats.updates_skipped} if skips else {}
         return (
             {
                 Metric.AER_COEFFICIENT: coefficient,
@@ -277,10 +275,10 @@ class Stages:
                 Metric.ROLLOUT_GROUPS_ABORTED: collected.num_aborted,
                 Metric.ROLLOUT_REFILLS: collected.num_refills,
                 Metric.DATA_PROMPTS_SKIPPED: collected.num_skipped,
+                Metric.CHECKPOINT_FAILED: self.parts.saves.num_failed,
             }
             | {reason_count(label): count for label, count in collected.reasons.items()}
             | shaping
-            | skipped
             | experience_metrics(experience)
             | engine_metrics(assessed.mismatch, assessed.staleness)
             | controller_metrics(decision, algo.entropy, assessed.observation, assessed.advantages)
@@ -289,11 +287,16 @@ class Stages:
         )
 
     def save(self, progress: Progress) -> None:
-        """Writes a checkpoint at checkpoint steps and after the last step."""
+        """Begins a checkpoint at checkpoint steps and after the last step; ``finish`` waits for it."""
         every, done = self.config.run.checkpoint_every, progress.next_step
         if done == self.config.run.num_steps or (every and done % every == 0):
             with self.parts.timer.phase("checkpoint"):
-                self.parts.save(progress)
+                self.parts.saves.save(progress)
+
+    def finish(self) -> None:
+        """Returns once the last checkpoint that was begun is on disk; raises RuntimeError where it cannot be."""
+        with self.parts.timer.phase("checkpoint"):
+            self.parts.saves.finish()
 
     def _launch(self, step: int, refill: int, num_groups: int, begin: Callable[[Generate], Generate]) -> Launch:
         resumed = None if refill else self._resumed.get(step)
@@ -326,8 +329,7 @@ class Stages:
     def _check_first(self, mismatch: Mismatch) -> None:
         """Refuses to train on a policy that is not the one that sampled: wrong weights, temperature or positions."""
         gate = self.config.rollout.logprob_gate
-        # what is not finite is named by the update that it would make (run.on_nonfinite)
-        if gate and mismatch.largest > gate:
+        if gate and not mismatch.largest <= gate:
             raise RuntimeError(
                 f"at step 0 the rollout engine and the trainer differ by {mismatch.largest:.3g} nats in a sampled "
                 f"token's log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy "

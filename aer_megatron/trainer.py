@@ -60,3 +60,4 @@ class Trainer:
                 | parts.timer.take(num_tokens=len(experience.token_ids_L))
             )
             stages.save(Progress(step + 1, policy_version, controller_state, parts.prompts.state_dict()))
+        stages.finish()

@@ -74,6 +74,7 @@ class AsyncTrainer:
                 stages.save(
                     Progress(step + 1, policy_version, controller_state, parts.prompts.state_dict(), pending)
                 )
+            stages.finish()
 
 
 def _beginner(worker: ThreadPoolExecutor) -> Callable[[Generate], Generate]:

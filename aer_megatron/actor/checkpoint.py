@@ -7,61 +7,58 @@
 Every rank writes and checks its own files, so the folder must be one that all ranks share. Whatever goes wrong on one
 rank is raised on all of them: no rank waits for another that has given up. Reasons: docs/adr/0003-checkpoints.md.
 
-This file does NOT know what the tensors are (checkpoint_tensors.py) nor what the caller's state means.
+This file does NOT know what the tensors are (checkpoint_tensors.py), how a save goes on once they are at hand
+(checkpoint_save.py), nor what the caller's state means.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import platform
-import re
-import shutil
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from aer_megatron.actor.actor import Actor
+from aer_megatron.actor.checkpoint_buffer import HostBuffer, TensorFile, tensor_file
+from aer_megatron.actor.checkpoint_folder import CheckpointFolder
 from aer_megatron.actor.checkpoint_manifest import (
     MANIFEST_NAME,
-    FileEntry,
     Manifest,
     check_file,
+    check_file_name,
     check_model,
-    file_entry,
+    is_sealed,
     manifest_from_json,
+    read_manifest_text,
 )
+from aer_megatron.actor.checkpoint_save import FAILURES, SaveJob, SavePlan, Writer, first_failure
 from aer_megatron.actor.checkpoint_tensors import (
     ActorTensors,
     actor_dtype,
     actor_layout,
     apply_actor_tensors,
-    model_file,
-    model_tensors,
-    optimizer_file,
-    optimizer_tensors,
+    files_of,
+    own_files,
     read_actor_tensors,
-    rng_file,
-    rng_tensors,
 )
 from aer_megatron.convert.architecture import ModelArchitecture, MoeArchitecture
-from aer_megatron.convert.hf_folder import flush_to_disk
-from aer_megatron.parallel.exchange import all_gather_ragged
+from aer_megatron.parallel.agreement import exchange_json
+from aer_megatron.parallel.mailbox import Mailbox
 from aer_megatron.parallel.topology import Topology
 
-_FINISHED = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"step_\d{8,}\.tmp-(new|old)")
+_LOG = logging.getLogger(__name__)
 _PACKAGES = ("aer-megatron", "torch", "megatron-core", "safetensors", "numpy")
-_FAILURES = (OSError, ValueError, RuntimeError, SafetensorError)
 
-Writer = Callable[[Path], None]
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are untouched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +92,12 @@ class CheckpointStore:
         """``device`` carries the ranks' agreement (that of the default process group); ``keep`` >= 1."""
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1: the newest checkpoint is always kept")
-        self._folder = folder
+        self._folder = CheckpointFolder(folder, keep)
         self._topology = topology
         self._device = device
-        self._keep = keep
+        self._buffer = HostBuffer(device)
+        self._mailbox: Mailbox | None = None
+        self._job: SaveJob | None = None
 
     def save(self, actor: Actor, *, step: int, state: Mapping[str, Any], files: Mapping[str, Writer]) -> Checkpoint:
         """Returns the checkpoint once all of it is on disk under its final name and older ones are pruned.
@@ -106,51 +105,103 @@ class CheckpointStore:
         ``state`` must survive JSON; ``files`` maps plain file names to functions that write them, called on rank 0.
 
         Raises:
-            RuntimeError: on every rank, where any of them could not write, or where the folder holds a later step (of
+            SaveError: on every rank, where any of them could not write, or where the folder holds a later step (of
                 another run); earlier checkpoints are untouched.
         """
-        for name in files:
-            if Path(name).name != name or name == MANIFEST_NAME or name.endswith(".safetensors"):
-                raise ValueError(f"a checkpoint file cannot be named {name!r}: use a plain name that no part has")
-        final = self._folder / f"step_{step:08d}"
-        fresh = self._folder / f"{final.name}.tmp-new"
-        state = json.loads(json.dumps(state))  # fails here rather than after minutes of writing
+        self.begin(actor, step=step, state=state, files=files, beside=False)
+        self.wait()
+        checkpoint = self.latest()
+        assert checkpoint is not None and checkpoint.step == step
+        return checkpoint
 
-        self._together(lambda: self._prepare(fresh, step), action=f"prepare {fresh}")
-        entries = self._together(lambda: self._write_parts(actor, fresh, files), action=f"write {fresh}")
-        manifest = Manifest(
-            step=step,
-            num_updates=actor.num_updates,
-            model=json.loads(json.dumps(asdict(actor.arch))),
-            dtype=actor_dtype(actor),
-            layout=actor_layout(actor),
-            versions={name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-            state=state,
-            files={name: FileEntry(**entry) for part in entries for name, entry in part.items()},
-        )
-        self._together(lambda: self._finish(manifest, fresh, final), action=f"finish {final}")
-        return Checkpoint(final, manifest)
+    def begin(
+        self, actor: Actor, *, step: int, state: Mapping[str, Any], files: Mapping[str, Writer], beside: bool
+    ) -> None:
+        """Begins a save, whose end ``wait`` awaits: on disk when it returns, or with ``beside`` soon after.
 
-    def latest(self) -> Checkpoint | None:
-        """Returns the newest finished checkpoint, the same on every rank, or None.
+        With ``beside`` it returns once the tensors are copied into a buffer of host memory, which is kept for the next
+        save; ``files``' functions are then called in a thread and must write what was true now.
 
         Raises:
-            ValueError: on every rank, where its manifest is cut short or not one.
+            SaveError: on every rank, where any of them has no room for it, or as in ``save``.
+            RuntimeError: the save before this one was not waited for.
+        """
+        if self._job is not None:
+            raise RuntimeError(f"the save of step {self._job.step} is under way: wait for it first")
+        for name in files:
+            check_file_name(name)
+            if name.endswith(".safetensors"):
+                raise ValueError(f"a checkpoint file cannot be named {name!r}: the parts have such names")
+        manifest = _begun_manifest(actor, step, json.loads(json.dumps(state)))
+        tensors = {name: tensor_file(part, of_file) for name, (part, of_file) in own_files(actor).items()}
+        plan = self._plan(manifest, tensors, beside)
+        self._mailbox = self._mailbox or Mailbox()
+        self._job = SaveJob(
+            plan,
+            self._folder,
+            self._mailbox,
+            self._buffer.copy(tensors) if beside else tensors,
+            files if self._topology.rank == 0 else {},
+            rank=self._topology.rank,
+        )
+        if beside:
+            self._job.start()
+        else:
+            self._job.run()
+
+    def wait(self) -> None:
+        """Returns once the checkpoint that was begun is on disk under its final name, at once where none was begun.
+
+        Raises:
+            SaveError: on every rank, where any of them could not write it.
+        """
+        job, self._job = self._job, None
+        failure = job.wait() if job is not None else None
+        if failure is not None:
+            raise SaveError(failure)
+
+    def give_up(self, timeout_s: float) -> None:
+        """Lets a save under way finish for at most ``timeout_s``: for a run that ends in an error. Raises nothing."""
+        job, self._job = self._job, None
+        failure = job.give_up(timeout_s) if job is not None else None
+        if failure is not None and self._topology.rank == 0:
+            _LOG.warning("%s", failure)
+
+    def newest(self) -> str:
+        """Returns the folder of the newest finished checkpoint, or "none", as this rank sees it."""
+        finished = self._folder.finished()
+        return str(finished[max(finished)]) if finished else "none"
+
+    def latest(self) -> Checkpoint | None:
+        """Returns the newest finished checkpoint, the same on every rank, or None; says what is not finished.
+
+        Raises:
+            ValueError: on every rank, where its manifest is cut short, changed or not one.
             RuntimeError: on every rank, where the folder cannot be read.
         """
 
         def look() -> dict[str, Any]:
-            finished = self._finished() if self._topology.rank == 0 else {}
-            if not finished:
+            if self._topology.rank != 0:
                 return {}
-            folder = finished[max(finished)]
-            return {"name": folder.name, "text": (folder / MANIFEST_NAME).read_text("utf-8", errors="replace")}
+            finished = self._folder.finished()
+            newest = max(finished, default=0)
+            for step, path in self._folder.unfinished().items():
+                if step > newest:
+                    _LOG.warning(
+                        "%s has no %s: not finished, going on from step %d", path.name, MANIFEST_NAME, newest
+                    )
+            return {"name": finished[newest].name, "text": read_manifest_text(finished[newest])} if finished else {}
 
-        found = self._together(look, action=f"read {self._folder}")[0]
+        found = self._together(look, action=f"read {self._folder.path}")[0]
         if not found:
             return None
-        folder = self._folder / found["name"]
-        return Checkpoint(folder, manifest_from_json(found["text"], folder / MANIFEST_NAME))
+        folder = self._folder.path / found["name"]
+        manifest = manifest_from_json(found["text"], folder / MANIFEST_NAME)
+        if self._topology.rank == 0 and not is_sealed(found["text"]):
+            _LOG.warning("%s is of an earlier version: its manifest has no digest, so no change of it is found", folder)
+        if folder.name != f"step_{manifest.step:08d}":
+            raise ValueError(f"{folder} is the checkpoint of step {manifest.step}; give it the name of that step again")
+        return Checkpoint(folder, manifest)
 
     def load(self, checkpoint: Checkpoint, actor: Actor) -> Mapping[str, Any]:
         """Returns the caller's state after putting weights, optimizer, RNG and update counter into ``actor``.
@@ -164,6 +215,9 @@ class CheckpointStore:
         """
         manifest, folder = checkpoint.manifest, checkpoint.folder
         check_model(manifest, asdict(actor.arch), actor_dtype(actor), folder)
+        unlisted = sorted(files_of(manifest.layout) - manifest.files.keys())
+        if unlisted:  # what the manifest does not list is not verified
+            raise ValueError(f"{folder}: the manifest lists no {unlisted[0]}, which its layout needs; restore it")
         read: list[ActorTensors] = []
 
         def verify() -> dict[str, Any]:
@@ -182,89 +236,49 @@ class CheckpointStore:
         apply_actor_tensors(actor, read[0], manifest.num_updates)
         return manifest.state
 
-    def remove_leftovers(self) -> None:
-        """Removes what killed saves left behind; ``save`` does so too. Waits for nobody."""
-        if self._topology.rank == 0 and self._folder.is_dir():
-            for path in sorted(self._folder.iterdir()):
-                if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+    def _plan(self, manifest: Manifest, tensors: Mapping[str, TensorFile], beside: bool) -> SavePlan:
+        """Returns the plan on which all ranks agree; its folder is made and, where needed, the host buffer."""
 
-    def _prepare(self, fresh: Path, step: int) -> dict[str, Any]:
-        if self._topology.rank != 0:
-            return {}
-        later = max(self._finished(), default=step)
-        if later > step:
-            # keeping the newest would delete this run's, and a resume would take the other run's
-            raise ValueError(f"{self._folder} holds step {later} of another run; move it away or set run.output_dir")
-        self.remove_leftovers()
-        fresh.mkdir(parents=True)
-        return {}
+        def measure() -> int:
+            if beside:
+                self._buffer.reserve(tensors)
+            return sum(file.num_bytes for file in tensors.values())
 
-    def _write_parts(self, actor: Actor, fresh: Path, files: Mapping[str, Writer]) -> dict[str, Any]:
-        """Writes this rank's files and returns their entries by file name."""
-        topology = self._topology
-        tp_rank, pp_rank, replica = topology.tp_rank, topology.pp_rank, topology.replica_rank
-        parts: list[tuple[str, str, Writer]] = [
-            ("model", model_file(tp_rank, pp_rank, topology.ep_rank), lambda p: save_file(model_tensors(actor), p)),
-            ("optimizer", optimizer_file(tp_rank, pp_rank, replica), lambda p: save_file(optimizer_tensors(actor), p)),
-            ("rng", rng_file(tp_rank, pp_rank, replica), lambda path: save_file(rng_tensors(), path)),
-            *(("file", name, writer) for name, writer in files.items()),
-        ]
-        entries = {}
-        for part, name, write in parts:
-            if (part == "model" and replica >= topology.ep) or (part == "file" and topology.rank != 0):
-                continue  # replicas hold the same weights; every rank holds the same files
-            write(fresh / name)
-            entries[name] = asdict(file_entry(fresh / name, part=part, rank=topology.rank))
-        return entries
+        def prepare() -> list[str]:
+            if self._topology.rank != 0:
+                return []
+            return [self._folder.prepare(manifest.step, num_bytes).name, secrets.token_hex(8)]
 
-    def _finish(self, manifest: Manifest, fresh: Path, final: Path) -> dict[str, Any]:
-        """Writes the manifest, renames the folder into place, and only then removes older checkpoints."""
-        if self._topology.rank != 0:
-            return {}
-        with (fresh / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        flush_to_disk(fresh)
-        if final.exists():
-            self._retire(final)
-        fresh.rename(final)
-        flush_to_disk(self._folder)
-        finished = self._finished()
-        for step in sorted(finished)[: -self._keep]:
-            self._retire(finished[step])
-        self.remove_leftovers()
-        return {}
-
-    def _retire(self, folder: Path) -> None:
-        """Takes a checkpoint out of sight in one rename, so that a half-deleted one never looks finished."""
-        folder.rename(folder.with_name(f"{folder.name}.tmp-old"))
-
-    def _finished(self) -> dict[int, Path]:
-        """Step -> folder of every checkpoint that has a manifest."""
-        paths = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
-        matches = [(path, _FINISHED.fullmatch(path.name)) for path in paths]
-        return {int(m.group(1)): path for path, m in matches if m and (path / MANIFEST_NAME).is_file()}
+        action = f"begin the checkpoint of step {manifest.step}"
+        num_bytes = sum(self._together(measure, action=action, error=SaveError))
+        name, token = self._together(prepare, action=action, error=SaveError)[0]
+        return SavePlan(self._folder.path / name, f"aer_megatron/checkpoint/{token}", num_bytes, manifest)
 
     def _together(
-        self, work: Callable[[], dict[str, Any]], *, action: str = "", error: type[Exception] = RuntimeError
-    ) -> list[dict[str, Any]]:
+        self, work: Callable[[], Any], *, action: str = "", error: type[Exception] = RuntimeError
+    ) -> list[Any]:
         """Returns every rank's result of ``work``, in rank order; raises ``error`` on all if it failed on any."""
         try:
             answer: dict[str, Any] = {"result": work()}
-        except _FAILURES as failure:
+        except FAILURES as failure:
             answer = {"failure": f"{failure}"}
-        packed = np.frombuffer(json.dumps(answer).encode(), dtype=np.uint8)
-        rows = all_gather_ragged(packed, device=self._device)
-        answers = [json.loads(row.tobytes()) for row in rows]
-        failures = [(rank, answer["failure"]) for rank, answer in enumerate(answers) if "failure" in answer]
-        if failures:
-            rank, message = failures[0]
-            what = f"cannot {action} (rank {rank}): " if action else ""
-            others = f" ({len(failures) - 1} more ranks failed)" if len(failures) > 1 else ""
-            raise error(f"{what}{message}{others}")
+        answers = exchange_json(answer, device=self._device)
+        first_failure(answers, f"cannot {action}" if action else "", error)
         return [answer["result"] for answer in answers]
+
+
+def _begun_manifest(actor: Actor, step: int, state: dict[str, Any]) -> Manifest:
+    """Returns the manifest of the actor as it is now, without files."""
+    return Manifest(
+        step=step,
+        num_updates=actor.num_updates,
+        model=json.loads(json.dumps(asdict(actor.arch))),
+        dtype=actor_dtype(actor),
+        layout=actor_layout(actor),
+        versions={name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        state=state,
+        files={},
+    )
 
 
 def _architecture(table: Mapping[str, Any]) -> ModelArchitecture:

@@ -100,34 +100,48 @@ def rng_file(tp_rank: int, pp_rank: int, replica_rank: int) -> str:
     return f"rng-tp{tp_rank:02d}-pp{pp_rank:02d}-dp{replica_rank:03d}.safetensors"
 
 
-def model_tensors(actor: Actor) -> dict[str, Tensor]:
-    """Returns CPU copies of this rank's shard of the model."""
+def own_files(actor: Actor) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """Returns file name -> (part, live tensors by name) of what this rank writes of the actor.
+
+    The tensors are those that training goes on to change: copy them before the next update.
+    """
+    topology = actor.topology
+    tp_rank, pp_rank, replica = topology.tp_rank, topology.pp_rank, topology.replica_rank
+    files = {
+        optimizer_file(tp_rank, pp_rank, replica): ("optimizer", _optimizer_tensors(actor)),
+        rng_file(tp_rank, pp_rank, replica): ("rng", rng_tensors()),
+    }
+    if replica < topology.ep:  # the other replicas hold the same weights
+        files[model_file(tp_rank, pp_rank, topology.ep_rank)] = ("model", _model_tensors(actor))
+    return files
+
+
+def _model_tensors(actor: Actor) -> dict[str, Tensor]:
     weights = {
-        f"{WEIGHT}/{name}": _cpu_copy(parameter)
+        f"{WEIGHT}/{name}": parameter.detach()
         for name, parameter in named_weights(actor.chunks)
         if actor.topology.ep_rank == 0 or is_expert(actor.arch, name)
     }
-    return weights | {f"{BUFFER}/{name}": _cpu_copy(buffer) for name, buffer in _named_buffers(actor.chunks)}
+    return weights | {f"{BUFFER}/{name}": buffer.detach() for name, buffer in _named_buffers(actor.chunks)}
 
 
-def optimizer_tensors(actor: Actor) -> dict[str, Tensor]:
-    """Returns CPU copies of the pieces that this rank's distributed optimizer owns."""
+def _optimizer_tensors(actor: Actor) -> dict[str, Tensor]:
     tensors = {}
     for piece in optimizer_pieces(actor):
         for state, tensor in piece.tensors().items():
             if state == _STEP or (state == MAIN and _is_view(tensor, piece.parameter)):
                 continue
-            tensors[f"{state}/{piece.name}@{piece.start}"] = _cpu_copy(tensor)
+            tensors[f"{state}/{piece.name}@{piece.start}"] = tensor.detach()
     return tensors
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """Returns this rank's random-number states: torch's, CUDA's and those of Megatron's tracker."""
+    """Returns copies of this rank's random-number states: torch's, CUDA's and those of Megatron's tracker."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     states = tensor_parallel.get_cuda_rng_tracker().get_states()
-    return tensors | {f"tracker/{name}": _cpu_copy(state) for name, state in states.items()}
+    return tensors | {f"tracker/{name}": state.detach().to("cpu", copy=True) for name, state in states.items()}
 
 
 def set_rng(tensors: Mapping[str, Tensor]) -> None:
@@ -138,6 +152,17 @@ def set_rng(tensors: Mapping[str, Tensor]) -> None:
     prefix = "tracker/"
     states = {key.removeprefix(prefix): state for key, state in tensors.items() if key.startswith(prefix)}
     tensor_parallel.get_cuda_rng_tracker().set_states(states)
+
+
+def files_of(written: Layout) -> set[str]:
+    """Returns the names of all files that ranks of a layout write of an actor: those that are opened to read it."""
+    names = set()
+    for tp_rank in range(written.tp):
+        for pp_rank in range(written.pp):
+            names |= {model_file(tp_rank, pp_rank, ep_rank) for ep_rank in range(written.ep)}
+            for replica in range(written.dp * written.cp):
+                names |= {optimizer_file(tp_rank, pp_rank, replica), rng_file(tp_rank, pp_rank, replica)}
+    return names
 
 
 def read_actor_tensors(actor: Actor, folder: Path, written: Layout, arch: ModelArchitecture) -> ActorTensors:
@@ -347,7 +372,3 @@ def _allocate_moments(optimizer: Any, step: int) -> None:
 
 def _is_view(main: Tensor, parameter: Tensor) -> bool:
     return main.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-
-
-def _cpu_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()

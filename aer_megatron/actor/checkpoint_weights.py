@@ -13,7 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aer_megatron.actor.checkpoint_manifest import MANIFEST_NAME, Manifest, check_file, manifest_from_json
+from aer_megatron.actor.checkpoint_manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    check_file,
+    manifest_from_json,
+    read_manifest_text,
+)
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import find_row, hf_names, shards_to_hf
 from aer_megatron.convert.stream import all_names
@@ -38,7 +44,9 @@ class RunCheckpoint:
         file = path / MANIFEST_NAME
         if not file.is_file():
             raise ValueError(f"{path} holds no {MANIFEST_NAME}; give a step_* folder of a run")
-        self.manifest: Manifest = manifest_from_json(file.read_text(encoding="utf-8", errors="replace"), file)
+        self.manifest: Manifest = manifest_from_json(read_manifest_text(path), file)
+        if self.manifest.dtype not in _DTYPES:
+            raise ValueError(f"{file}: dtype={self.manifest.dtype[:80]!r} is none of {', '.join(_DTYPES)}")
         self._holders: dict[str, list[Path]] = {}  # weight -> its files, by tensor-parallel rank
         for name, entry in sorted(self.manifest.files.items()):
             if entry.part != "model":

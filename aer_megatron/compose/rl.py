@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron._C import DifficultyLedger
+from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
 from aer_megatron.compose.common import build_actor, checked_weights, held, open_reporter
 from aer_megatron.compose.engines import build_engine
-from aer_megatron.compose.incidents import GuardedPolicy
+from aer_megatron.compose.saves import RunSaves
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor, PromptSet
 from aer_megatron.data.sources import load_records
@@ -109,23 +110,16 @@ def _train(
     if config.algo.kl_coefficient:  # also on resume: the reference is the policy that the run began with
         actor.hold_reference(checked_weights(config.model.path))
 
-    def save(progress: Progress) -> None:
-        store.save(
-            actor,
-            step=progress.next_step,
-            state=_progress_table(progress),
-            files={"ledger": lambda path: ledger.save(str(path))},
-        )
-
     timer = PhaseTimer(on_phase=watchdog.enter_phase, first_step=start.next_step)
     with ExitStack() as stack:
+        saves = stack.enter_context(_saves(config, platform, store, actor, ledger))
         reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
         flight = _open_flight_recorder(config, platform, start.next_step, stack)
         parts = rollout_parts(config, platform, data, stack) | {
             "prompts": cursor,
-            "policy": GuardedPolicy(actor, config, platform),
+            "policy": actor,
             "ledger": ledger,
-            "save": save,
+            "saves": saves,
             "flight": flight,
             "reporter": reporter,
             "timer": timer,
@@ -202,6 +196,20 @@ def _open_flight_recorder(config: Config, platform: Platform, start_step: int, s
     return writer if config.report.flight_recorder else None
 
 
+def _saves(
+    config: Config, platform: Platform, store: CheckpointStore, actor: Actor, ledger: DifficultyLedger
+) -> RunSaves:
+    def files() -> dict[str, Callable[[Path], None]]:
+        if platform.rank != 0:
+            return {}
+        now = DifficultyLedger(ledger.decay, len(ledger))  # the run's own goes on counting while this one is written
+        now.merge(ledger)
+        return {"ledger": lambda path: now.save(str(path))}
+
+    beside = config.run.async_checkpoint
+    return RunSaves(store, actor, _progress_table, files, beside=beside, speaks=platform.rank == 0)
+
+
 def _progress_table(progress: Progress) -> dict[str, Any]:
     return {
         "next_step": progress.next_step,
@@ -213,14 +221,19 @@ def _progress_table(progress: Progress) -> dict[str, Any]:
 
 
 def _progress_from(table: Mapping[str, Any]) -> Progress:
-    return Progress(
-        next_step=table["next_step"],
-        policy_version=table["policy_version"],
-        controller_state=controller.state_from_dict(table["controller"]),
-        cursor=table["cursor"],
-        # a checkpoint of before generation could run ahead has none
-        pending=tuple(
-            PendingBatch(batch["step"], tuple(batch["prompt_ids"]), batch["num_skipped"])
-            for batch in table.get("pending", ())
-        ),
-    )
+    try:
+        return Progress(
+            next_step=table["next_step"],
+            policy_version=table["policy_version"],
+            controller_state=controller.state_from_dict(table["controller"]),
+            cursor=table["cursor"],
+            # a checkpoint of before generation could run ahead has none
+            pending=tuple(
+                PendingBatch(batch["step"], tuple(batch["prompt_ids"]), batch["num_skipped"])
+                for batch in table.get("pending", ())
+            ),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the checkpoint's state is of another kind of run ({error!r}); start a new run.output_dir"
+        ) from None

@@ -28,12 +28,15 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
-# the dtypes of models that are trained on: FP8 values are nothing without their scales
-TORCH_DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items() if dtype is not torch.float8_e4m3fn}
+# the dtypes of models that are trained on: quantized values are nothing without their scales
+TORCH_DTYPE_OF = {name: dtype for dtype, name in _DTYPES.items() if not name.startswith(("F8", "I8", "I16"))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +110,30 @@ class SafetensorsWriter:
             (self._work / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _start(self, file_name: str, names: list[str]) -> None:
-        table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            spec = self._specs[name]
-            if spec.dtype not in _DTYPES:
-                raise ValueError(f"{name}: safetensors files hold no {spec.dtype}")
-            start, end = end, end + spec.num_bytes
-            table[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-        text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        header = safetensors_header({name: self._specs[name] for name in names})
         file = self._stack.enter_context((self._work / file_name).open("wb"))
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
+        place = len(header)
         for name in names:
-            self._places[name] = (file, 8 + len(text) + table[name]["data_offsets"][0])
+            self._places[name] = (file, place)
+            place += self._specs[name].num_bytes
+
+
+def safetensors_header(specs: Mapping[str, TensorSpec]) -> bytes:
+    """Returns what a safetensors file of these tensors, one after the other in this order, begins with.
+
+    Raises ValueError for a dtype that safetensors does not have.
+    """
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        if spec.dtype not in _DTYPES:
+            raise ValueError(f"{name}: safetensors files hold no {spec.dtype}")
+        start, end = end, end + spec.num_bytes
+        table[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

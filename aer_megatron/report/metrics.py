@@ -101,11 +101,6 @@ class Metric(StrEnum):
         "1",
         "global gradient norm before clipping, mean over the mini-batches",
     )
-    TRAIN_UPDATES_SKIPPED = (
-        "train/updates_skipped",
-        "updates",
-        "optimizer updates of the step left out because they were not finite (run.on_nonfinite = skip)",
-    )
     TRAIN_LR = "train/lr", "1", "learning rate of the last optimizer step"
     TRAIN_CLIP_LOW = "train/clip_low", "share", "response tokens whose ratio was cut below 1 - clip_low"
     TRAIN_CLIP_HIGH = "train/clip_high", "share", "response tokens whose ratio was cut above 1 + clip_high"
@@ -167,6 +162,12 @@ class Metric(StrEnum):
         "bad records skipped so far (on_bad_record = skip)",
     )
 
+    CHECKPOINT_FAILED = (
+        "checkpoint/failed",
+        "checkpoints",
+        "checkpoints that this launch could not write so far; it warns and tries again with the next",
+    )
+
     EVAL_RESPONSE_LENGTH_MEAN = (
         "eval/response_length_mean",
         "tokens",
@@ -180,7 +181,7 @@ class Metric(StrEnum):
     TIME_TRAIN = "time/train_s", "s", "forward-backward passes and optimizer steps"
     TIME_SYNC = "time/sync_s", "s", "weights from trainer to rollout engine"
     TIME_EVAL = "time/eval_s", "s", "evaluation"
-    TIME_CHECKPOINT = "time/checkpoint_s", "s", "checkpoint written since the previous line"
+    TIME_CHECKPOINT = "time/checkpoint_s", "s", "what training waited for a checkpoint since the previous line"
     TIME_TOKENS_PER_S = (
         "time/tokens_per_s",
         "tokens/s",

@@ -15,17 +15,12 @@ Role = Literal["launcher", "rank", "verifier", "guard", "server", "other"]
 
 @dataclass(frozen=True, slots=True)
 class RunProcess:
-    """One process below a launcher.
-
-    ``rank`` is the training rank that it is or belongs to, ``guard`` the pid of the guard that started its server; -1
-    where there is none.
-    """
+    """One process below a launcher. ``rank`` is the training rank that it is, or belongs to; -1 where none."""
 
     pid: int
     role: Role
     rank: int
     command: str
-    guard: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +76,6 @@ def end_all(processes: Sequence[RunProcess], *, wait_s: float) -> list[str]:
     return [f"{process.role} {process.rank}" for process in left]
 
 
-def servers_below(pid: int) -> list[list[int]]:
-    """Returns the processes of every SGLang server started by ``pid`` or below it, each server's main one first."""
-    own = run_processes(pid)
-    servers = ([item.pid for item in own if item.role == "server" and item.guard == guard.pid] for guard in own)
-    return [server for server in servers if server]
-
-
 def held_by(pid: int) -> Held | None:
     """Returns what a process holds; None where it is gone."""
     try:
@@ -116,7 +104,7 @@ def is_running(pid: int) -> bool:
 
 def _classify(pid: int, command: str, parent: RunProcess, launcher: int) -> RunProcess:
     role: Role = "other"
-    rank, guard = parent.rank, parent.pid if parent.role == "guard" else parent.guard
+    rank = parent.rank
     if pid == launcher:
         role = "launcher"
     elif "aer_megatron.rewards.worker" in command:
@@ -127,7 +115,7 @@ def _classify(pid: int, command: str, parent: RunProcess, launcher: int) -> RunP
         role = "server"
     elif "aer_megatron.train" in command and parent.role == "launcher":
         role, rank = "rank", _rank(pid)
-    return RunProcess(pid, role, rank, command, guard)
+    return RunProcess(pid, role, rank, command)
 
 
 def _rank(pid: int) -> int:

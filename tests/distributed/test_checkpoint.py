@@ -232,17 +232,17 @@ def _failing_saves(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _save_on_broken_disk(store: Any, actor: Any, *, broken: bool) -> None:
-    from aer_megatron.actor import checkpoint
+    from aer_megatron.actor import checkpoint_buffer
 
-    def failing(tensors: Any, path: Path) -> None:
+    def failing(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
-    working = checkpoint.save_file
-    checkpoint.save_file = failing if broken else working  # type: ignore[assignment]
+    working = checkpoint_buffer.new_file
+    checkpoint_buffer.new_file = failing if broken else working  # type: ignore[assignment]
     try:
         store.save(actor, step=4, state={}, files={})
     finally:
-        checkpoint.save_file = working
+        checkpoint_buffer.new_file = working
 
 
 def _one_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
@@ -368,8 +368,8 @@ def test_failed_save_keeps_the_checkpoint_before_it(two_ranks: list[dict[str, An
         failing = rank["failing"]
         assert failing["empty"] is None
         assert failing["kept"] == ["step_00000002", "step_00000003"]
-        assert failing["file"].startswith("RuntimeError: cannot write") and "(rank 0)" in failing["file"]
-        assert failing["tensors"].startswith("RuntimeError: cannot write") and "(rank 1)" in failing["tensors"]
+        assert failing["file"].startswith("SaveError: cannot write") and "(rank 0)" in failing["file"]
+        assert failing["tensors"].startswith("SaveError: cannot write") and "(rank 1)" in failing["tensors"]
         assert "No space left" in failing["file"] and "No space left" in failing["tensors"]
         assert failing["latest"] == {"step": 3}
         assert "holds step 3 of another run" in failing["earlier"]

@@ -25,6 +25,7 @@ from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.stages import Assessment, Stages
 from aer_megatron.trainer import Trainer
 from aer_megatron.types import Experience, Float64Array, PolicyScores, Prompt
+from tests.support.diary_of_saves import Diary
 from tests.support.policies import VOCAB_SIZE, build_actor, policy_config
 from tests.support.spawn import run_distributed
 
@@ -179,7 +180,7 @@ def run_layout(layout: Layout, stages_class: type[WatchedStages]) -> list[Step]:
         policy=policy,
         weight_sync=fixed,
         ledger=DifficultyLedger(config.algo.ledger.decay, NUM_PROMPTS),
-        save=saved.append,
+        saves=Diary(saved),
         flight=None,
         reporter=NullReporter(),
         timer=PhaseTimer(),

@@ -18,6 +18,7 @@ from aer_megatron.actor.checkpoint_manifest import (
     check_model,
     file_entry,
     manifest_from_json,
+    read_manifest_text,
 )
 
 LAYOUT = Layout(tp=2, pp=1, dp=1, padded_vocab=26, num_padding_groups=0, transformer_engine=False)
@@ -30,7 +31,7 @@ MANIFEST = Manifest(
     layout=LAYOUT,
     versions={"torch": "2.13.0"},
     state={"controller": {"alpha": 0.1 + 0.2, "initial_entropy": None}, "cursor": {"epoch": 1}},
-    files={"ledger": FileEntry(part="file", rank=0, num_bytes=3, sha256="ab")},
+    files={"ledger": FileEntry(part="file", rank=0, num_bytes=3, sha256="ab" * 32)},
 )
 
 
@@ -39,6 +40,120 @@ def _written(folder: Path, content: bytes = b"weights") -> tuple[Path, FileEntry
     path.parent.mkdir()
     path.write_bytes(content)
     return path, file_entry(path, part="model", rank=1)
+
+
+def sealed(without: str = "", **changes: Any) -> str:
+    """The manifest's text with some of its fields changed, and a digest that fits: made on purpose, not by a fault."""
+    table = json.loads(MANIFEST.to_json()) | changes
+    table = {name: value for name, value in table.items() if name not in (without, "sha256")}
+    text = json.dumps(table, indent=1).removesuffix("\n}")
+    return f'{text},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"files": {"ledger": {"part": "file", "rank": 0, "num_bytes": 3, "sha256": "ab" * 32} | changes}}
+
+
+def layout(**changes: Any) -> dict[str, Any]:
+    return {"layout": dataclasses.asdict(LAYOUT) | changes}
+
+
+def test_every_flipped_bit_is_found() -> None:
+    whole = MANIFEST.to_json().encode()
+    for place in range(len(whole)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            with pytest.raises(ValueError, match="manifest"):
+                manifest_from_json(damaged.decode("latin-1"), Path("step_00000050/manifest.json"))
+
+
+def test_a_changed_manifest_says_so_with_the_remedy() -> None:
+    text = MANIFEST.to_json().replace('"num_updates": 100', '"num_updates": 101')
+    with pytest.raises(ValueError, match=r"manifest\.json has changed since it was .* remove the folder step_000"):
+        manifest_from_json(text, Path("step_00000050/manifest.json"))
+
+
+@pytest.mark.parametrize("change", ["cut", "extended", "version"])
+def test_a_manifest_without_its_digest_is_refused(change: str) -> None:
+    text = MANIFEST.to_json()
+    table = json.loads(text)
+    del table["sha256"]
+    changed = {
+        "cut": json.dumps(table, indent=1),
+        "extended": text + " ",
+        "version": json.dumps(json.loads(text) | {"format_version": 1}, indent=1),
+    }
+    with pytest.raises(ValueError, match="not a complete checkpoint manifest"):
+        manifest_from_json(changed[change], Path("step_00000050/manifest.json"))
+
+
+def test_a_manifest_of_the_first_format_is_read() -> None:
+    table = json.loads(MANIFEST.to_json()) | {"format_version": 1}
+    del table["sha256"]
+    assert manifest_from_json(json.dumps(table, indent=1) + "\n", Path("manifest.json")) == MANIFEST
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "a/b", "a\\b", "..", ".", "", ".hidden", "a\nb", "a\x00b", "ü", "a" * 300,
+     "-rf", "manifest.json", "C:x"],
+)  # fmt: skip
+def test_a_file_outside_of_the_folder_is_refused_before_it_is_opened(name: str) -> None:
+    table = {"files": {name: entry()["files"]["ledger"]}}
+    with pytest.raises(ValueError, match="cannot be named"):
+        manifest_from_json(sealed(**table), Path("step_00000050/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (entry(num_bytes=-1), "num_bytes='-1' is not a whole number"),
+        (entry(num_bytes=True), "num_bytes='True' is not a whole number"),
+        (entry(num_bytes=1.0), "num_bytes='1.0' is not a whole number"),
+        (entry(num_bytes="3"), "is not a whole number"),
+        (entry(num_bytes=1 << 63), "num_bytes="),
+        (entry(rank=True), "rank='True' is not a whole number"),
+        (entry(rank=-1), "rank='-1'"),
+        (entry(rank=10**9), "rank=1000000000"),
+        (entry(sha256="AB" * 32), "is no SHA-256"),
+        (entry(sha256=None), "sha256 is of type NoneType"),
+        (entry(part="pickle"), "is of part 'pickle'"),
+        (entry(part=["model"]), "is of part"),
+        (entry(more=1), "unexpected keyword"),
+        ({"files": []}, "files is of type list"),
+        ({"files": {"ledger": 3}}, "ledger is of type int"),
+        (layout(tp=0), "layout.tp=0"),
+        (layout(tp=True), "layout.tp='True'"),
+        (layout(dp=10**9), "ranks"),
+        (layout(transformer_engine=1), "layout.transformer_engine is of type int"),
+        ({"layout": None}, "layout is of type NoneType"),
+        ({"step": True}, "step='True'"),
+        ({"step": -1}, "step='-1'"),
+        ({"num_updates": 1.5}, "num_updates='1.5'"),
+        ({"state": []}, "state is of type list"),
+        ({"model": "x"}, "model is of type str"),
+        ({"dtype": 3}, "dtype is of type int"),
+        ({"format_version": True}, "format_version=True"),
+        ({"surplus": 1}, "surplus"),
+    ],
+)
+def test_what_no_checkpoint_says_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        manifest_from_json(sealed(**changes), Path("step_00000050/manifest.json"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", "\ud800", "null", "NaN"])
+def test_hostile_json_is_no_manifest(text: str) -> None:
+    with pytest.raises(ValueError, match="not a complete checkpoint manifest"):
+        manifest_from_json(text, Path("step_00000050/manifest.json"))
+
+
+def test_a_manifest_of_any_size_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "manifest.json").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(ValueError, match="more than 67108864 bytes"):
+        read_manifest_text(tmp_path)
 
 
 def test_manifest_comes_back_from_its_text() -> None:
@@ -59,16 +174,13 @@ def test_other_json_is_not_a_manifest(text: str) -> None:
 
 
 def test_missing_field_is_named() -> None:
-    table = json.loads(MANIFEST.to_json())
-    del table["num_updates"]
     with pytest.raises(ValueError, match="num_updates"):
-        manifest_from_json(json.dumps(table), Path("manifest.json"))
+        manifest_from_json(sealed(without="num_updates"), Path("manifest.json"))
 
 
 def test_other_format_version_is_refused() -> None:
-    table = json.loads(MANIFEST.to_json()) | {"format_version": 7}
-    with pytest.raises(ValueError, match="format_version=7, this program reads 1"):
-        manifest_from_json(json.dumps(table), Path("manifest.json"))
+    with pytest.raises(ValueError, match="format_version=7, this program reads 2"):
+        manifest_from_json(sealed(format_version=7), Path("manifest.json"))
 
 
 def test_entry_has_the_size_and_digest_of_the_file(tmp_path: Path) -> None:

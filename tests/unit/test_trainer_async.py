@@ -29,6 +29,7 @@ from aer_megatron.types import (
     Verdict,
     VersionSpan,
 )
+from tests.support.diary_of_saves import Diary
 
 NUM_STEPS, NUM_PROMPTS, GROUP_SIZE = 6, 3, 2
 TIMEOUT_S = 20.0
@@ -137,7 +138,7 @@ def run(world: World, config: Config, start: Progress | None = None) -> list[Pro
         policy=anything,
         weight_sync=world,
         ledger=DifficultyLedger(0.9, 16),
-        save=saved.append,
+        saves=Diary(saved),
         flight=None,
         reporter=anything,
         timer=PhaseTimer(),

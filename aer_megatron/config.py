@@ -66,6 +66,17 @@ class RunSection(Section):
     hang_timeout_s: float = Field(
         1800.0, ge=0, description="a rank that stays longer in one phase or call ends the run, saying where; 0 = off"
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="an update whose loss or gradient is not finite ends the run, or is left out; never applied"
+    )
+    max_skipped_updates: int = Field(3, ge=0, description="updates left out in a row beyond which the run ends anyway")
+    keep_reproducers: int = Field(
+        2, ge=0, description="newest updates kept in output_dir/nonfinite for aer replay-batch; 0 = none"
+    )
+    reproducer_gb: float = Field(
+        20.0, ge=0, description="weights of a kept update up to this size are kept with it, GB (10^9 bytes)"
+    )
+    record_batch: int = Field(-1, ge=-1, description="keep this step's batch in output_dir/recorded too; -1 = none")
 
 
 class ModelSection(Section):

@@ -46,7 +46,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         ValueError: the file is missing or malformed, a key is unknown (the nearest one is named) or a value is of the
             wrong type or out of its range; the message starts with the dotted option.
     """
-    table = {} if path is None else _read_table(Path(path))
+    return config_with_overrides({} if path is None else _read_table(Path(path)), overrides)
+
+
+def config_with_overrides(table: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Returns the configuration of a nested mapping, which changes, under ``key.sub=value`` overrides."""
     for override in overrides:
         _apply_override(table, override)
     return config_from_table(table)

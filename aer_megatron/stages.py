@@ -267,6 +267,8 @@ class Stages:
         experience, algo = collected.experience, self.config.algo
         penalty_B = self._penalty(experience)
         shaping = {} if penalty_B is None else {Metric.REWARD_OVERLONG_PENALTY: float(penalty_B.mean())}
+        skips = self.config.run.on_nonfinite == "skip"
+        skipped = {Metric.TRAIN_UPDATES_SKIPPED: stats.updates_skipped} if skips else {}
         return (
             {
                 Metric.AER_COEFFICIENT: coefficient,
@@ -279,6 +281,7 @@ class Stages:
             }
             | {reason_count(label): count for label, count in collected.reasons.items()}
             | shaping
+            | skipped
             | experience_metrics(experience)
             | engine_metrics(assessed.mismatch, assessed.staleness)
             | controller_metrics(decision, algo.entropy, assessed.observation, assessed.advantages)
@@ -329,7 +332,8 @@ class Stages:
     def _check_first(self, mismatch: Mismatch) -> None:
         """Refuses to train on a policy that is not the one that sampled: wrong weights, temperature or positions."""
         gate = self.config.rollout.logprob_gate
-        if gate and not mismatch.largest <= gate:
+        # what is not finite is named by the update that it would make (run.on_nonfinite)
+        if gate and mismatch.largest > gate:
             raise RuntimeError(
                 f"at step 0 the rollout engine and the trainer differ by {mismatch.largest:.3g} nats in a sampled "
                 f"token's log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy "

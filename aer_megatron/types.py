@@ -179,6 +179,7 @@ class StepStats:
     sums: Mapping[str, tuple[float, float]]
     grad_norm: float
     learning_rate: float
+    updates_skipped: int = 0  # not finite: neither applied nor in the sums
 
     def mean(self, name: str) -> float:
         total, count = self.sums[name]

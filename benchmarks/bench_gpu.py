@@ -143,9 +143,7 @@ def bench_update(options: argparse.Namespace, platform: Platform) -> list[dict[s
         planned = planned_peak_bytes(run_file, overrides, platform, options.gpu)
     arch = architecture_from_hf_config(table)
     topology = initialize_topology(tp=config.parallel.tp, pp=1, seed=0)
-    actor = Actor(
-        arch, config, topology, device=platform.device, optimizer=config.optimizer, num_updates_planned=1000
-    )
+    actor = Actor(arch, config, topology, device=platform.device, optimizer=config.optimizer, num_updates_planned=1000)
     specs = hf_specs(arch, dict.fromkeys(hf_names(arch), torch.bfloat16))
     actor.load_hf_weights(lambda name: 0.02 * torch.randn(specs[name].shape))
     vocab = int(table["vocab_size"])

@@ -119,9 +119,7 @@ def hash_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray) -> tuple
     return update, (ids, state)
 
 
-def pandas_update(
-    ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray, *, merge: bool
-) -> tuple[Update, Any]:
+def pandas_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray, *, merge: bool) -> tuple[Update, Any]:
     frame = pd.DataFrame({name: np.zeros(len(ids)) for name in STATE}, index=pd.Index(ids, name="id"))
     holder = {"state": frame.reset_index() if merge else frame}
 

@@ -1,6 +1,6 @@
 """A server that only takes weights, into memory that it has already, as SGLang does; for bench_weight_sync.
 
-    python -m benchmarks.weight_receiver --model-path FOLDER --host HOST --port PORT
+python -m benchmarks.weight_receiver --model-path FOLDER --host HOST --port PORT
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ weights go.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,15 @@ from aer_megatron.actor.fp8_emulation import has_fresh_scales
 from aer_megatron.actor.model import build_chunks
 from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_distributed
 from aer_megatron.actor.reference import ReferenceWeights
+from aer_megatron.actor.updates import POLICY_STATISTICS, LossFunction, Report, Update, Updates, stop
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
 from aer_megatron.algo.batching import MicroBatch, PackedSequences, minibatch_indices
 from aer_megatron.algo.covariance import BoolArray, select_tokens
 from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
+from aer_megatron.algo.nonfinite import nonfinite_inputs
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.parallel.exchange import all_sum, all_sum_disjoint
+from aer_megatron.parallel.exchange import all_sum_disjoint
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.types import (
     Experience,
@@ -45,9 +46,6 @@ from aer_megatron.types import (
     SupervisedBatch,
     TrainBatch,
 )
-
-# maps one micro-batch's scores [2, t] to its loss; tensors of the micro-batch are looked up by its packed places
-LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
 
 
 class Actor:
@@ -69,10 +67,8 @@ class Actor:
         self.arch = arch
         self.topology = topology
         self.device = device
-        self.num_updates = 0
         self._config = config
         self._reference: ReferenceWeights | None = None
-        self._schedule = functools.partial(learning_rate, num_steps=num_updates_planned, options=optimizer)
         self.chunks = [chunk.to(device) for chunk in build_chunks(arch, config, topology)]
         self.ddp = wrap_distributed(self.chunks)
         self.optimizer = build_optimizer(self.ddp, optimizer, config.model.dtype)
@@ -82,6 +78,18 @@ class Actor:
         self._runner = MicroBatchRunner(
             self.ddp, arch=arch, options=config.parallel, topology=topology, device=device
         )
+        schedule = functools.partial(learning_rate, num_steps=num_updates_planned, options=optimizer)
+        self._updates = Updates(
+            self.ddp, self.optimizer, self._runner, schedule, arch=arch, topology=topology, device=device
+        )
+
+    @property
+    def num_updates(self) -> int:
+        return self._updates.num_updates
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        self._updates.num_updates = value
 
     @property
     def model(self) -> torch.nn.Module:
@@ -147,24 +155,28 @@ class Actor:
                 for _ in range(2):
                     self._runner.forward_only(micros, lambda *_: None)
 
-    def train(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> StepStats:
+    def train(
+        self,
+        batch: TrainBatch,
+        *,
+        seed: int,
+        entropy_gradient: bool,
+        report: Report = stop,
+        minibatch: int | None = None,
+    ) -> StepStats:
         """Returns the sums of ``num_minibatches`` policy updates; the weights have moved when it returns.
 
         ``entropy_gradient`` says whether the rule in force ever needs the entropy's gradient; it is never inferred
-        from a coefficient that happens to be zero.
+        from a coefficient that happens to be zero. An update that is not finite goes to ``report`` and, if that
+        returns, is left out: weights, optimizer and ``num_updates`` stay as they are. ``minibatch`` is the only one of
+        the updates that is made, all of them without it.
         """
-        experience = batch.experience
-        parts = minibatch_indices(experience.num_sequences, self._config.algo.num_minibatches, seed)
+        updates = self._all_updates(batch, seed=seed, entropy_gradient=entropy_gradient)
+        chosen = (update for update in updates if minibatch in (None, update.minibatch))
+        return self._updates.make(chosen, batch.experience, report, always=POLICY_STATISTICS)
 
-        def updates() -> Iterator[tuple[list[MicroBatch], LossFunction]]:
-            for index, indices in enumerate(parts):  # one by one: the selection sees the updates before its own
-                selected_T = self._select_tokens(batch, indices, seed=seed, moved=index > 0)
-                yield self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
-
-        return self._updates(updates())
-
-    def train_supervised(self, batch: SupervisedBatch) -> StepStats:
-        """Returns the sums of one supervised update over the response tokens of ``batch``."""
+    def train_supervised(self, batch: SupervisedBatch, *, report: Report = stop) -> StepStats:
+        """Returns the sums of one supervised update over the response tokens; ``report`` as in ``train``."""
         normalizer = float(batch.response_length_B.sum())
 
         def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
@@ -172,7 +184,17 @@ class Actor:
             return supervised_loss(logprob_t, normalizer=normalizer)
 
         indices = np.arange(batch.num_sequences, dtype=np.int64)
-        return self._updates([(self._micro_batches(batch, indices), loss)])
+        update = Update(0, self._micro_batches(batch, indices), loss)
+        return self._updates.make([update], batch, report, always=("supervised_loss",))
+
+    def _all_updates(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> Iterator[Update]:
+        """Yields the updates of a batch one by one: the selection of tokens sees the updates before its own."""
+        parts = minibatch_indices(batch.experience.num_sequences, self._config.algo.num_minibatches, seed)
+        for index, indices in enumerate(parts):
+            bad = tuple(nonfinite_inputs(batch, indices))
+            selected_T = None if bad else self._select_tokens(batch, indices, seed=seed, moved=index > 0)
+            micros, loss = self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
+            yield Update(index, micros, loss, bad)
 
     def _select_tokens(
         self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool
@@ -239,85 +261,11 @@ class Actor:
             ref_logprob_T=None if batch.ref_logprob_T is None else of_tokens(batch.ref_logprob_T),
         )
 
-    def _updates(self, updates: Iterable[tuple[list[MicroBatch], LossFunction]]) -> StepStats:
-        totals: dict[str, tuple[float, float]] = {}
-        norms, rate = [], 0.0
-        for micros, loss in updates:
-            sums = self._forward_backward(micros, loss)
-            rate = self._schedule(self.num_updates)
-            norms.append(self._optimizer_step(rate))
-            for name, (total, count) in sums.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = (before[0] + total, before[1] + count)
-        return StepStats(sums=totals, grad_norm=float(np.mean(norms)), learning_rate=rate)
-
-    def _optimizer_step(self, rate: float) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        succeeded, grad_norm, _ = self.optimizer.step()
-        if not succeeded or not math.isfinite(grad_norm):
-            raise RuntimeError(
-                f"optimizer step {self.num_updates} has a gradient norm of {grad_norm}: the update would destroy the "
-                "weights; resume from the last checkpoint with a lower optimizer.lr or algo.entropy.alpha_max"
-            )
-        self.num_updates += 1
-        return float(grad_norm)
-
-    def _forward_backward(self, micros: list[MicroBatch], loss: LossFunction) -> dict[str, tuple[float, float]]:
-        for chunk in self.ddp:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-        def finish(output_2t: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-            result = loss(output_2t[0], output_2t[1], micro)
-            num_tokens = torch.tensor(len(micro.row_t), dtype=torch.int, device=self.device)
-            return result.loss, num_tokens, dict(result.sums)
-
-        collected = self._runner.forward_backward(micros, finish)
-        return self._sum_over_ranks(collected, names=loss_names(collected))
-
     def _micro_batches(self, sequences: PackedSequences, indices_b: Int64Array) -> list[MicroBatch]:
         return self._runner.cut(sequences, indices_b)
 
-    def _sum_over_ranks(self, collected: list[dict[str, Any]], names: list[str]) -> dict[str, tuple[float, float]]:
-        """Adds (sum, count) pairs over micro-batches and ranks; each token is spoken for by one rank."""
-        local = np.zeros((len(STAT_NAMES), 2), dtype=np.float64)
-        if self.topology.writes_results:
-            for sums in collected:
-                for name in names:
-                    total, count = sums[name]
-                    local[STAT_NAMES.index(name)] += (float(total), float(count))
-        summed = all_sum(local, device=self.device)
-        return {name: (row[0], row[1]) for name, row in zip(STAT_NAMES, summed.tolist(), strict=True) if row[1]}
-
     def _float_tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
-
-
-# the order in which statistics travel between ranks, so that stages without a loss know the layout
-STAT_NAMES = (
-    "policy_loss",
-    "entropy_bonus",
-    "supervised_loss",
-    "token_entropy",
-    "ratio",
-    "clip_low",
-    "clip_high",
-    "dual_clip",
-    "approx_kl",
-    "selected",
-    "reference_kl",
-    "tis_weight",
-    "tis_weight_squared",
-    "tis_cut",
-)
-
-
-def loss_names(collected: list[dict[str, Any]]) -> list[str]:
-    """Returns the statistics that a loss reported, checked against the wire order."""
-    names = sorted({name for sums in collected for name in sums})
-    assert set(names) <= set(STAT_NAMES), names
-    return names
 
 
 def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel
 from aer_megatron.config import OptimizerSection
@@ -59,3 +60,21 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], options: Optimize
         # Megatron leaves this to its scheduler, which is not used here: norms and biases have wd_mult 0
         group["weight_decay"] = options.weight_decay * group["wd_mult"]
     return optimizer
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """Returns the global norm of the gradients in the buffers, the same on every rank; no weight has moved yet.
+
+    Megatron's own ``step`` looks at no number: with fp32 and bf16 there is no loss scaling, so it applies NaN as it is.
+    """
+    return math.inf if optimizer.prepare_grads() else float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: Any, norm: float) -> None:
+    """Returns when the weights have moved: clips by ``norm``, which ``gradient_norm`` gave, and steps."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    if not optimizer.step_with_ready_grads():
+        raise RuntimeError("Megatron-Core's optimizer refused a step whose gradients are finite")

@@ -14,7 +14,7 @@ found by length, never by a pad id.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +54,16 @@ class MicroBatch:
     @property
     def sequence_length(self) -> int:
         return int(self.tokens_bS.shape[1])
+
+    def some_tokens(self, mask_t: NDArray[np.bool_]) -> MicroBatch:
+        """Returns the micro-batch with those of its response tokens alone."""
+        return replace(
+            self,
+            row_t=self.row_t[mask_t],
+            label_t=self.label_t[mask_t],
+            packed_t=self.packed_t[mask_t],
+            sequence_t=self.sequence_t[mask_t],
+        )
 
 
 def minibatch_indices(num_sequences: int, num_minibatches: int, seed: int) -> list[Int64Array]:

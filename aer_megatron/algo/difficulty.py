@@ -73,6 +73,8 @@ def group_token_entropy(
 ) -> tuple[Float64Array, Int64Array]:
     """Returns (entropy_sum_P in nats, float64 [P]; token_count_P, int64 [P]) over each prompt's responses.
 
+    A token whose entropy is not finite is in neither: the ledger lives longer than the fault that made it.
+
     Raises:
         ValueError: ``token_entropy_T`` is not one value per response token.
     """
@@ -85,8 +87,9 @@ def group_token_entropy(
     group_index_T = np.repeat(experience.group_index_B, experience.response_length_B)
     entropy_sum_P: Float64Array = np.zeros(num_prompts, dtype=np.float64)
     token_count_P: Int64Array = np.zeros(num_prompts, dtype=np.int64)
-    np.add.at(entropy_sum_P, group_index_T, token_entropy_T)
-    np.add.at(token_count_P, experience.group_index_B, experience.response_length_B)
+    usable_T = np.isfinite(token_entropy_T)
+    np.add.at(entropy_sum_P, group_index_T[usable_T], token_entropy_T[usable_T])
+    np.add.at(token_count_P, group_index_T[usable_T], 1)
     return entropy_sum_P, token_count_P
 
 

@@ -15,6 +15,7 @@ from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
 from aer_megatron.compose.common import build_actor, checked_weights, held, open_reporter
 from aer_megatron.compose.engines import build_engine
+from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.saves import RunSaves
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor, PromptSet
@@ -117,7 +118,7 @@ def _train(
         flight = _open_flight_recorder(config, platform, start.next_step, stack)
         parts = rollout_parts(config, platform, data, stack) | {
             "prompts": cursor,
-            "policy": actor,
+            "policy": GuardedPolicy(actor, config, platform),
             "ledger": ledger,
             "saves": saves,
             "flight": flight,

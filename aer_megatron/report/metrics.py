@@ -101,6 +101,11 @@ class Metric(StrEnum):
         "1",
         "global gradient norm before clipping, mean over the mini-batches",
     )
+    TRAIN_UPDATES_SKIPPED = (
+        "train/updates_skipped",
+        "updates",
+        "optimizer updates of the step left out because they were not finite (run.on_nonfinite = skip)",
+    )
     TRAIN_LR = "train/lr", "1", "learning rate of the last optimizer step"
     TRAIN_CLIP_LOW = "train/clip_low", "share", "response tokens whose ratio was cut below 1 - clip_low"
     TRAIN_CLIP_HIGH = "train/clip_high", "share", "response tokens whose ratio was cut above 1 + clip_high"

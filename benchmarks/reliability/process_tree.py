@@ -15,12 +15,17 @@ Role = Literal["launcher", "rank", "verifier", "guard", "server", "other"]
 
 @dataclass(frozen=True, slots=True)
 class RunProcess:
-    """One process below a launcher. ``rank`` is the training rank that it is, or belongs to; -1 where none."""
+    """One process below a launcher.
+
+    ``rank`` is the training rank that it is or belongs to, ``guard`` the pid of the guard that started its server; -1
+    where there is none.
+    """
 
     pid: int
     role: Role
     rank: int
     command: str
+    guard: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,13 @@ def end_all(processes: Sequence[RunProcess], *, wait_s: float) -> list[str]:
     return [f"{process.role} {process.rank}" for process in left]
 
 
+def servers_below(pid: int) -> list[list[int]]:
+    """Returns the processes of every SGLang server started by ``pid`` or below it, each server's main one first."""
+    own = run_processes(pid)
+    servers = ([item.pid for item in own if item.role == "server" and item.guard == guard.pid] for guard in own)
+    return [server for server in servers if server]
+
+
 def held_by(pid: int) -> Held | None:
     """Returns what a process holds; None where it is gone."""
     try:
@@ -104,7 +116,7 @@ def is_running(pid: int) -> bool:
 
 def _classify(pid: int, command: str, parent: RunProcess, launcher: int) -> RunProcess:
     role: Role = "other"
-    rank = parent.rank
+    rank, guard = parent.rank, parent.pid if parent.role == "guard" else parent.guard
     if pid == launcher:
         role = "launcher"
     elif "aer_megatron.rewards.worker" in command:
@@ -115,7 +127,7 @@ def _classify(pid: int, command: str, parent: RunProcess, launcher: int) -> RunP
         role = "server"
     elif "aer_megatron.train" in command and parent.role == "launcher":
         role, rank = "rank", _rank(pid)
-    return RunProcess(pid, role, rank, command)
+    return RunProcess(pid, role, rank, command, guard)
 
 
 def _rank(pid: int) -> int:

@@ -21,12 +21,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.reliability.process_tree import RunProcess, end_all, held_by, kill, processes_naming, run_processes
+from benchmarks.reliability.process_tree import end_all, held_by, kill, processes_naming, run_processes, servers_below
 from benchmarks.reliability.records import Records, last_step, load, source_commit_name
 from benchmarks.reliability.soak_report import write_report
-from benchmarks.reliability.tiny_run import SERVER_OPTIONS, launch_command, server_python, write_run
+from benchmarks.reliability.tiny_run import SERVER_SECTIONS, launch_command, servers_python, write_run
 from tests.support.runs import ROOT, environment
 
+PROBLEMS = 2000  # a prompt that was tokenised once is kept: all of them are within the warm-up
 SAMPLED = ("launcher", "rank", "verifier", "server")
 _STOP_S = 180.0  # a rank finishes its step and saves
 _GONE_S = 30.0  # what a stopped run started
@@ -118,13 +119,12 @@ class Soak:
     def _kill(self, launcher: int, role: str) -> None:
         if last_step(self._folder / "run" / "metrics.jsonl") < 0:
             return
-        victims = [process for process in run_processes(launcher) if process.role == role]
+        victims = [process.pid for process in run_processes(launcher) if process.role == role]
         if role == "server":
-            victims = _main_processes(victims)
+            victims = [server[0] for server in servers_below(launcher)]
         if victims:
             victim = self._chance.choice(victims)
-            killed = kill(victim.pid)
-            self._records.add("fault", role=role, pid=victim.pid, killed=killed, spent_s=self._spent_s)
+            self._records.add("fault", role=role, pid=victim, killed=kill(victim), spent_s=self._spent_s)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Asks the run to stop (it saves first), then sees that none of its processes is left."""
@@ -143,11 +143,6 @@ class Soak:
         self._stopping = True
 
 
-def _main_processes(servers: list[RunProcess]) -> list[RunProcess]:
-    """Returns of every server the process that its guard started."""
-    return [process for process in servers if "sglang.launch_server" in process.command]
-
-
 def _tail(log: Path) -> str:
     return log.read_bytes()[-4000:].decode(errors="replace")
 
@@ -158,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=2.0, help="wall time of all launches together")
     parser.add_argument("--transport", choices=("disk", "distributed", "tensor"), default="disk")
+    parser.add_argument("--servers", choices=("real", "double"), default="real", help="double: no model, for rehearsal")
     parser.add_argument("--sample-s", type=float, default=10.0)
     parser.add_argument("--server-kill-s", type=float, default=600.0, help="mean time between kills of a server")
     parser.add_argument("--verifier-kill-s", type=float, default=600.0, help="... of a verifier process")
@@ -167,14 +163,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = given.out.absolute()
     if given.report:
         return write_report(folder)
-    run_file = write_run(folder, name="soak", verifier="sometimes_slow", more=SERVER_OPTIONS)
+    run_file = write_run(folder, name="soak", verifier="sometimes_slow", problems=PROBLEMS, more=SERVER_SECTIONS)
     options = {
         "run.num_steps": 1_000_000,
         "run.checkpoint_every": 50,
         "run.keep_checkpoints": 2,
         "rollout.engine": "sglang",
         "sglang.num_servers": 2,
-        "sglang.python": server_python(),
+        "sglang.python": servers_python(given.servers, folder),
         "sglang.transport": given.transport,
         "sglang.max_restarts": 1000,
         "rewards.timeout_s": 2.0,

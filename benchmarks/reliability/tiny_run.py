@@ -15,10 +15,12 @@ from typing import Any
 from aer_megatron.config import DataSection
 from aer_megatron.data import countdown
 from aer_megatron.rollout.server import free_port
-from tests.support.double_runs import random_base
+from tests.support.double_runs import double_python, random_base
+from tests.support.real_servers import LAUNCH, SERVER_ENVIRONMENT, inline_table
 from tests.support.runs import ROOT
 
 NUM_PROBLEMS = 20_000
+PROMPTS, GROUP_SIZE = 8, 4  # of a step
 SERVER_PYTHON = ".venv-sglang/bin/python"
 _RUN_FILE = """\
 [run]
@@ -45,31 +47,29 @@ lr = 1e-4
 num_minibatches = 2
 [algo.entropy]
 update = "pi"
-k_p = 0.3
-tau = 1.1
+k_p = 2.0
+tau = 1.0
+alpha_max = 0.5
 normalize = "mean"
 difficulty = "complement"
 [report]
 progress = false
 picture = false
 """
-SERVER_OPTIONS = """\
-[sglang.launch]
-device = "cpu"
-attention_backend = "torch_native"
-sampling_backend = "pytorch"
-grammar_backend = "none"
-mem_fraction_static = 0.3
-max_total_tokens = 8192
-max_running_requests = 32
-sleep_on_idle = true
-[sglang.environment]
-SGLANG_USE_CPU_ENGINE = "1"
-OMP_NUM_THREADS = "1"
-"""
+# for real_server_options (which adds what every CPU server needs), and for a run file
+SERVER_LAUNCH: dict[str, Any] = {
+    "mem_fraction_static": 0.3,
+    "max_total_tokens": 8192,
+    "max_running_requests": 32,
+    "sleep_on_idle": True,
+}
+SERVER_SECTIONS = (
+    f"[sglang]\nlaunch = {inline_table({**LAUNCH, **SERVER_LAUNCH})}\n"
+    f"environment = {inline_table(dict(SERVER_ENVIRONMENT))}\n"
+)
 
 
-def write_run(folder: Path, *, name: str, verifier: str, prompts: int = 8, group_size: int = 4, more: str = "") -> Path:
+def write_run(folder: Path, *, name: str, verifier: str, problems: int = NUM_PROBLEMS, more: str = "") -> Path:
     """Returns the run file in ``folder``, with base model and problems beside it; what is there is kept.
 
     ``verifier`` is a function of benchmarks.reliability.verifiers; ``more`` are further TOML sections.
@@ -79,14 +79,14 @@ def write_run(folder: Path, *, name: str, verifier: str, prompts: int = 8, group
     path = folder / "run.toml"
     if not path.exists():
         random_base(folder / "base")
-        items = countdown.generate(size=NUM_PROBLEMS, seed=0, options={"split": "train"})
+        items = countdown.generate(size=problems, seed=0, options={"split": "train"})
         records = [{"problem": problem, "answer": answer} for problem, answer in zip(*items.texts(), strict=True)]
         (folder / "problems.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
         function = f"benchmarks.reliability.verifiers:{verifier}"
         named = f'verifier = "{function}"'
         if "verifiers" in DataSection.model_fields:
             named += f'\nverifiers = ["{function}"]'
-        text = _RUN_FILE.format(folder=folder, name=name, verifier=named, prompts=prompts, group_size=group_size)
+        text = _RUN_FILE.format(folder=folder, name=name, verifier=named, prompts=PROMPTS, group_size=GROUP_SIZE)
         path.write_text(text + more, "utf-8")  # last: a folder with it is whole
     return path
 
@@ -104,8 +104,14 @@ def launch_command(run_file: Path, options: Mapping[str, Any], *, ranks: int) ->
     ]  # fmt: skip
 
 
-def server_python() -> str:
-    """Returns the interpreter of the servers' environment; raises SystemExit where there is none."""
+def servers_python(kind: str, folder: Path) -> str:
+    """Returns the interpreter that runs ``kind`` ("real" or "double") servers of a run in ``folder``.
+
+    Raises:
+        SystemExit: the environment of real servers is not installed.
+    """
+    if kind == "double":
+        return str(double_python(folder, "--token-s", "0.005"))
     path = ROOT / SERVER_PYTHON
     if not path.exists():
         raise SystemExit(f"{path} does not exist; run tools/install_sglang_cpu.sh first")

@@ -246,7 +246,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_nothing(tools: Callable[..., None], tmp_path: Path, small_disk: Path) -> None:
     """The tools look at the free space first; where it goes while they write, the error is as plain."""
     model = save_tiny_model("qwen3", tmp_path / "model")
-    with pytest.raises(SystemExit, match="[GM]B free; choose another disk"):
+    with pytest.raises(SystemExit, match=r"[GM]B free; choose another disk"):
         tools("convert_hf_to_megatron", model, small_disk / "out")
     folder, arch = folders.checked_hf_folder(model, 1)
     with pytest.raises(OSError) as failed:

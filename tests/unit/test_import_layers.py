@@ -24,6 +24,8 @@ LAYERS = {
     "doctor": 12,
     "fp8_parity": 12,
     "replay": 12,
+    "replay_batch": 12,
+    "verify_resume": 12,
     "train": 11,
     "compose": 10,
     "trainer": 9,
@@ -67,7 +69,10 @@ TORCH_FREE = {"trainer.py", "trainer_async.py", "trainer_sft.py", "stages.py", "
 ENVIRONMENT_READERS = {
     "compose/engines.py", "train.py", "launch.py", "failures.py", "config.py", "parallel/platform.py"
 }
-COMMAND_LINES = {"cli.py", "launch.py", "train.py", "doctor.py", "fp8_parity.py", "replay.py", "plan.py"}
+COMMAND_LINES = {
+    "cli.py", "launch.py", "train.py", "doctor.py", "fp8_parity.py", "replay.py", "plan.py", "replay_batch.py",
+    "verify_resume.py",
+}  # fmt: skip
 SPEAKER = "standard_streams.py"  # the one function by which the rest speaks to the user
 BROAD_HANDLER_HOME = "rewards/"  # user code
 MESSAGE_EDGE = "failures.py"  # turns any exception into one line and an exit code

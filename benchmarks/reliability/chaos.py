@@ -72,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Stalled as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 return 3
-    faults = compare(folder, engine=given.engine, num_steps=num_steps)
-    return write_report(folder, states, faults, dict(vars(given)) | {"steps": num_steps, "out": folder.name})
+    found = compare(folder, engine=given.engine, num_steps=num_steps)
+    if len(states["killed"]["faults"]) < given.kills:
+        found.append(f"only {len(states['killed']['faults'])} of {given.kills} kills were made before the run's end")
+    return write_report(folder, states, found, dict(vars(given)) | {"steps": num_steps, "out": folder.name})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -21,7 +21,7 @@ STATE_WITH_SERVERS = ("next_step", "policy_version", "cursor", "pending")
 def compare(folder: Path, *, engine: str, num_steps: int) -> list[str]:
     """Returns what differs between ``straight`` and ``killed``, one line each; nothing where all is as asked."""
     straight, killed = (folder / name / "run" for name in ("straight", "killed"))
-    found = []
+    found: list[str] = []
     for name, output in (("straight", straight), ("killed", killed)):
         found += [f"{name}: {line}" for line in check_counts(output, num_steps)]
     if engine == "embedded":
@@ -113,14 +113,14 @@ def page(result: Mapping[str, Any]) -> str:
     if given["engine"] == "sglang":
         words += f" --servers {given['servers']} --staleness {given['staleness']}"
     name = "embedded engine" if given["engine"] == "embedded" else servers
-    inside = sum(fault["while_writing"] for fault in faults)
+    inside = sum(fault["moment"] == "checkpoint" and fault["inside_write"] for fault in faults)
     lines = [
         f"## Chaos, {name}: {'equal' if result['equal'] else 'NOT EQUAL'}",
         "",
         f"`python -m benchmarks.reliability.chaos --out FOLDER {words}`",
         "",
         f"- commit {result['commit']}, {result['machine']}, load {result['load']:.1f} (median over the kills)",
-        f"- {given['steps']} steps, {len(faults)} kills ({inside} of them found a checkpoint half written),",
+        f"- {given['steps']} steps, {len(faults)} kills, {inside} of them while a checkpoint was being written;",
         f"  {len(result['launches'])} launches, {result['ended_unkilled']} of which failed without a kill",
         f"- {result['straight_s']:.0f} s without kills, {result['killed_s']:.0f} s with them:"
         f" {result['lost_s_per_fault']:.1f} s lost per kill",

@@ -23,7 +23,7 @@ from tests.support.runs import ROOT, environment
 _POLL_S = 0.02
 _LOOK_S = 0.5  # between looks at all processes
 _WATCH_S = 0.0005  # while a write or a transfer is waited for
-_WATCH_LIMIT_S = 60.0  # ... which otherwise is a kill at a random moment
+_WATCH_LIMIT_S = 30.0  # ... which otherwise is a kill at a random moment
 _STALLED_S = 900.0  # without a step: a hang
 _GONE_S = 40.0  # ranks, workers and servers of a dead launcher
 _START_SPAN_S = 12.0
@@ -109,30 +109,31 @@ class ChaosRun:
             planned = self._kills[self.state["kills"]]
             self._observe(process, tree)
             is_first = not any(fault["launch"] == len(self.state["launches"]) for fault in self.state["faults"])
+            seen = True
             if planned.moment == "start" and is_first and self.state["launches"]:
                 time.sleep(planned.delay * _START_SPAN_S)
             elif self._reached + 1 < planned.step:
                 time.sleep(_POLL_S)
                 continue
             else:
-                self._await_moment(planned, process)
+                seen = self._await_moment(planned, process)
             victims = self._victims(planned, process.pid)
-            if not self._kill(planned, victims):
+            if not self._kill(planned, victims, seen=seen):
                 time.sleep(_POLL_S)  # it starts just now, or the run has ended
                 continue
             if planned.victim in ENDS_LAUNCH:
                 return True
         return False
 
-    def _kill(self, planned: Kill, victims: Sequence[int]) -> bool:
-        """Returns whether there was something to kill."""
-        writing = bool(self._writing())
+    def _kill(self, planned: Kill, victims: Sequence[int], *, seen: bool) -> bool:
+        """Returns whether there was something to kill; ``seen``: its moment, else it is a random one."""
+        writing = self._writing()
         if not [victim for victim in victims if kill(victim)]:
             return False
         fault = {
-            "step": planned.step, "victim": planned.victim, "moment": planned.moment, "wall_s": self._wall_s(),
-            "at_step": self._reached + 1, "while_writing": writing and bool(self._writing()), "load": load(),
-            "launch": len(self.state["launches"]), "recovered_s": None,
+            "step": planned.step, "victim": planned.victim, "moment": planned.moment if seen else "random",
+            "wall_s": self._wall_s(), "at_step": self._reached + 1, "inside_write": bool(writing & self._writing()),
+            "load": load(), "launch": len(self.state["launches"]), "recovered_s": None,
         }  # fmt: skip
         self.state["faults"].append(fault)
         self.state["kills"] += 1
@@ -158,20 +159,21 @@ class ChaosRun:
         if now - max(self._progress_s, last_fault_s, self._launched_s) > _STALLED_S:
             raise Stalled(f"no step beyond {self._reached} for {_STALLED_S:.0f} s; its processes are left as they are")
 
-    def _await_moment(self, planned: Kill, process: subprocess.Popen[bytes]) -> None:
-        """Returns at the moment of the kill."""
-        if planned.moment == "random":
+    def _await_moment(self, planned: Kill, process: subprocess.Popen[bytes]) -> bool:
+        """Returns at the moment of the kill; False where what was waited for did not come."""
+        if planned.moment not in ("checkpoint", "transfer"):
             time.sleep(planned.delay * _STEP_SPAN_S)
-            return
+            return planned.moment == "random"
         look = self._writing if planned.moment == "checkpoint" else self._transferred
         before, deadline = look(), time.monotonic() + _WATCH_LIMIT_S
         while process.poll() is None and time.monotonic() < deadline:
             now = look()
             if now - before:
                 time.sleep(planned.delay * _WRITE_SPAN_S)
-                return
+                return True
             before = now
             time.sleep(_WATCH_S)
+        return False
 
     def _victims(self, planned: Kill, launcher: int) -> list[int]:
         """Returns what to kill at once: one process, or all of a server's."""
@@ -182,7 +184,7 @@ class ChaosRun:
             place = planned.choice * len(servers)
             chosen = servers[int(place)] if servers else []
             return chosen if place % 1.0 < 0.5 else chosen[:1]
-        found = [item.pid for item in run_processes(launcher) if item.role == planned.victim]
+        found = [item.pid for item in run_processes(launcher) if item.role.removesuffix(" guard") == planned.victim]
         return [found[int(planned.choice * len(found))]] if found else []
 
     def _writing(self) -> set[str]:
@@ -190,7 +192,9 @@ class ChaosRun:
         return {name for name in _names(self._output / "checkpoints") if "tmp" in name}
 
     def _transferred(self) -> set[str]:
-        return set(_names(self._output / "weights"))
+        """Returns the folders of weights on their way to servers: one per launch, and in it one per version."""
+        folder = self._output / "weights"
+        return {f"{name}/{inner}" for name in _names(folder) for inner in ("", *_names(folder / name))}
 
     def _wall_s(self) -> float:
         return time.monotonic() - self._began

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability.fuzz_report import write_report
+from benchmarks.reliability.fuzz_report import SEEDS, keep, write_report
 from benchmarks.reliability.fuzz_targets import TARGETS
 from benchmarks.reliability.fuzz_worker import SHARED, Batch, finding, make_input
 from benchmarks.reliability.records import load
@@ -219,12 +219,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory-mb", type=int, default=1024, help="per worker, beyond its imports")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="only add the findings in --out to the kept inputs")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; default: %(default)s")
     given = parser.parse_args(arguments)
     names = given.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
         parser.error(f"unknown targets {unknown}; use some of {list(TARGETS)}")
     folder = given.out.absolute()
+    if given.keep:
+        print(f"{keep(folder)} inputs added to {SEEDS}")
+        return 0
     limits = Limits(given.seconds_per_input_limit, given.memory_mb * 10**6)
     fuzz = Fuzz(folder, given.seed, limits, given.workers)
     fuzz.run(shares(given.inputs, names))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Role = Literal["launcher", "rank", "verifier", "guard", "server", "other"]
+Role = Literal["launcher", "rank", "verifier guard", "verifier", "guard", "server", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,8 @@ def _classify(pid: int, command: str, parent: RunProcess, launcher: int) -> RunP
     rank, guard = parent.rank, parent.pid if parent.role == "guard" else parent.guard
     if pid == launcher:
         role = "launcher"
-    elif "aer_megatron.rewards.worker" in command:
-        role = "verifier"
+    elif "aer_megatron.rewards.guard" in command or parent.role == "verifier guard":
+        role = "verifier guard" if parent.role == "rank" else "verifier"
     elif "rollout/guard.py" in command:
         role = "guard"
     elif parent.role in ("guard", "server"):

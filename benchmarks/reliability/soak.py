@@ -28,7 +28,7 @@ from benchmarks.reliability.tiny_run import SERVER_SECTIONS, launch_command, ser
 from tests.support.runs import ROOT, environment
 
 PROBLEMS = 2000  # a prompt that was tokenised once is kept: all of them are within the warm-up
-SAMPLED = ("launcher", "rank", "verifier", "server")
+SAMPLED = ("launcher", "rank", "verifier guard", "verifier", "server")
 _STOP_S = 180.0  # a rank finishes its step and saves
 _GONE_S = 30.0  # what a stopped run started
 _FAILED_LAUNCHES = 5
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--transport", choices=("disk", "distributed", "tensor"), default="disk")
     parser.add_argument("--servers", choices=("real", "double"), default="real", help="double: no model, for rehearsal")
     parser.add_argument("--sample-s", type=float, default=10.0)
-    parser.add_argument("--server-kill-s", type=float, default=600.0, help="mean time between kills of a server")
+    parser.add_argument("--server-kill-s", type=float, default=400.0, help="mean time between kills of a server")
     parser.add_argument("--verifier-kill-s", type=float, default=600.0, help="... of a verifier process")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only write soak.md and soak.png")

@@ -1,7 +1,8 @@
 """Growth per 1,000 steps from the soak's records: a line through every process's samples, the table, the picture.
 
 Every process has an intercept of its own and all processes of one kind and rank share the slope, so that a process that
-was killed and started anew counts as what it is: a new one. The first steps of a process's life are its warm-up.
+was killed and started anew counts as what it is: a new one. The first steps of a process's life are its warm-up; that
+of a rank goes on until servers have been started again twice: its pools of connections are as large as ever then.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from benchmarks.reliability.records import Records, machine
 
 MEASURES = {"rss_kb": "resident, MB", "uss_kb": "private, MB", "descriptors": "descriptors", "threads": "threads"}
 LIMIT_PERCENT = 1.0
-WARM_UP_STEPS = {"launcher": 500, "rank": 500, "verifier": 100, "server": 200}
-JUDGED = ("launcher", "rank", "verifier")  # the servers are another project's; shown
+WARM_UP_STEPS = {"launcher": 500, "rank": 500, "verifier guard": 100, "verifier": 100, "server": 200}
+JUDGED = ("launcher", "rank", "verifier guard", "verifier")  # the servers are another project's; shown
 _MIN_SAMPLES = 10
+_WARM_UP_FAULTS = 2
 _INTERVAL = 1.96
 
 
@@ -50,18 +52,20 @@ class Growth:
 def growths(rows: Sequence[dict[str, Any]]) -> list[Growth]:
     """Returns the growth of every measure of every kind of process that was sampled long enough."""
     lives: dict[tuple[str, int], dict[tuple[int, int], list[dict[str, Any]]]] = {}
-    launch = 0
+    launch = server_faults = 0
     for row in rows:
         launch += row["kind"] == "launch"
+        server_faults = 0 if row["kind"] == "launch" else server_faults + (row.get("role") == "server")
         if row["kind"] == "sample" and row["step"] >= 0:
             for process in row["processes"]:
-                kind = (process["role"], process["rank"] if process["role"] in ("rank", "verifier") else 0)
+                kind = (process["role"], process["rank"] if process["role"] not in ("launcher", "server") else 0)
                 life = lives.setdefault(kind, {}).setdefault((launch, process["pid"]), [])
-                life.append(process | {"step": row["step"]})
+                life.append(process | {"step": row["step"], "server_faults": server_faults})
     found = []
     for (role, rank), of_kind in sorted(lives.items()):
         name = role if role in ("launcher", "server") else f"{role} {rank}"
-        warm = [_after_warm_up(life, WARM_UP_STEPS[role]) for life in of_kind.values()]
+        faults = _WARM_UP_FAULTS if role == "rank" else 0
+        warm = [_after_warm_up(life, WARM_UP_STEPS[role], faults) for life in of_kind.values()]
         warm = [life for life in warm if len(life) >= _MIN_SAMPLES]
         if warm:
             found += [_growth(name, measure, warm, judged=role in JUDGED) for measure in MEASURES]
@@ -101,8 +105,9 @@ def page(rows: Sequence[dict[str, Any]], table: Sequence[Growth]) -> str:
         "  came",
         "",
         f"Growth is per 1,000 steps in % of the mean, with its 95 % interval; asked: below {LIMIT_PERCENT:g} %. The",
-        f"first {WARM_UP_STEPS['rank']} steps of a rank or launcher and {WARM_UP_STEPS['verifier']} of a verifier",
-        "process are left out. Servers are SGLang's own processes: shown, not judged.",
+        f"first {WARM_UP_STEPS['rank']} steps of a rank or launcher (of a rank also what comes before two servers were",
+        f"started again) and {WARM_UP_STEPS['verifier']} of a verifier process are left out. Servers are SGLang's own",
+        "processes: shown, not judged.",
         "",
         "| process | what | lives | samples | steps | first | last | mean | growth, % | flat |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -149,8 +154,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _after_warm_up(life: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
-    return [sample for sample in life if sample["step"] >= life[0]["step"] + steps]
+def _after_warm_up(life: list[dict[str, Any]], steps: int, faults: int) -> list[dict[str, Any]]:
+    """Returns the samples beyond the first ``steps``, and beyond ``faults`` of servers where there were more."""
+    most = max(sample["server_faults"] for sample in life)
+    first = life[0]["step"] + steps
+    return [sample for sample in life if sample["step"] >= first and sample["server_faults"] > min(faults, most) - 1]
 
 
 def _growth(name: str, measure: str, lives: Sequence[Sequence[dict[str, Any]]], *, judged: bool) -> Growth:

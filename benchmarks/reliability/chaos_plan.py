@@ -19,7 +19,7 @@ SHARES: Mapping[str, Mapping[Victim, float]] = {
     "embedded": {"rank": 0.45, "verifier": 0.35, "launcher": 0.2},
     "sglang": {"rank": 0.25, "server": 0.35, "verifier": 0.25, "launcher": 0.15},
 }
-_CHECKPOINT, _TRANSFER, _START = 0.25, 0.25, 0.2  # of the kills that can come then
+_CHECKPOINT, _TRANSFER, _START = 0.25, 0.25, 0.3  # of the kills that can come then
 ENDS_LAUNCH: tuple[Victim, ...] = ("rank", "launcher")
 
 

@@ -29,7 +29,7 @@ from benchmarks.reliability.fuzz_worker import SHARED, Batch, finding, make_inpu
 from benchmarks.reliability.records import load
 from tests.support.runs import ROOT, environment
 
-_BATCH = 2000
+_BATCH = 5000
 _POLL_S = 0.1
 _WALL_FACTOR = 12  # a waiting input is a hang after so many times its limit: the machine may be busy
 _START_S = 300.0

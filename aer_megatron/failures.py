@@ -79,11 +79,12 @@ def run_command(body: Callable[[Edge], int], *, is_launcher: bool = False) -> in
     edge = Edge()
     try:
         return body(edge)
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
+        failure = edge.note(error)
+        if failure is None:
+            raise
         if logging.getLogger("aer_megatron").isEnabledFor(logging.DEBUG):
             traceback.print_exc()
-        failure = edge.note(error)
-        assert failure is not None
     if is_launcher or _error_file() is None:
         print_message(failure.message)
     elif _other_rank_of_torchrun():

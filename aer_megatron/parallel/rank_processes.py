@@ -28,7 +28,6 @@ STOP_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
 _INSISTING = (signal.SIGTERM, signal.SIGINT)  # the second one ends a rank at once, the third one kills
 _KILLING_COUNT = 3
-_NOTICED_LATE_NS = 500_000_000  # an exit without a message is seen later than what the other ranks make of it
 _KILL_TIMEOUT_S = 30.0  # a process that waits for a device or a file system may not even be killed
 
 
@@ -60,6 +59,7 @@ class RankProcesses:
         self._killed: set[int] = set()  # ranks that this launcher has ended
         self._failures: list[Failure] = []
         self._deadline: float | None = None  # when the ranks that are left are ended
+        self._looked_ns = time.time_ns()  # an end that is noticed now may have come right after this
 
     @contextlib.contextmanager
     def receiving_signals(self) -> Iterator[None]:
@@ -95,8 +95,10 @@ class RankProcesses:
         """Hands signals on, notices ends, ends what outlives a failure; returns whether no rank is left."""
         while self._received:
             self._forward(signal.Signals(self._received.pop(0)))
+        now = time.time_ns()
         for rank in self._running():
             self._notice(rank)
+        self._looked_ns = now
         if self._deadline is not None and time.monotonic() > self._deadline:
             self.kill()
         return not self._running()
@@ -172,7 +174,7 @@ class RankProcesses:
             message = f"rank {number} was ended by its hang watchdog, which says above what the rank waited for"
         else:
             message = f"rank {number} ended with exit code {code}; see what it printed last"
-        return Failure(message, code, time.time_ns() - _NOTICED_LATE_NS)
+        return Failure(message, code, self._looked_ns)
 
 
 def _kill_group(rank: _Rank) -> None:

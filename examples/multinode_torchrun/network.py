@@ -1,10 +1,9 @@
-"""Prints what torchrun and the collectives need to know of this node's network: address, interface, host or not.
+"""Prints what the launcher and the collectives need to know of this node's network: address, interface, host or not.
 
-    python network.py MASTER_ADDR MASTER_PORT TIMEOUT_S [LOCAL_ADDR]      ->      10.0.0.2 eth0 false
+    python network.py MASTER_ADDR [LOCAL_ADDR]      ->      10.0.0.2 eth0 false
 
 LOCAL_ADDR is the address that the route to MASTER_ADDR leaves from, unless it is given. The interface is the one that
-carries it, "-" if none does by name. The last word says whether this node is MASTER_ADDR, and so holds the rendezvous;
-on every other node the line appears once the rendezvous is open there.
+carries it, "-" if none does by name. The last word says whether this node is MASTER_ADDR, and so holds the rendezvous.
 
 Standard library only: it runs before anything else does. Linux.
 """
@@ -16,7 +15,6 @@ import ipaddress
 import socket
 import struct
 import sys
-import time
 from pathlib import Path
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
@@ -63,32 +61,14 @@ def interface_of(address: str) -> str:
     return "-"
 
 
-def await_port(address: str, port: int, timeout_s: float) -> None:
-    """Returns once ``address`` takes connections at ``port``; raises ValueError where it does not within the time."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"no rendezvous at {address} port {port} after {timeout_s:g} s ({error}); is the script running on "
-                    "that node, and is the port open to this one?"
-                ) from None
-        time.sleep(0.5)
-
-
 def main(arguments: list[str]) -> int:
     """Returns the exit code; prints one line."""
-    if len(arguments) not in (3, 4):
-        print("usage: network.py MASTER_ADDR MASTER_PORT TIMEOUT_S [LOCAL_ADDR]", file=sys.stderr)
+    if len(arguments) not in (1, 2):
+        print("usage: network.py MASTER_ADDR [LOCAL_ADDR]", file=sys.stderr)
         return 2
     try:
         family, master = resolve(arguments[0])
-        local = arguments[3] if len(arguments) == 4 else source_address(family, master)
-        if local != master:
-            await_port(master, int(arguments[1]), float(arguments[2]))
+        local = arguments[1] if len(arguments) == 2 else source_address(family, master)
         print(local, interface_of(local), "true" if local == master else "false")
     except ValueError as error:
         print(f"network: {error}", file=sys.stderr)

@@ -9,8 +9,7 @@ export HF_HUB_OFFLINE=1
 run="examples/quickstart/countdown.toml"
 
 launch() {
-    # a free port, so that two runs do not meet
-    "$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m aer_megatron.train "$run" "$@"
+    "$python" -m aer_megatron.cli launch --nproc 2 "$run" "$@"
 }
 
 echo "quickstart: warm start (skipped when its result is there)"

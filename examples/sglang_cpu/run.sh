@@ -7,5 +7,5 @@ export OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE=1
 
 bash tools/install_sglang_cpu.sh
-"$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m aer_megatron.train examples/quickstart/countdown.toml --stage=sft
-"$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m aer_megatron.train examples/sglang_cpu/countdown.toml "$@"
+"$python" -m aer_megatron.cli launch --nproc 2 examples/quickstart/countdown.toml --stage=sft
+"$python" -m aer_megatron.cli launch --nproc 2 examples/sglang_cpu/countdown.toml "$@"

@@ -11,7 +11,9 @@
 #   SERVER_OPTIONS [--mem-fraction-static 0.85] further options of the servers
 #
 # Ends the servers that it started when the training ends, in whatever way, and nothing else.
+# SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 go to the training, which finishes its step, saves and ends; a second one is handed on, too.
 set -euo pipefail
+set -m # process groups of their own: Ctrl-C reaches this script alone, and the servers live until the training has saved
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 run=examples/single_node/qwen3-4b-base.toml
@@ -46,6 +48,7 @@ done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 children=()
+trainer=
 # shellcheck disable=SC2329 # called by the traps below
 end_children() {
     trap - EXIT
@@ -54,10 +57,17 @@ end_children() {
     done
     wait
 }
+# shellcheck disable=SC2329
+hand_on() { # SIGNAL EXIT_CODE
+    [ -n "$trainer" ] || exit "$2"
+    again=1
+    kill "-$1" "$trainer" 2>/dev/null || true
+}
 trap end_children EXIT
-trap 'exit 143' TERM
-trap 'exit 130' INT
-trap 'exit 129' HUP
+trap 'hand_on TERM 143' TERM
+trap 'hand_on INT 130' INT
+trap 'hand_on USR1 0' USR1
+trap '' HUP # a lost terminal ends nothing
 
 IFS=' ' read -r -a options <<<"${SERVER_OPTIONS:---mem-fraction-static 0.85}"
 echo "launch: $run, $training ranks on GPUs 0-$((training - 1)), $serving servers on GPUs $training-$((gpus - 1))"
@@ -67,7 +77,12 @@ children+=($!)
 python3 examples/multinode_torchrun/await_servers.py "${SERVER_START_TIMEOUT_S:-1200}" "${urls[@]}" &
 children+=($!)
 wait -n "${children[@]}" || exit 1 # a server that ends is a failure, too
-torchrun --standalone --nproc-per-node="$training" \
-    -m aer_megatron.train "$run" "--sglang.urls=[$(printf '"%s",' "${urls[@]}")]" "$@" &
-children+=($!)
-wait "${children[2]}" # the servers' end is the trainer's to notice: it goes on with those that are left
+aer launch --nproc "$training" "$run" "--sglang.urls=[$(printf '"%s",' "${urls[@]}")]" "$@" &
+trainer=$!
+again=1
+while [ -n "$again" ]; do # a signal ends the wait, not the training
+    again=
+    code=0
+    wait "$trainer" || code=$? # the servers' end is the trainer's to notice: it goes on with those that are left
+done
+exit "$code"

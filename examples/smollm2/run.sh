@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE=1
 
 "$python" tools/fetch_smollm2.py --output runs/smollm2-model
 rm -rf runs/smollm2 # three steps: start afresh each time
-"$python" -m torch.distributed.run --standalone --nproc-per-node 2 -m aer_megatron.train examples/smollm2/chain_sum.toml "$@"
+"$python" -m aer_megatron.cli launch --nproc 2 examples/smollm2/chain_sum.toml "$@"
 "$python" - <<'SUMMARY'
 import json
 

@@ -16,7 +16,7 @@ RUN = "examples/quickstart/countdown.toml"
 
 
 def examine(folder: Path, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    launcher = [sys.executable, "-m", "aer_megatron.cli", "launch", "--nproc", str(ranks), "-m"]
     return run_command([*launcher, "aer_megatron.doctor", RUN, f"--run.output_dir={folder}/out", *arguments])
 
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the programs that launch scripts call: torchrun, SGLang's server, srun and scontrol.
+"""Stand-ins for the programs that launch scripts call: aer, SGLang's server, srun and scontrol.
 
 Each writes what it was given to a JSON file of the folder ``$RECORD``; the server also answers /health.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _READ_BY_SCRIPTS = (
-    "SLURM_", "SERVER_", "NNODES", "MASTER_", "LOCAL_ADDR", "GPUS_PER_NODE", "SGLANG_", "GLOO_", "NCCL_", "OMP_",
+    "SLURM_", "SERVER_", "NNODES", "MASTER_", "NODE_RANK", "LOCAL_ADDR", "GPUS_PER_NODE", "SGLANG_", "GLOO_", "NCCL_",
+    "OMP_",
 )  # fmt: skip
 _RECORD = """\
 import json, os, sys
@@ -25,7 +26,21 @@ def record(name):
         json.dump(seen, file)
     os.replace(path + ".new", path + ".json")
 """
-_TORCHRUN = _RECORD + 'record("torchrun")\nsys.exit(int(os.environ.get("FAKE_EXIT_CODE", "0")))\n'
+_AER = (
+    _RECORD
+    + """\
+import signal, time
+def stop(number, frame):  # a launch that stops as it was told to, after a step
+    time.sleep(0.5)
+    record(f"aer-{number}")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+record("aer")
+time.sleep(float(os.environ.get("FAKE_RUN_S", "0")))
+sys.exit(int(os.environ.get("FAKE_EXIT_CODE", "0")))
+"""
+)
 _SERVER = (
     _RECORD
     + """\
@@ -64,7 +79,7 @@ def install(folder: Path) -> dict[str, str]:
     binaries, records = folder / "bin", folder / "records"
     binaries.mkdir()
     records.mkdir()
-    for name, text in {"torchrun": _TORCHRUN, "server": _SERVER, "scontrol": _SCONTROL, "srun": _SRUN}.items():
+    for name, text in {"aer": _AER, "server": _SERVER, "scontrol": _SCONTROL, "srun": _SRUN}.items():
         file = binaries / name
         file.write_text(f"#!{sys.executable}\n{text}")
         file.chmod(0o755)

@@ -1,6 +1,6 @@
-"""Two ranks under the hang watchdog; one of them sleeps in front of a collective. Run by torchrun from a test:
+"""Two ranks under the hang watchdog; one of them sleeps in front of a collective. Run by a launcher from a test:
 
-    torchrun --nproc-per-node 2 -m tests.support.hanging_ranks TIMEOUT_S KIND
+    aer launch --nproc 2 -m tests.support.hanging_ranks TIMEOUT_S KIND
 
 KIND "sleep": rank 1 sleeps while rank 0 waits; "late": rank 1 has just begun its sleep when rank 0's time is up;
 "none": nobody hangs.

@@ -85,10 +85,8 @@ def write_run_file(folder: Path) -> Path:
 
 def train_command(run_file: Path, *arguments: str, ranks: int = 1) -> list[str]:
     """Returns the command line of a training run; one rank needs no launcher."""
-    launcher = [sys.executable, "-m"]
-    if ranks > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    return [*launcher, "aer_megatron.train", str(run_file), *arguments]
+    command = ["aer_megatron.train"] if ranks == 1 else ["aer_megatron.cli", "launch", "--nproc", str(ranks)]
+    return [sys.executable, "-m", *command, str(run_file), *arguments]
 
 
 def environment() -> dict[str, str]:

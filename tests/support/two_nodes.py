@@ -58,7 +58,7 @@ class Node:
         return found
 
     def ranks(self) -> set[int]:
-        """Returns the node's training processes that still run: torchrun's children."""
+        """Returns the node's ranks that still run."""
         found = set()
         for pid in self.pids():
             try:

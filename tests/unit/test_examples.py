@@ -106,18 +106,16 @@ def test_the_multinode_launch(programs: dict[str, str]) -> None:
     environment = programs | {"MASTER_ADDR": "127.0.0.1", "NNODES": "3", "RUN_ID": "job7"}
     done = run_script("multinode_torchrun/launch.sh", environment, "--run.seed=4")
     assert done.returncode == 0, done.stderr
-    seen = recorded(programs, "torchrun")
+    seen = recorded(programs, "aer")
     assert seen["arguments"] == [
+        "launch",
         "--nnodes=3",
-        "--nproc-per-node=8",
-        "--max-restarts=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:29400",
-        "--rdzv-id=job7",
-        "--rdzv-conf=is_host=true,join_timeout=600,read_timeout=15",
-        "--local-addr=127.0.0.1",
-        "-m",
-        "aer_megatron.train",
+        "--node-rank=0",
+        "--nproc=8",
+        "--master-addr=127.0.0.1",
+        "--master-port=29400",
+        "--run-id=job7",
+        "--join-timeout=600",
         "examples/multinode_torchrun/qwen3-8b-base.toml",
         "--run.seed=4",
     ]
@@ -129,11 +127,10 @@ def test_the_user_s_interface_wins(programs: dict[str, str]) -> None:
     environment = programs | {"MASTER_ADDR": "127.0.0.1", "NNODES": "2"} | chosen
     done = run_script("multinode_torchrun/launch.sh", environment, "examples/multinode_torchrun/rehearsal.toml")
     assert done.returncode == 0, done.stderr
-    seen = recorded(programs, "torchrun")
+    seen = recorded(programs, "aer")
     assert seen["environment"]["GLOO_SOCKET_IFNAME"] == "ib0"
     assert seen["environment"]["NCCL_SOCKET_IFNAME"] == "ib"
-    assert "--nproc-per-node=2" in seen["arguments"]
-    assert "--rdzv-endpoint=127.0.0.1:29999" in seen["arguments"]
+    assert {"--nproc=2", "--master-port=29999"} <= set(seen["arguments"])
     assert seen["arguments"][-1] == "examples/multinode_torchrun/rehearsal.toml"
 
 
@@ -143,16 +140,7 @@ def test_the_user_s_interface_wins(programs: dict[str, str]) -> None:
         ({"NNODES": "2"}, "MASTER_ADDR is not set"),
         ({"MASTER_ADDR": "127.0.0.1"}, "NNODES is not set"),
         ({"MASTER_ADDR": "no.such.host.invalid", "NNODES": "2"}, "MASTER_ADDR='no.such.host.invalid' has no address"),
-        (
-            {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "1",
-                "LOCAL_ADDR": "127.0.0.2",
-                "NNODES": "2",
-                "JOIN_TIMEOUT_S": "0",
-            },
-            "no rendezvous at 127.0.0.1 port 1",
-        ),
+        ({"MASTER_ADDR": "127.0.0.1", "LOCAL_ADDR": "127.0.0.2", "NNODES": "3"}, "NODE_RANK is not set"),
     ],
 )
 def test_a_launch_that_cannot_work_says_why(programs: dict[str, str], given: dict[str, str], words: str) -> None:
@@ -167,11 +155,10 @@ def test_the_single_node_launch(programs: dict[str, str], tmp_path: Path) -> Non
     environment = programs | {"GPUS_PER_NODE": "4", "SERVER_PORT": str(port), "FAKE_EXIT_CODE": "7"}
     run = "examples/single_node/qwen3-8b-base.toml"
     done = run_script("single_node/launch.sh", environment, run, f"--model.path={model}")
-    assert done.returncode == 7, done.stderr  # torchrun's
+    assert done.returncode == 7, done.stderr  # the launcher's
     urls = f'["http://127.0.0.1:{port}","http://127.0.0.1:{port + 1}",]'
-    assert recorded(programs, "torchrun")["arguments"] == [
-        "--standalone", "--nproc-per-node=2", "-m", "aer_megatron.train", run,
-        f"--sglang.urls={urls}", f"--model.path={model}",
+    assert recorded(programs, "aer")["arguments"] == [
+        "launch", "--nproc", "2", run, f"--sglang.urls={urls}", f"--model.path={model}",
     ]  # fmt: skip
     assert tomllib.loads(f"urls = {urls}")["urls"] == [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"]
     for place, gpu in ((0, "2"), (1, "3")):
@@ -182,6 +169,30 @@ def test_the_single_node_launch(programs: dict[str, str], tmp_path: Path) -> Non
             "--port", str(port + place), "--tp-size", "1", "--mem-fraction-static", "0.85",
         ]  # fmt: skip
     assert not processes_with(str(model))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_servers_live_until_the_training_has_stopped(
+    programs: dict[str, str], tmp_path: Path, number: signal.Signals
+) -> None:
+    model, port = model_folder(tmp_path / "model"), free_ports(2)
+    environment = programs | {"GPUS_PER_NODE": "4", "SERVER_PORT": str(port), "FAKE_RUN_S": "600"}
+    script = subprocess.Popen(
+        ["bash", str(EXAMPLES / "single_node" / "launch.sh"), f"--model.path={model}"],
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        records = Path(programs["RECORD"])
+        wait_for(lambda: (records / "aer.json").exists())
+        os.killpg(script.pid, number)  # as a terminal's Ctrl-C: to the whole foreground group
+        time.sleep(0.2)
+        assert len(processes_with(f"--port\0{port}\0")) >= 1  # the training still saves
+        assert script.wait(30) == 128 + number
+        assert (records / f"aer-{number}.json").exists()
+        wait_for(lambda: not processes_with(f"{model}\0"))
+    finally:
+        script.kill()
+        script.wait()
 
 
 def test_the_slurm_job(programs: dict[str, str], tmp_path: Path) -> None:
@@ -198,8 +209,9 @@ def test_the_slurm_job(programs: dict[str, str], tmp_path: Path) -> None:
     assert "training on 127.0.0.1 127.0.0.2; serving on 127.0.0.3" in done.stdout
     assert {"--nodes=1", "--nodelist=127.0.0.3"} <= set(recorded(programs, "srun-serve.sh")["arguments"])
     assert {"--nodes=2", "--nodelist=127.0.0.1,127.0.0.2"} <= set(recorded(programs, "srun-launch.sh")["arguments"])
-    arguments = recorded(programs, "torchrun")["arguments"]
-    assert {"--nnodes=2", "--nproc-per-node=4", "--rdzv-endpoint=127.0.0.1:20123", "--rdzv-id=40123"} <= set(arguments)
+    arguments = recorded(programs, "aer")["arguments"]
+    assert {"--nnodes=2", "--nproc=4", "--master-addr=127.0.0.1", "--master-port=20123"} <= set(arguments)
+    assert {"--node-rank=0", "--run-id=40123"} <= set(arguments)
     assert arguments[-4:] == [
         str(run_file),
         f'--sglang.urls=["http://127.0.0.3:{port}","http://127.0.0.3:{port + 1}"]',

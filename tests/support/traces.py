@@ -18,7 +18,6 @@ _INTERVAL_S = 0.1
 _MARK = "AER_TEST_RUN"
 _SHARED = "/dev/shm/"
 _LISTENING = "0A"
-_TORCHRUN_FOLDER = "torchelastic_"  # made and left by torchrun, logs or none
 
 
 class Traces:
@@ -66,9 +65,7 @@ class Traces:
             "processes": [f"{pid} {_text(f'/proc/{pid}/cmdline')}" for pid in self._processes()],
             "ports": [str(port) for port in self.seen_ports & set(_listening().values())],
             "shared memory": [path for path in self.seen_shared if Path(path).exists()],
-            "temporary files": [
-                str(path) for path in self._temporary.iterdir() if not path.name.startswith(_TORCHRUN_FOLDER)
-            ],
+            "temporary files": [str(path) for path in self._temporary.iterdir()],
         }
         return {kind: found for kind, found in kinds.items() if found}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 
 _BOX = "\\boxed{"
+_ANY_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE = re.compile(r"\\[A-Za-z]+|[-+]?[0-9][0-9.,]*|[^\s$]")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKED = re.compile(r"answer\s*:", re.IGNORECASE)
 
@@ -25,19 +27,8 @@ def last_boxed(text: str) -> str | None:
     if start < 0:
         return None
     start += len(_BOX)
-    depth, position = 1, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start:position]
-        position += 1
-    return "{" + text[start:]
+    end = _closing(text, start)
+    return text[start:end] if end is not None else "{" + text[start:]
 
 
 def final_answer(text: str) -> str:
@@ -60,3 +51,41 @@ def final_answer(text: str) -> str:
         line = rest.split("\n", 1)[0].strip().strip("*").strip()
         return line or rest.strip()
     return text.strip()
+
+
+def boxed_answer(text: str) -> str | None:
+    """Returns the content of the last box behind the reasoning, or None where there is none or it is never closed.
+
+    Reasoning is what stands up to the last ``</think>``; one that was begun and not ended leaves no answer.
+    ``\\boxed 7`` is a box as well.
+
+    Example: ``boxed_answer(r"<think>\\boxed{1}</think> so \\boxed{2}") == "2"``
+    """
+    rest = text.rpartition("</think>")[2]
+    if "<think>" in rest:
+        return None
+    begin = max((match.end() for match in _ANY_BOX.finditer(rest)), default=None)
+    if begin is None:
+        return None
+    if rest[begin : begin + 1] != "{":
+        bare = _BARE.match(rest, begin)
+        return bare.group().rstrip(".,") if bare else None
+    end = _closing(rest, begin + 1)
+    return None if end is None else rest[begin + 1 : end]
+
+
+def _closing(text: str, start: int) -> int | None:
+    """Returns where the brace stands that closes a group whose content begins at ``start``; None without one."""
+    depth, position = 1, start
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            position += 1
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return position
+        position += 1
+    return None

@@ -1,18 +1,17 @@
-"""Judges mathematical answers: integers exactly and at once, the rest by math-verify in a worker process.
+"""Judges mathematical answers: plain integers at once, everything else by the grammar of answers in a worker process.
 
-Only the LAST ``\\boxed{}`` counts. What math-verify still gets wrong is listed in docs/data.md.
+Only the LAST box counts (``boxed_answer``). What counts as the same answer: rewards/answers/judge.py.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
-from aer_megatron.rewards.extract import last_boxed
+from aer_megatron.rewards.extract import boxed_answer
 from aer_megatron.types import Prompt, Verdict
 
-_INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,100})")
-_SPACING = re.compile(r"\\[!,;: ]|\{,\}|[$\s]")
+_INTEGER = re.compile(r"\s*[-+]?(?:[0-9]{1,100}|[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,)[0-9]{3}){1,30})\s*")
+_NO_DIGIT = re.compile(r"[^-0-9]")
 
 
 def decide_quickly(text: str, prompt: Prompt) -> Verdict | None:
@@ -20,7 +19,7 @@ def decide_quickly(text: str, prompt: Prompt) -> Verdict | None:
 
     Reasons: ``no_answer``, ``correct``, ``wrong``.
     """
-    answer = last_boxed(text)
+    answer = boxed_answer(text)
     if answer is None or not answer.strip():
         return Verdict(0.0, "no_answer")
     given, gold = parse_integer(answer), parse_integer(prompt.answer)
@@ -30,63 +29,28 @@ def decide_quickly(text: str, prompt: Prompt) -> Verdict | None:
 
 
 def parse_integer(text: str) -> int | None:
-    """Returns the integer that ``text`` spells, or None: sign, digits, thousands commas, LaTeX spacing, $.
+    """Returns the integer that ``text`` spells, or None: sign, digits, commas or thin spaces between thousands.
 
-    Example: ``parse_integer(r"1{,}234\\,") == 1234``
+    Example: ``parse_integer("1{,}234") == 1234``
     """
-    compact = _SPACING.sub(lambda match: "," if match.group() == "{,}" else "", text)
-    return int(compact.replace(",", "")) if _INTEGER.fullmatch(compact) else None
+    return int(_NO_DIGIT.sub("", text)) if _INTEGER.fullmatch(text) else None
 
 
-class MathVerifier:
-    """math-verify behind one call; lives in a worker's main thread, because its time limit is SIGALRM.
+def verify_math(text: str, prompt: Prompt) -> Verdict:
+    """Returns the verdict by the grammar of answers.
 
-    ``alarm_s`` is the whole number of seconds that each of parsing and comparing may take.
+    Reasons: ``correct``, ``wrong``, ``no_answer``, ``unparseable`` (the answer is no sentence of the grammar),
+    ``bad_gold`` (the gold answer is none, and the answer another text).
     """
+    # mpmath takes a tenth of a second to import: only worker processes pay
+    from aer_megatron.rewards.answers.judge import can_be_read, matches
 
-    def __init__(self, alarm_s: int) -> None:
-        # sympy and its LaTeX parser take a second to import: only worker processes pay
-        from math_verify import LatexExtractionConfig, parse, verify
-        from math_verify.errors import TimeoutException
-
-        self._parse = parse
-        self._verify = verify
-        self._timeout_exception = TimeoutException
-        self._config = (LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False),)
-        self._alarm_s = alarm_s
-        self._gold: tuple[str, list[Any]] = ("", [])
-        self._parse_boxed("1")  # builds its regular expressions and the grammar before the clock runs
-
-    def __call__(self, text: str, prompt: Prompt) -> Verdict:
-        """Returns the verdict; reasons ``correct``, ``wrong``, ``no_answer``, ``unparseable``, ``bad_gold``,
-        ``timeout``.
-        """
-        quick = decide_quickly(text, prompt)
-        if quick is not None:
-            return quick
-        try:
-            return self._compare(last_boxed(text) or "", prompt.answer)
-        except self._timeout_exception:
-            return Verdict(0.0, "timeout")
-
-    def _compare(self, answer: str, gold_text: str) -> Verdict:
-        if self._gold[0] != gold_text:  # the G rollouts of a prompt share one gold answer
-            self._gold = (gold_text, self._parse_boxed(gold_text))
-        gold, given = self._gold[1], self._parse_boxed(answer)
-        if not _has_expression(gold):
-            return Verdict(0.0, "bad_gold")
-        if not _has_expression(given):
-            return Verdict(0.0, "unparseable")
-        matches = self._verify(gold, given, timeout_seconds=self._alarm_s, raise_on_error=True)
-        return Verdict(1.0, "correct") if matches else Verdict(0.0, "wrong")
-
-    def _parse_boxed(self, text: str) -> list[Any]:
-        boxed = "\\boxed{" + text + "}"
-        parsed: list[Any] = self._parse(
-            boxed, self._config, parsing_timeout=self._alarm_s, raise_on_error=True
-        )
-        return parsed
-
-
-def _has_expression(parsed: list[Any]) -> bool:
-    return any(not isinstance(item, str) for item in parsed)
+    quick = decide_quickly(text, prompt)
+    if quick is not None:
+        return quick
+    answer = boxed_answer(text) or ""
+    if matches(prompt.answer, answer):
+        return Verdict(1.0, "correct")
+    if not can_be_read(prompt.answer):
+        return Verdict(0.0, "bad_gold")
+    return Verdict(0.0, "wrong" if can_be_read(answer) else "unparseable")

@@ -5,7 +5,7 @@ A worker is a fresh interpreter, neither forked (torch and gloo have threads) no
 a worker, so that a kill costs one answer. Workers start on first use, each below a guard (rewards/guard.py).
 
     verdict reason            the verifier
-    timeout                   ran past timeout_s and was killed (or math-verify's own alarm ended it)
+    timeout                   ran past timeout_s and was killed (or the alarm of math_verify ended it)
     crashed                   ended its process, or sent what is no verdict, for this answer twice
     verifier_error_NAME       raised NAME, or returned no verdict
 

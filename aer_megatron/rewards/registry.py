@@ -2,7 +2,8 @@
 
     name                    runs in              judged by
     countdown               the trainer          rewards/countdown.py
-    math                    trainer / worker     integers at once, else math-verify in a worker process
+    math                    trainer / worker     integers at once, else the grammar of answers in a worker process
+    math_verify             trainer / worker     the same with the library math-verify in place of the grammar
     reasoning_gym:NAME      worker               the generator's own scorer
     package.module:function worker               your function (text, prompt) -> Verdict | float | bool
 
@@ -21,6 +22,7 @@ from typing import Any
 from aer_megatron.rewards import math, reasoning_gym
 from aer_megatron.rewards.countdown import verify_countdown
 from aer_megatron.rewards.labels import error_label, to_label
+from aer_megatron.rewards.math_verify import MathVerifyVerifier
 from aer_megatron.rewards.messages import MAX_REWARD
 from aer_megatron.types import Prompt, Verdict
 
@@ -57,8 +59,10 @@ def find_verifier(name: str) -> Verifier:
     if name == "countdown":
         return Verifier(name, True, verify_countdown, lambda timeout_s: verify_countdown)
     if name == "math":
+        return Verifier(name, False, math.decide_quickly, lambda timeout_s: math.verify_math)
+    if name == "math_verify":
         # half the hard limit for each of parsing and comparing: the alarm should come before the kill
-        return Verifier(name, False, math.decide_quickly, lambda t: math.MathVerifier(max(1, int(t / 2))))
+        return Verifier(name, False, math.decide_quickly, lambda t: MathVerifyVerifier(max(1, int(t / 2))))
     if name.startswith(_REASONING_GYM):
         task = name.removeprefix(_REASONING_GYM)
         return Verifier(
@@ -70,14 +74,16 @@ def find_verifier(name: str) -> Verifier:
     if ":" in name:
         return Verifier(name, False, lambda text, prompt: None, lambda timeout_s: _import_function(name))
     raise ValueError(
-        f"verifier {name!r} is unknown; use 'math', 'countdown', 'reasoning_gym:NAME' or "
+        f"verifier {name!r} is unknown; use 'math', 'math_verify', 'countdown', 'reasoning_gym:NAME' or "
         f"'package.module:function'"
     )
 
 
 def is_built_in(name: str) -> bool:
     """Returns whether ``name`` is a verifier of this project, which a data record may ask for by itself."""
-    return name in ("countdown", "math") or re.fullmatch(rf"{_REASONING_GYM}[a-z0-9_]+", name) is not None
+    if name in ("countdown", "math", "math_verify"):
+        return True
+    return re.fullmatch(rf"{_REASONING_GYM}[a-z0-9_]+", name) is not None
 
 
 def load_verifier(name: str, timeout_s: float) -> VerifyFunction:

@@ -99,7 +99,9 @@ def test_countdown_needs_its_problem_form() -> None:
         ("007", 7),
         ("1,234", 1234),
         ("1{,}234", 1234),
-        (r"$1\,234$", 1234),
+        (r"1\,234", 1234),
+        ("1 234", None),  # a number for the grammar: "3 4" is none
+        (r"\$5", None),
         (" 5 ", 5),
         ("1,23", None),
         ("5.0", None),
@@ -129,6 +131,29 @@ def test_parse_integer(text: str, value: int | None) -> None:
 def test_math_integers_need_no_process(text: str, gold: str, reason: str) -> None:
     verdict = find_verifier("math").decide(text, prompt(answer=gold))
     assert verdict == Verdict(float(reason == "correct"), reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "reason"),
+    [
+        (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}", "correct"),
+        (r"<think>\boxed{0.5}</think> \boxed{2}", r"\frac{1}{2}", "wrong"),
+        (r"<think>\boxed{0.5}", r"\frac{1}{2}", "no_answer"),
+        (r"\boxed 7", "7", "correct"),
+        (r"\boxed{\frac{1}{", r"\frac{1}{2}", "no_answer"),
+        (r"\boxed{3 4}", "34", "unparseable"),
+        (r"\boxed{3+4}", "7", "wrong"),
+    ],
+)
+def test_math_by_the_grammar(text: str, gold: str, reason: str) -> None:
+    verdict = find_verifier("math").load(5.0)(text, prompt(answer=gold))
+    assert verdict == Verdict(float(reason == "correct"), reason)
+
+
+def test_math_verify_is_a_second_opinion() -> None:
+    verify = find_verifier("math_verify").load(5.0)
+    assert verify(r"\boxed{\frac{2}{4}}", prompt(answer=r"\frac{1}{2}")) == Verdict(1.0, "correct")
+    assert verify(r"\boxed{\frac{2}{3}}", prompt(answer=r"\frac{1}{2}")) == Verdict(0.0, "wrong")
 
 
 def test_math_leaves_algebra_open() -> None:

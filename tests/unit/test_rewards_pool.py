@@ -200,10 +200,10 @@ def test_a_verifier_that_cannot_be_loaded_stops_the_run() -> None:
             pool.verify([Job(name, "x", Prompt(1, "p", (1,), "x", name))])
 
 
-def test_math_in_workers_alarms_kills_and_unparseable_answers() -> None:
+def test_math_in_workers() -> None:
     cases = [
         (r"\frac{1}{2}", "0.5", "correct"),
-        (r"9^{99999999}", "5", "timeout"),
+        (r"9^{99999999}", "5", "wrong"),  # a number that is never written out
         (r"\frac{1}{}", "5", "unparseable"),
         ("@@@", "5", "unparseable"),
         (r"\frac{1}{3}", "0.5", "wrong"),
@@ -215,6 +215,13 @@ def test_math_in_workers_alarms_kills_and_unparseable_answers() -> None:
         verdicts = pool.verify([math_job(answer, gold) for answer, gold, _ in cases])
     assert [verdict.reason for verdict in verdicts] == [reason for *_, reason in cases]
     assert [verdict.reward for verdict in verdicts] == [float(reason == "correct") for *_, reason in cases]
+
+
+def test_math_verify_in_a_worker_is_stopped_by_its_alarm() -> None:
+    prompt = Prompt(1, "p", (1,), "5", "math_verify")
+    with VerifierPool(num_workers=1, timeout_s=3.0) as pool:
+        verdict = pool.verify([Job("math_verify", r"\boxed{9^{99999999}}", prompt)])[0]
+    assert verdict == Verdict(0.0, "timeout")
 
 
 @pytest.mark.parametrize("inherited", [False, True])

@@ -271,8 +271,10 @@ def split_lines(path: Path) -> Iterator[tuple[int, str]]:
             return
         try:
             line = raw.decode("utf-8")
-            step = int(json.loads(line)[Metric.STEP])
-        except (ValueError, KeyError, TypeError) as error:
+            step = json.loads(line)[Metric.STEP]
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise TypeError(f"its step is no integer but a {type(step).__name__}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 return  # a process killed while it wrote leaves part of a line and no line end
             raise ValueError(

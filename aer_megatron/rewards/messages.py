@@ -181,8 +181,10 @@ def read_verdict(message: Mapping[str, Any], number: int) -> Verdict:
     if message.get("number") != number:
         raise Garbage("it is on another job")
     reward, reason = message.get("reward"), message.get("reason")
-    if not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD or not isinstance(reason, str):
-        raise Garbage("no verdict")
+    if isinstance(reward, bool) or not isinstance(reward, int | float) or not abs(reward) <= MAX_REWARD:
+        raise Garbage("no reward")
+    if not isinstance(reason, str):
+        raise Garbage("no reason")
     return Verdict(float(reward), to_label(reason))
 
 

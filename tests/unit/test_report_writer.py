@@ -142,7 +142,19 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [b"not json", b'["step"]', b'{"reward/mean": 1.0}', b'{"step": null}', b""]
+    "damage",
+    [
+        b"not json",
+        b'["step"]',
+        b'{"reward/mean": 1.0}',
+        b'{"step": null}',
+        b'{"step": true}',
+        b'{"step": 1.0}',
+        b'{"step": Infinity}',
+        b'{"step": 1, "reward/mean": ' + b"[" * 100_000,
+        b"",
+    ],
+    ids=lambda damage: damage[:30],
 )
 def test_damage_before_the_last_line_is_named_and_left_alone(tmp_path: Path, damage: bytes) -> None:
     content = b'{"step": 0}\n' + damage + b'\n{"step": 2}\n'

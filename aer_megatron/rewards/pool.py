@@ -139,9 +139,9 @@ class _Worker:
         name = message.get("loaded", message.get("failed"))
         if name not in self.loading:
             raise Garbage("no word on what it loads")
+        self.loading.remove(name)
         if "failed" in message:
             raise UnusableVerifier(str(name), str(message.get("cause"))[:_WORDS_LENGTH])
-        self.loading.remove(name)
         self.loaded.add(name)
 
     def end(self) -> str:

@@ -4,7 +4,7 @@
     countdown               the trainer          rewards/countdown.py
     math                    trainer / worker     integers at once, else the grammar of answers in a worker process
     math_verify             trainer / worker     the same with the library math-verify in place of the grammar
-    reasoning_gym:NAME      worker               the generator's own scorer
+    reasoning_gym:NAME      worker               the generator's own scorer, unless rewards/refused_scorers.py has it
     package.module:function worker               your function (text, prompt) -> Verdict | float | bool
 
 This file does NOT start processes (rewards/pool.py).
@@ -24,6 +24,7 @@ from aer_megatron.rewards.countdown import verify_countdown
 from aer_megatron.rewards.labels import error_label, to_label
 from aer_megatron.rewards.math_verify import MathVerifyVerifier
 from aer_megatron.rewards.messages import MAX_REWARD
+from aer_megatron.rewards.refused_scorers import check_scorer
 from aer_megatron.types import Prompt, Verdict
 
 VerifyFunction = Callable[[str, Prompt], Any]
@@ -54,7 +55,7 @@ def find_verifier(name: str) -> Verifier:
     """Returns the verifier called ``name``.
 
     Raises:
-        ValueError: no verifier has that name, or the function it names cannot be imported.
+        ValueError: no verifier has that name, or it is a scorer that is refused as a reward.
     """
     if name == "countdown":
         return Verifier(name, True, verify_countdown, lambda timeout_s: verify_countdown)
@@ -65,6 +66,7 @@ def find_verifier(name: str) -> Verifier:
         return Verifier(name, False, math.decide_quickly, lambda t: MathVerifyVerifier(max(1, int(t / 2))))
     if name.startswith(_REASONING_GYM):
         task = name.removeprefix(_REASONING_GYM)
+        check_scorer(task)
         return Verifier(
             name,
             False,

@@ -198,6 +198,7 @@ def test_a_verifier_that_cannot_be_loaded_stops_the_run() -> None:
         name = f"{MODULE}:missing"
         with pytest.raises(RuntimeError, match=r"bad_verifiers:missing.*cannot be loaded.*cannot be imported"):
             pool.verify([Job(name, "x", Prompt(1, "p", (1,), "x", name))])
+        assert pool.verify([job("exact")])[0].reason == "correct"  # the pool is not stuck
 
 
 def test_math_in_workers() -> None:

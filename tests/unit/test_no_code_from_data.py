@@ -1,4 +1,4 @@
-"""Where the package may touch what turns bytes or text into code: pickles, evaluation, imports by name. A list, and no more."""
+"""Where the package may touch what turns bytes or text into code: pickles, evaluation, imports by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ MODULES = (
     "torch.multiprocessing", "torch.package", "torch.hub", "runpy", "code", "codeop", "imp", "yaml",
     "xmlrpc", "dbm", "copyreg",
 )  # fmt: skip
+BUILT_IN = ("eval", "exec", "compile", "__import__")
 FUNCTIONS = (
-    "eval", "exec", "compile", "__import__", "importlib.import_module", "importlib.util.spec_from_file_location",
+    "importlib.import_module", "importlib.util.spec_from_file_location",
     "torch.load", "torch.save", "torch.jit.load", "torch.export.load", "numpy.load", "numpy.save", "numpy.savez",
-    "torch.distributed.checkpoint.load", "megatron.core.dist_checkpointing.load", "megatron.core.dist_checkpointing.save",
+    "torch.distributed.checkpoint.load", "megatron.core.dist_checkpointing.load",
     "megatron.core.dist_checkpointing.load_common_state_dict", "pandas.read_pickle", "pandas.eval", "sympy.sympify",
     "sympy.parse_expr", "sympy.parsing.sympy_parser.parse_expr", "numexpr.evaluate",
 )  # fmt: skip
@@ -39,8 +40,13 @@ PERMITTED = {
     "rewards/registry.py": {"importlib.import_module"},
     # the command's own table
     "cli.py": {"importlib.import_module"},
+    # the module that the launcher's command line names
+    "parallel/rank_main.py": {"runpy"},
+    # starts its own ranks
+    "tools/check_roundtrip.py": {"torch.multiprocessing"},
 }
 # pickle may be read by these alone
+PICKLE_READERS = ("pickle.load", "pickle.loads", "pickle.Unpickler")
 READERS = {"convert/megatron_folder.py"}
 
 
@@ -52,10 +58,12 @@ def found(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, what) for alias in node.names for what in _matches(alias.name))
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.lineno, what) for alias in node.names for what in _matches(f"{node.module}.{alias.name}"))
-        elif isinstance(node, ast.Attribute | ast.Name):
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Load):
             root, _, rest = ast.unparse(node).partition(".")
-            dotted = ".".join(part for part in (roots.get(root, root), rest) if part)
-            yield from ((node.lineno, what) for what in _matches(dotted))
+            if root in roots:
+                yield from ((node.lineno, what) for what in _matches(f"{roots[root]}.{rest}".strip(".")))
+            elif (rest or root).split(".")[-1] in (NAMES if rest else BUILT_IN):
+                yield node.lineno, (rest or root).split(".")[-1]
         elif isinstance(node, ast.keyword) and node.arg in NAMES and not _is_false(node.value):
             yield node.value.lineno, str(node.arg)
 
@@ -63,7 +71,9 @@ def found(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.asname or alias.name.split(".")[0], alias.asname and alias.name or alias.name.split(".")[0]) for alias in node.names)
+            for alias in node.names:
+                root = alias.name.split(".")[0]
+                yield alias.asname or root, alias.name if alias.asname else root
         elif isinstance(node, ast.ImportFrom):
             yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
 
@@ -99,7 +109,7 @@ def test_pickles_are_read_in_one_place_and_there_by_a_list() -> None:
         reads = {
             ast.unparse(node)
             for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.load", "pickle.loads", "pickle.Unpickler")
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in PICKLE_READERS
         }
         assert reads <= ({"pickle.Unpickler"} if name in READERS else set()), name
         for node in ast.walk(tree):

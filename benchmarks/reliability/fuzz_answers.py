@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 import random
 import re
 import socket
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from aer_megatron.convert.sglang_weights import by_rank, first_difference, holds_fp8
 from aer_megatron.rewards.countdown import verify_countdown
 from aer_megatron.rewards.extract import final_answer, last_boxed
-from aer_megatron.rewards.math import decide_quickly
+from aer_megatron.rewards.math import decide_quickly, verify_math
 from aer_megatron.rewards.messages import Channel, Garbage, frame, read_verdict
 from aer_megatron.rollout.engine import GenerateRequest
 from aer_megatron.rollout.replies import Reply, parse_json
@@ -31,6 +33,7 @@ EXPECTED = Expected(GenerateRequest((5, 6, 7), 1, 6), 3, LABELS, 25)
 JOB = 7
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _CHECKSUMS = [{"model.norm.weight": "0123456789abcdef", "lm_head.weight": "fedcba9876543210"}]
+_GOLDS = ("24", "\\frac{1}{2}", "x^2+1", "(1, 2]", "\\{1,2,3\\}", "\\text{yes}", "2\\sqrt{3}", "x=5", "1/0", "\\boxed{")
 _PROMPT = Prompt(id=7, token_ids=(5, 6, 7), problem="3,5,2,8=24>", answer="24", verifier="countdown", metadata={})
 
 
@@ -143,11 +146,14 @@ def read_answer(valid: bytes, data: bytes, folder: Path) -> None:
     verdict = verify_countdown(text, _PROMPT)
     if verdict.reward and not _solves(text):
         raise WrongAccept(f"countdown: {text[:60]!r}")
-    quick = decide_quickly(text, _PROMPT)
-    if quick is not None and quick.reward:
-        digits = re.sub(r"[^0-9.-]", "", last_boxed(text) or "")
-        if digits != _PROMPT.answer and digits.lstrip("0") != _PROMPT.answer:
-            raise WrongAccept(f"math: {last_boxed(text)!r:.60}")
+    gold = _GOLDS[zlib.crc32(data) % len(_GOLDS)]
+    judged = verify_math(text, dataclasses.replace(_PROMPT, answer=gold))
+    quick = decide_quickly(text, dataclasses.replace(_PROMPT, answer=gold))
+    if quick is not None and quick != judged:
+        raise WrongAccept(f"math: {quick} at once, {judged} in a worker: {text[:60]!r}")
+    plain = re.fullmatch(r"\s*(-?[0-9]+)\s*", last_boxed(text) or "")
+    if judged.reward and plain and gold == "24" and int(plain[1][:1000]) != 24:
+        raise WrongAccept(f"math: {last_boxed(text)!r:.60}")
 
 
 def _solves(text: str) -> bool:

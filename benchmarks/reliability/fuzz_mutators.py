@@ -189,7 +189,8 @@ def mutate_answer(data: bytes, chance: random.Random) -> bytes:
         pieces[place] = pieces[place] * chance.choice((1000, 30_000))
     if chance.random() < 0.5:
         pieces.insert(chance.randrange(len(pieces)), data.decode("utf-8", "replace"))
-    return "".join(pieces).encode("utf-8", "surrogatepass")
+    text = "".join(pieces)
+    return (text if chance.random() < 0.5 else f"\\boxed{{{text}}}").encode("utf-8", "surrogatepass")
 
 
 _ANSWER_PIECES = (
@@ -197,5 +198,7 @@ _ANSWER_PIECES = (
     "\n", " ", "\t", "\0", "1", "24", "-7", "+", "-", "*", "/", "(", ")", ",", "1,234", "1{,}234", "\\,", "$", "%",
     "9" * 50, "9" * 5000, "\u0664", "\uff11", "\u00b2", "1e5", "1e999999999", "\\frac{1}{2}", "\\sqrt{", "3+5*2-8",
     "__import__('os')", "**", "9**9**9", "factorial(10**9)", "\ud800", "\u202e", "=", ">", "x", "\u221e", "nan", "inf",
-    "2,3,5,8", "0x1f", "i",
+    "2,3,5,8", "0x1f", "i", "^", "_", "!", "\\binom{9}{4}", "\\log_{2}", "\\pm", "\\infty", "\\begin{pmatrix}",
+    "\\\\", "&", "\\end{pmatrix}", "\\text{", "\\le", "\\cup", "[", "]", "\\left(", "\\pi", ";", "and", "^{99999}", "|",
+    "\\overline{3}", "'",
 )  # fmt: skip

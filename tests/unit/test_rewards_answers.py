@@ -143,6 +143,7 @@ def test_math_integers_need_no_process(text: str, gold: str, reason: str) -> Non
         (r"\boxed{\frac{1}{", r"\frac{1}{2}", "no_answer"),
         (r"\boxed{3 4}", "34", "unparseable"),
         (r"\boxed{3+4}", "7", "wrong"),
+        ("\\boxed{" + "1+" * 3000 + "1}", "7", "unparseable"),  # reading 150 kB took 6 s
     ],
 )
 def test_math_by_the_grammar(text: str, gold: str, reason: str) -> None:

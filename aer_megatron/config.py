@@ -63,6 +63,9 @@ class RunSection(Section):
         True, description="write checkpoints beside training, from a copy in host memory; false = training waits"
     )
     resume: bool = Field(True, description="continue from the newest checkpoint in output_dir, if there is one")
+    max_hours: float = Field(
+        0.0, ge=0, description="save and end in time, with exit code 0, when the next step would not fit; 0 = no limit"
+    )
     hang_timeout_s: float = Field(
         1800.0, ge=0, description="a rank that stays longer in one phase or call ends the run, saying where; 0 = off"
     )

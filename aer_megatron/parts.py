@@ -106,3 +106,4 @@ class Parts:
     flight: FlightRecorder | None  # on one rank, where the run has a recorder
     reporter: StepReporter
     timer: PhaseTimer
+    stop_requested: Callable[[], bool] = lambda: False  # asked between steps, by all ranks together; same on each

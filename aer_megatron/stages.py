@@ -289,17 +289,30 @@ class Stages:
             | training_metrics(stats, kl_coefficient=algo.kl_coefficient)
         )
 
-    def save(self, progress: Progress) -> None:
-        """Begins a checkpoint at checkpoint steps and after the last step; ``finish`` waits for it."""
+    def end_step(self, progress: Progress) -> bool:
+        """Returns whether the run ends here: after the last step, or because it was asked to.
+
+        A checkpoint is begun at checkpoint steps and wherever the run ends; ``finish`` waits for it.
+        """
         every, done = self.config.run.checkpoint_every, progress.next_step
-        if done == self.config.run.num_steps or (every and done % every == 0):
-            with self.parts.timer.phase("checkpoint"):
-                self.parts.saves.save(progress)
+        last = done == self.config.run.num_steps
+        due = last or bool(every and done % every == 0)
+        if due:
+            self._save(progress)
+        if last or not self.parts.stop_requested():  # asked behind the save: that one may take long
+            return last
+        if not due:
+            self._save(progress)
+        return True
 
     def finish(self) -> None:
         """Returns once the last checkpoint that was begun is on disk; raises RuntimeError where it cannot be."""
         with self.parts.timer.phase("checkpoint"):
             self.parts.saves.finish()
+
+    def _save(self, progress: Progress) -> None:
+        with self.parts.timer.phase("checkpoint"):
+            self.parts.saves.save(progress)
 
     def _launch(self, step: int, refill: int, num_groups: int, begin: Callable[[Generate], Generate]) -> Launch:
         resumed = None if refill else self._resumed.get(step)

@@ -4,14 +4,17 @@
     python -m aer_megatron.train RUN.toml --dry-run
     aer launch --nproc 2 RUN.toml --stage=sft
 
-Exit codes: 0 done, 2 configuration or data are wrong (one clear message), anything else a failure while running.
+Exit codes: 0 done (or stopped by SIGUSR1 or run.max_hours), 2 configuration or data are wrong (one clear message),
+143 and 130 stopped by SIGTERM or SIGINT and saved, anything else a failure while running.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,6 +23,8 @@ from pathlib import Path
 from aer_megatron.config import Config
 from aer_megatron.config_loading import describe_options, load_config
 from aer_megatron.failures import LOG_FOLDER, Edge, run_command
+from aer_megatron.parallel.stop import StopRequests, StopRun
+from aer_megatron.standard_streams import say
 
 USAGE = """\
 usage: python -m aer_megatron.train RUN.toml [--stage=rl|sft] [--dry-run] [--section.key=value ...]
@@ -61,9 +66,17 @@ def run(arguments: Sequence[str], edge: Edge) -> int:
     edge.log_folder = Path(config.run.output_dir) / LOG_FOLDER
     if command.dry_run:
         print(plan_text(config))
-    else:
-        run_stage(command.stage, config, arguments, edge)
-    return 0
+        return 0
+    speaks = os.environ.get("RANK", "0") == "0"  # the ranks' own part needs seconds to be imported
+    line = functools.partial(say, error=True) if speaks else None
+    try:
+        with StopRequests(line, max_hours=config.run.max_hours, end=_end_at_once) as stops:
+            if speaks:
+                say(f"loading libraries, data and {config.model.path} for {config.run.output_dir}")
+            run_stage(command.stage, config, arguments, edge, stops)
+    except StopRun as stop:
+        return stop.cause.exit_code
+    return stops.agreed.exit_code
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -131,17 +144,28 @@ def plan_text(config: Config) -> str:
     return "\n".join(lines)
 
 
-def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge) -> None:
-    """Returns when the stage is done; every rank calls it."""
-    from aer_megatron.compose.common import build_topology, check_model, collective_timeout_s, open_watchdog
+def _end_at_once(code: int) -> None:
+    """Ends the process where it is; a terminal gets back the cursor that the live display hides."""
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\n")
+    os._exit(code)
+
+
+def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge, stops: StopRequests) -> None:
+    """Returns when the stage is done, or stopped; every rank calls it."""
+    from aer_megatron.compose.common import Process, build_topology, check_model, collective_timeout_s, open_watchdog
     from aer_megatron.parallel import platform as platforms
+    from aer_megatron.parallel.exchange import all_max
     from aer_megatron.parallel.topology import destroy_topology
+    from aer_megatron.parallel.watchdog import distributed_store
 
     platform = platforms.install_platform()
     config.check_world_size(platform.world_size)
     platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(config))
     try:
-        with edge.noting(), open_watchdog(config, platform) as watchdog:
+        agree = functools.partial(all_max, device=platform.device)
+        with edge.noting(), stops.shared(distributed_store(), agree), open_watchdog(config, platform) as watchdog:
+            process = Process(platform, watchdog, stops)
             if stage == "sft":
                 from aer_megatron.compose.sft import init_path, is_made, run_sft
 
@@ -149,7 +173,7 @@ def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge) 
                 check_model(config, init_path(config))
                 if not is_made(config):
                     topology = build_topology(config)
-                    run_sft(config, platform, topology, arguments, watchdog)
+                    run_sft(config, process, topology, arguments)
                 elif platform.rank == 0:
                     print(f"{config.model.path}: made earlier by the same configuration; nothing to do")
             else:
@@ -157,7 +181,7 @@ def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge) 
 
                 check_model(config, config.model.path)
                 topology = build_topology(config)
-                run_rl(config, platform, topology, arguments, watchdog)
+                run_rl(config, process, topology, arguments)
     finally:
         destroy_topology()
 

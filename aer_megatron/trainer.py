@@ -26,11 +26,11 @@ class Trainer:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
-    def run(self) -> None:
-        """Returns when the last step is done and saved."""
+    def run(self) -> int:
+        """Returns the next step once the last one is done, or the run was asked to stop, and all is saved."""
         stages, parts, config, start = self._stages, self._stages.parts, self._stages.config, self._stages.start
         entropy = config.algo.entropy
-        controller_state, policy_version = start.controller_state, start.policy_version
+        next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
         stages.publish(policy_version)
 
         for step in range(start.next_step, config.run.num_steps):
@@ -59,5 +59,8 @@ class Trainer:
                 | eval_metrics
                 | parts.timer.take(num_tokens=len(experience.token_ids_L))
             )
-            stages.save(Progress(step + 1, policy_version, controller_state, parts.prompts.state_dict()))
+            next_step = step + 1
+            if stages.end_step(Progress(next_step, policy_version, controller_state, parts.prompts.state_dict())):
+                break
         stages.finish()
+        return next_step

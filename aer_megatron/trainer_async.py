@@ -30,11 +30,14 @@ class AsyncTrainer:
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
 
-    def run(self) -> None:
-        """Returns when the last step is done and saved; an error leaves what is under way to the engine's ``close``."""
+    def run(self) -> int:
+        """Returns the next step once the last one is done, or the run was asked to stop, and all is saved.
+
+        Rollouts that are under way then, or at an error, are left to the engine's ``close``.
+        """
         stages, parts, config, start = self._stages, self._stages.parts, self._stages.config, self._stages.start
         entropy = config.algo.entropy
-        controller_state, policy_version = start.controller_state, start.policy_version
+        next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
         stages.publish(policy_version)
 
         with ExitStack() as stack:
@@ -71,10 +74,13 @@ class AsyncTrainer:
                     | parts.timer.take(num_tokens=len(experience.token_ids_L))
                 )
                 pending = tuple(launch.pending for launch in ahead)
-                stages.save(
-                    Progress(step + 1, policy_version, controller_state, parts.prompts.state_dict(), pending)
-                )
+                next_step = step + 1
+                if stages.end_step(
+                    Progress(next_step, policy_version, controller_state, parts.prompts.state_dict(), pending)
+                ):
+                    break
             stages.finish()
+        return next_step
 
 
 def _beginner(worker: ThreadPoolExecutor) -> Callable[[Generate], Generate]:

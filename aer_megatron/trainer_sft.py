@@ -1,7 +1,7 @@
 """The supervised loop: makes the base policy that reinforcement learning starts from.
 
-Flat like trainer.py: batch -> update -> report. It has no checkpoints of its own (minutes long, and its result is a
-Hugging Face folder); batches are a function of (seed, step).
+Flat like trainer.py: batch -> update -> report. It is minutes long and its result is a Hugging Face folder, so it is
+saved only where it is asked to stop; batches are a function of (seed, step).
 
 This file does NOT know torch, ranks or files.
 """
@@ -25,12 +25,13 @@ def run_supervised(
     policy: SupervisedPolicy,
     batch_of_step: Callable[[int], SupervisedBatch],
     *,
-    num_steps: int,
+    steps: range,
     reporter: StepReporter,
     timer: PhaseTimer,
-) -> None:
-    """Returns when ``num_steps`` supervised updates are done."""
-    for step in range(num_steps):
+    stop_requested: Callable[[], bool],
+) -> int:
+    """Returns the next step once the updates of ``steps`` are done, or ``stop_requested`` behind one of them."""
+    for step in steps:
         batch = batch_of_step(step)
         with timer.phase("train"):
             stats = policy.train_supervised(batch)
@@ -43,3 +44,6 @@ def run_supervised(
             }
             | timer.take(num_tokens=len(batch.token_ids_L))
         )
+        if step + 1 < steps.stop and stop_requested():
+            return step + 1
+    return steps.stop

@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from aer_megatron.convert.mapping import check_hf_tensors
 from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, job_id
+from aer_megatron.parallel.stop import StopRequests
 from aer_megatron.parallel.topology import Topology, initialize_topology
 from aer_megatron.parallel.watchdog import Watchdog, distributed_store
 from aer_megatron.report.reporter import NullReporter, Reporter
 from aer_megatron.report.run_lock import RunLock
 from aer_megatron.report.writer import package_versions, write_run_manifest
+from aer_megatron.standard_streams import say
 
 MAX_SHARD_BYTES = 5 * 10**9
 VERSIONED_PACKAGES = (
@@ -42,6 +45,30 @@ VERSIONED_PACKAGES = (
     "math-verify",
     "reasoning-gym",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """This rank as the stages see it: what it runs on, who watches it, who may stop it, and how it speaks."""
+
+    platform: Platform
+    watchdog: Watchdog
+    stops: StopRequests
+
+    def enter_phase(self, phase: str, step: int | None) -> None:
+        """Tells watchdog and stop requests where the rank is."""
+        self.watchdog.enter_phase(phase, step)
+        self.stops.enter_phase(phase, step)
+
+    def say(self, text: str) -> None:
+        """Writes one line for the user, on rank 0."""
+        if self.platform.rank == 0:
+            say(text)
+
+    def say_stopped(self, saved: str, next_step: int) -> None:
+        """Says how to go on, where the run was asked to stop."""
+        if self.stops.agreed:
+            self.say(f"{self.stops.agreed.text}: {saved}; the same command goes on at step {next_step}")
 
 
 def build_topology(config: Config) -> Topology:

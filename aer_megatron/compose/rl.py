@@ -13,7 +13,7 @@ from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
-from aer_megatron.compose.common import build_actor, checked_weights, held, open_reporter
+from aer_megatron.compose.common import Process, build_actor, checked_weights, held, open_reporter
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.saves import RunSaves
@@ -25,7 +25,6 @@ from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.parallel.watchdog import Watchdog
 from aer_megatron.parts import Parts, PendingBatch, Progress
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.run_lock import LOCK_FILE
@@ -38,15 +37,16 @@ from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
 from aer_megatron.rollout.seeds import stream_seed
 from aer_megatron.stages import Stages
-from aer_megatron.standard_streams import say
 from aer_megatron.trainer import Trainer
 from aer_megatron.trainer_async import AsyncTrainer
 
 
-def run_rl(
-    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
-) -> None:
-    """Returns when the last step is done and saved; continues from the newest checkpoint of ``run.output_dir``."""
+def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequence[str]) -> None:
+    """Returns when the run is saved, at its last step or where it is asked to stop.
+
+    It continues from the newest checkpoint of ``run.output_dir``.
+    """
+    platform = process.platform
     folder = Path(config.run.output_dir)
     with held({folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r}"}, platform):
         store = CheckpointStore(
@@ -60,10 +60,10 @@ def run_rl(
             )
         if checkpoint is not None:
             line = on_first_rank(lambda: _what_it_finds(config, checkpoint), rank=platform.rank, device=platform.device)
-            if platform.rank == 0:
-                say(line)
+            process.say(line)
         if checkpoint is None or checkpoint.step < config.run.num_steps:
-            _train(config, platform, topology, arguments, watchdog, (store, checkpoint))
+            next_step = _train(config, process, topology, arguments, (store, checkpoint))
+            process.say_stopped(f"saved {folder}/checkpoints/step_{next_step:08d}", next_step)
 
 
 def _what_it_finds(config: Config, checkpoint: Checkpoint) -> str:
@@ -82,14 +82,13 @@ def _what_it_finds(config: Config, checkpoint: Checkpoint) -> str:
 
 def _train(
     config: Config,
-    platform: Platform,
+    process: Process,
     topology: Topology,
     arguments: Sequence[str],
-    watchdog: Watchdog,
     found: tuple[CheckpointStore, Checkpoint | None],
-) -> None:
-    """Trains from what was ``found`` to the last step."""
-    store, checkpoint = found
+) -> int:
+    """Returns the next step, after training from what was ``found``."""
+    platform, stops, (store, checkpoint) = process.platform, process.stops, found
     actor = build_actor(
         config,
         config.model.path,
@@ -111,7 +110,7 @@ def _train(
     if config.algo.kl_coefficient:  # also on resume: the reference is the policy that the run began with
         actor.hold_reference(checked_weights(config.model.path))
 
-    timer = PhaseTimer(on_phase=watchdog.enter_phase, first_step=start.next_step)
+    timer = PhaseTimer(on_phase=process.enter_phase, first_step=start.next_step)
     with ExitStack() as stack:
         saves = stack.enter_context(_saves(config, platform, store, actor, ledger))
         reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
@@ -124,9 +123,13 @@ def _train(
             "flight": flight,
             "reporter": reporter,
             "timer": timer,
+            "stop_requested": stops.requested,
         }
         loop = AsyncTrainer if config.rollout.staleness else Trainer
-        loop(Stages(config, Parts(**parts), start)).run()
+        stops.begin_steps()
+        next_step = loop(Stages(config, Parts(**parts), start)).run()
+        stops.end_steps()
+    return next_step
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.compose.common import MAX_SHARD_BYTES, build_actor, checked_weights, held, open_reporter
+from aer_megatron.actor.checkpoint import CheckpointStore
+from aer_megatron.compose.common import MAX_SHARD_BYTES, Process, build_actor, checked_weights, held, open_reporter
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
 from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
@@ -20,7 +21,6 @@ from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.exchange import barrier
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.parallel.watchdog import Watchdog
 from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.trainer_sft import run_supervised
@@ -28,25 +28,60 @@ from aer_megatron.trainer_sft import run_supervised
 STAGE_FILE = "aer_stage.json"
 
 
-def run_sft(
-    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
-) -> None:
-    """Returns when ``model.path`` is written, by this process or by another that was at it."""
+def run_sft(config: Config, process: Process, topology: Topology, arguments: Sequence[str]) -> None:
+    """Returns when ``model.path`` is written, by this process or by another that was at it, or the stage is stopped."""
     target, folder = Path(config.model.path), Path(config.run.output_dir) / "sft"
     locks = {
         # beside the folder, which is replaced as a whole
         target.with_name(f".{target.name}.{LOCK_FILE}"): f"model.path={config.model.path!r}",
         folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r} (its sft/)",
     }
-    with held(locks, platform):
+    with held(locks, process.platform):
         if not is_made(config):
-            _make(config, platform, topology, arguments, watchdog)
+            _make(config, process, topology, arguments, folder)
 
 
-def _make(
-    config: Config, platform: Platform, topology: Topology, arguments: Sequence[str], watchdog: Watchdog
-) -> None:
-    init, options = init_path(config), config.sft
+def _make(config: Config, process: Process, topology: Topology, arguments: Sequence[str], folder: Path) -> None:
+    """Trains from sft.init, or from where an earlier launch was stopped, and writes model.path at the end."""
+    init, options, platform, stops = init_path(config), config.sft, process.platform, process.stops
+    source = _source(config, init, topology)
+    actor = build_actor(
+        config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps
+    )
+    # of this configuration and no other; written where the stage is stopped, removed at its end
+    kept = folder / f"stopped-{_stage_digest(config)}"
+    store = CheckpointStore(kept, topology=topology, device=platform.device, keep=1)
+    stopped = store.latest()
+    first_step = 0 if stopped is None else stopped.step
+    if stopped is not None:
+        store.load(stopped, actor)
+        process.say(f"resumed at step {first_step} of {stopped.folder}")
+    else:
+        actor.load_hf_weights(
+            checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed)
+        )
+    with open_reporter(_reported(config, folder), platform, first_step, arguments) as reporter:
+        stops.begin_steps()
+        next_step = run_supervised(
+            actor,
+            source.batch,
+            steps=range(first_step, options.num_steps),
+            reporter=reporter,
+            timer=PhaseTimer(on_phase=process.enter_phase, first_step=first_step),
+            stop_requested=stops.requested,
+        )
+        stops.end_steps()
+    if next_step < options.num_steps:
+        saved = store.save(actor, step=next_step, state={}, files={})
+        process.say_stopped(f"saved {saved.folder}", next_step)
+        return
+    _write_policy(config, actor, init, platform)
+    if platform.rank == 0:
+        shutil.rmtree(kept, ignore_errors=True)
+
+
+def _source(config: Config, init: str, topology: Topology) -> SupervisedSource:
+    options = config.sft
     if options.source is None:
         raise ValueError("--stage=sft needs a [sft.source] table: a file with responses, or task = \"countdown\"")
     if options.batch_size % topology.dp:
@@ -55,7 +90,7 @@ def _make(
             f"use {-(-options.batch_size // topology.dp) * topology.dp}"
         )
     tokenizer = load_tokenizer(init)
-    source = SupervisedSource(
+    return SupervisedSource(
         options.source,
         config.data,
         tokenizer,
@@ -63,23 +98,17 @@ def _make(
         batch_size=options.batch_size,
         seed=config.run.seed,
     )
-    actor = build_actor(
-        config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps
-    )
-    actor.load_hf_weights(checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed))
-    folder = Path(config.run.output_dir) / "sft"
-    sft_config = config.model_copy(
+
+
+def _reported(config: Config, folder: Path) -> Config:
+    """Returns the configuration under which the stage reports: a run of its own in ``folder``."""
+    run = {"output_dir": str(folder), "name": f"{config.run.name} (sft)", "num_steps": config.sft.num_steps}
+    return config.model_copy(
         update={
-            "run": config.run.model_copy(
-                update={"output_dir": str(folder), "name": f"{config.run.name} (sft)", "num_steps": options.num_steps}
-            ),
+            "run": config.run.model_copy(update=run),
             "report": config.report.model_copy(update={"picture": False}),
         }
     )
-    with open_reporter(sft_config, platform, 0, arguments) as reporter:
-        timer = PhaseTimer(on_phase=watchdog.enter_phase)
-        run_supervised(actor, source.batch, num_steps=options.num_steps, reporter=reporter, timer=timer)
-    _write_policy(config, actor, init, platform)
 
 
 def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -> None:

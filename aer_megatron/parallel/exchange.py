@@ -66,6 +66,15 @@ def all_sum(values: NDArray[np.float64], *, device: torch.device) -> NDArray[np.
     return total.reshape(values.shape)
 
 
+def all_max(value: int, *, device: torch.device) -> int:
+    """Returns the largest of all ranks' values."""
+    if dist.get_world_size() == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def all_sum_disjoint(tensor: torch.Tensor) -> torch.Tensor:
     """Returns ``tensor`` (in place) added over all ranks, where each element is nonzero on at most one rank.
 

@@ -37,6 +37,11 @@ def echo_after_delay(text: str, prompt: Prompt) -> Verdict:
     return Verdict(float(text), "echo")
 
 
+def slow(text: str, prompt: Prompt) -> bool:
+    time.sleep(1.0)
+    return False
+
+
 def sleep_forever(text: str, prompt: Prompt) -> bool:
     if text == "hang":
         time.sleep(3600)

@@ -66,6 +66,11 @@ class World:
         self.wait_for: Callable[[int], int | None] = lambda step: None  # generation that a training waits for
         self.fails_at: int | None = None
         self.lines: list[dict[str, Any]] = []
+        self.stops_behind: int | None = None
+
+    # the user
+    def stop_requested(self) -> bool:
+        return len(self.trained) - 1 == self.stops_behind
 
     # prompts
     def next_prompts(self, count: int) -> list[Prompt]:
@@ -142,6 +147,7 @@ def run(world: World, config: Config, start: Progress | None = None) -> list[Pro
         flight=None,
         reporter=anything,
         timer=PhaseTimer(),
+        stop_requested=world.stop_requested,
     )
     start = start or Progress(0, 0, initial_state(config.algo.entropy), {"next_id": 0})
     world.next_id = start.cursor["next_id"]
@@ -234,3 +240,19 @@ def test_what_the_configuration_refuses(table: dict[str, Any], message: str) -> 
     base = {"model": {"path": "unused"}, "data": {"train": {"task": "countdown", "options": {"split": "train"}}}}
     with pytest.raises(ValueError, match=message):
         config_from_table(base | table)
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_a_run_that_is_asked_to_stop_is_saved_once_and_goes_on_the_same(staleness: int, every: int) -> None:
+    config = run_config(staleness)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"checkpoint_every": every})})
+    straight, world = World(), World()
+    run(straight, config)
+    world.stops_behind = 2
+    saved = run(world, config)
+    assert [progress.next_step for progress in saved] == {0: [3], 1: [1, 2, 3], 2: [2, 3]}[every]
+    assert len(world.trained) == 3
+    resumed = World()
+    run(resumed, config, saved[-1])
+    assert world.trained + resumed.trained[3:] == straight.trained

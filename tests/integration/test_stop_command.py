@@ -105,6 +105,7 @@ def test_a_signal_while_loading_ends_every_rank_with_one_line(run_file: Path, tm
     assert rank.said.splitlines(keepends=True)[1:] == [line]
     with started(tmp_path / "two", run_file, *OPTIONS, "--parallel.tp=2", ranks=2) as (first, second):
         first.until(lambda: "loading" in first.said)
+        second.until(lambda: second.catches(signal.SIGTERM))
         first.send(signal.SIGTERM)  # it will not come to the meeting of the ranks
         second.send(signal.SIGTERM)
         assert (first.wait(), second.wait()) == (143, 143), first.said + second.said

@@ -35,6 +35,12 @@ class Rank:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def catches(self, number: signal.Signals) -> bool:
+        """Returns whether the process has a handler for the signal by now."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
     def wait(self) -> int:
         return self.process.wait(PATIENCE_S)
 

@@ -127,6 +127,7 @@ def receivers(scratch: Path, config: dict[str, Any]) -> Iterator[list[str]]:
         start_timeout_s=120.0,
         max_restarts=0,
         api_key=None,
+        reached_at="",
     )
 
     def command(options: LaunchOptions, port: int) -> list[str]:

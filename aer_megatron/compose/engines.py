@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import secrets
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from transformers import AutoConfig
 
@@ -18,11 +21,13 @@ from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parts import WeightSync
+from aer_megatron.rollout.addresses import allow_open_files, is_loopback, without_proxies
+from aer_megatron.rollout.calls import RequestLimits
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import RolloutEngine
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
 from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
-from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
+from aer_megatron.rollout.sglang import SGLangEngine
 from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
 from aer_megatron.sync.checksum import tensor_checksum
 from aer_megatron.sync.disk import DiskSync
@@ -31,6 +36,17 @@ from aer_megatron.sync.in_process import InProcessSync
 from aer_megatron.sync.servers import ServerSync, SyncContext
 from aer_megatron.sync.tensor import TensorSync
 
+_LOG = logging.getLogger(__name__)
+_KEY_BYTES = 32
+_OTHER_FILES = 512  # open beside the connections to servers: data, logs, collectives
+_EVERY_ADDRESS = ("0.0.0.0", "::")
+_OWN_OPTIONS_AT = {
+    "model_path": "model.path",
+    "host": "sglang.host",
+    "port": "sglang.host: each server gets a free port",
+    "api_key": "sglang.api_key_env: a command line is everybody's to read",
+    "config": "[sglang.launch] for what the file holds",
+}
 SERVER_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -58,15 +74,8 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     """Returns engine and weight transport over the servers, which rank 0 launches where the run file says so."""
     options = config.sglang
     _check_release(config)
-    group: ServerGroup | None = None
-    urls = list(options.urls)
-    if options.num_servers:
-        model = on_first_rank(lambda: str(_served_folder(config)), rank=platform.rank, device=platform.device)
-        if platform.rank == 0:
-            group = stack.enter_context(
-                ServerGroup(options.num_servers, _launch_options(config, model), command=command_line)
-            )
-        urls = on_first_rank(lambda: group and group.start(), rank=platform.rank, device=platform.device)
+    allow_open_files(options.max_concurrency * (len(options.urls) + options.num_servers) + _OTHER_FILES)
+    urls, api_key, group = _servers(config, platform, stack)
     fleet = stack.enter_context(
         ServerFleet(
             urls,
@@ -74,7 +83,7 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
                 max_concurrency=options.max_concurrency,
                 connect_timeout_s=options.connect_timeout_s,
                 control_timeout_s=options.control_timeout_s,
-                api_key=_api_key(config),
+                api_key=api_key,
             ),
         )
     )
@@ -109,6 +118,30 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     )
     engine = SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size, transfer=sync.transfer)
     return engine, sync
+
+
+def _servers(config: Config, platform: Platform, stack: ExitStack) -> tuple[list[str], str | None, ServerGroup | None]:
+    """Returns the servers' addresses and API key, and, on the rank that launched them, their processes."""
+    options, given = config.sglang, _api_key(config)
+    if not options.num_servers:
+        exposed = [url for url in options.urls if not is_loopback(urlsplit(url).hostname or "")]
+        if exposed and not given and platform.rank == 0:
+            _LOG.warning(
+                "%s: without an API key whoever reaches a server can change its weights; start the servers with one, "
+                "and name its environment variable in sglang.api_key_env",
+                ", ".join(exposed),
+            )
+        return list(options.urls), given, None
+    groups: list[ServerGroup] = []
+
+    def launch() -> tuple[list[str], str]:
+        key = given or secrets.token_hex(_KEY_BYTES)  # nobody else on this machine, or beyond it, has it
+        launched = _launch_options(config, str(_served_folder(config)), key)
+        groups.append(stack.enter_context(ServerGroup(options.num_servers, launched, command=command_line)))
+        return groups[0].start(), key
+
+    urls, key = on_first_rank(launch, rank=platform.rank, device=platform.device)
+    return urls, key, groups[0] if groups else None
 
 
 def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context: SyncContext) -> ServerSync:
@@ -156,20 +189,24 @@ def _served_folder(config: Config) -> Path:
     return Path(config.model.path).absolute()
 
 
-def _launch_options(config: Config, model: str) -> LaunchOptions:
+def _launch_options(config: Config, model: str, api_key: str) -> LaunchOptions:
     options = config.sglang
+    for name in _OWN_OPTIONS_AT.keys() & {name.replace("-", "_") for name in options.launch}:
+        raise ValueError(f"sglang.launch.{name} is set by the run itself; use {_OWN_OPTIONS_AT[name]}")
     # a server is no rank of this job
     environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_VARIABLES)}
+    reached_at = options.trainer_address if options.host in _EVERY_ADDRESS else ""
     return LaunchOptions(
         python=options.python or sys.executable,
         model_path=model,
         host=options.host,
         arguments={"dtype": SERVER_DTYPES[config.model.dtype]} | options.launch,
-        environment=environment | options.environment,
+        environment=without_proxies(environment | options.environment, [options.host, reached_at or options.host]),
         log_folder=Path(config.run.output_dir) / "sglang",
         start_timeout_s=options.start_timeout_s,
         max_restarts=options.max_restarts,
-        api_key=_api_key(config),
+        api_key=api_key,
+        reached_at=reached_at,
     )
 
 
@@ -177,4 +214,7 @@ def _api_key(config: Config) -> str | None:
     name = config.sglang.api_key_env
     if name and not os.environ.get(name):
         raise ValueError(f"sglang.api_key_env={name!r} is not set in the environment; export it, or leave this empty")
-    return os.environ[name] if name else None
+    key = os.environ[name] if name else None
+    if key and not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError(f"sglang.api_key_env={name!r} holds a key with blanks or other than ASCII characters")
+    return key

@@ -25,6 +25,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import aiohttp
 
+from aer_megatron.rollout.addresses import check_resolves, server_url
 from aer_megatron.rollout.replies import Reply, describe, read_body
 from aer_megatron.rollout.router import ANSWERED_BY, RouterWorkers
 
@@ -74,16 +75,17 @@ class ServerFleet:
         options: limits.
 
     Raises:
-        ValueError: no url, or one that is not http(s).
+        ValueError: no url, one that is no address of a server or comes twice, or a host that does not exist.
     """
 
     def __init__(self, urls: Sequence[str], options: FleetOptions) -> None:
         if not urls:
             raise ValueError("sglang.urls is empty; name a server, or launch some with sglang.num_servers")
-        for url in urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"sglang.urls: {url!r} must start with http:// or https://")
-        self.servers = [Server(index, url.rstrip("/")) for index, url in enumerate(urls)]
+        self.servers = [Server(index, server_url("sglang.urls", url)) for index, url in enumerate(urls)]
+        if len({server.url for server in self.servers}) < len(urls):
+            raise ValueError(f"sglang.urls={list(urls)} names a server twice; leave one of them out")
+        for server in self.servers:
+            check_resolves("sglang.urls", server.url)
         self.options = options
         self.policy_version = -1
         self.in_transfer = False
@@ -152,12 +154,11 @@ class ServerFleet:
         """Has generation requests go through the router at ``url``, whose workers are the servers in service.
 
         Raises:
-            ValueError: ``url`` is not http(s).
+            ValueError: ``url`` is no address, or its host does not exist.
             RuntimeError: no router answers there, or it has other workers than the servers of this fleet.
         """
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"sglang.router_url={url!r} must start with http:// or https://")
-        router = Server(-1, url.rstrip("/"), in_service=True, reason="", comeback="probe")
+        router = Server(-1, server_url("sglang.router_url", url), in_service=True, reason="", comeback="probe")
+        check_resolves("sglang.router_url", router.url)
 
         async def send(method: str, path: str, body: Mapping[str, Any] | None) -> Reply:
             return await self.call(router, path, body, timeout_s=self.options.control_timeout_s, method=method)

@@ -1,5 +1,8 @@
 """Runs one command and ends it, with everything it started, when the parent is gone: ``python guard.py COMMAND ...``
 
+The first line of standard input is a secret, or empty: the command finds it in a file that only this user can read and
+whose name takes the place of the word @KEY_FILE@.
+
 Standard input is the parent's lifeline: at its end - the parent closed it or died, even by SIGKILL - the command's
 process group gets SIGTERM and, ``GRACE_S`` later, SIGKILL. What a killed server cannot remove itself goes too: the
 command's temporary folder (TMPDIR is one of its own) and the shared memory that only its processes had mapped. The exit
@@ -23,11 +26,18 @@ _POLL_S = 0.2
 _LOOK_S = 2.0  # how often the shared memory of the command is listed: once it is dead, nobody can tell
 _SHARED = "/dev/shm/"
 _PROCESSES = Path("/proc")
+KEY_FILE = "@KEY_FILE@"  # stands for the file's name in a command
 
 
 def main(command: list[str]) -> int:
     """Returns the exit code of ``command``."""
     folder = tempfile.mkdtemp(prefix="aer-")
+    secret = read_secret()
+    if secret:
+        key_file = Path(folder, "key")
+        key_file.touch(0o600)
+        key_file.write_text(secret, encoding="ascii")
+        command = [str(key_file) if word == KEY_FILE else word for word in command]
     child = subprocess.Popen(
         ["env", f"TMPDIR={folder}", *command], stdin=subprocess.DEVNULL, start_new_session=True
     )
@@ -48,6 +58,14 @@ def main(command: list[str]) -> int:
         Path(path).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     return child.returncode
+
+
+def read_secret() -> str:
+    """Returns the first line of standard input, read byte by byte: what follows is the lifeline's."""
+    line = b""
+    while (piece := os.read(0, 1)) not in (b"", b"\n"):
+        line += piece
+    return line.decode("ascii")
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:

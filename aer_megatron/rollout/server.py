@@ -11,9 +11,9 @@ This file does NOT talk to servers beyond their readiness, and reads no environm
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
-import socket
 import subprocess
 import sys
 import threading
@@ -25,10 +25,17 @@ from types import TracebackType
 from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
+from aer_megatron.rollout.addresses import HeldPort, in_url
+from aer_megatron.rollout.guard import KEY_FILE
+from aer_megatron.rollout.start_server import KEY_FILE_OPTION
+
 _LOG = logging.getLogger(__name__)
 _GUARD = Path(__file__).with_name("guard.py")
+_STARTER = Path(__file__).with_name("start_server.py")
+_MODULE = "sglang.launch_server"
 _POLL_S = 0.25
 _READY_TIMEOUT_S = 5.0
+_READY_BYTES = 1 << 16  # of an answer that nobody reads
 _END_TIMEOUT_S = 15.0  # of a guard, beyond its own grace
 _LOG_TAIL_BYTES = 3000
 
@@ -42,21 +49,23 @@ class LaunchOptions:
 
     python: str
     model_path: str
-    host: str
+    host: str  # to listen on
     arguments: Mapping[str, Any]
     environment: Mapping[str, str]  # complete
     log_folder: Path
     start_timeout_s: float
     max_restarts: int  # of one server
     api_key: str | None = field(repr=False)  # asked of every client
+    reached_at: str  # host in the addresses that clients are given; "" = ``host``
 
 
 def command_line(options: LaunchOptions, port: int) -> list[str]:
-    """Returns the server's command.
+    """Returns the server's command, which holds no secret: the key is in a file that the guard makes.
 
     ``arguments`` become flags: underscores to dashes, true = the flag alone, false = left out, a list = several values.
     """
-    command = [options.python, "-m", "sglang.launch_server", "--model-path", options.model_path]
+    start = [str(_STARTER), _MODULE, KEY_FILE_OPTION, KEY_FILE] if options.api_key else ["-m", _MODULE]
+    command = [options.python, *start, "--model-path", options.model_path]
     command += ["--host", options.host, "--port", str(port)]
     for name, value in options.arguments.items():
         flag = "--" + name.replace("_", "-")
@@ -66,7 +75,7 @@ def command_line(options: LaunchOptions, port: int) -> list[str]:
             command += [flag, *(str(item) for item in value)]
         elif value is not False:
             command += [flag, str(value)]
-    return [*command, "--api-key", options.api_key] if options.api_key else command
+    return command
 
 
 class ServerProcess:
@@ -75,8 +84,9 @@ class ServerProcess:
     def __init__(self, index: int, options: LaunchOptions, command: Callable[[LaunchOptions, int], list[str]]) -> None:
         self._options = options
         self._command = command
-        self.port = free_port(options.host)
-        self.url = f"http://{options.host}:{self.port}"
+        self._held = HeldPort(options.host)
+        self.port = self._held.number
+        self.url = f"http://{in_url(options.reached_at or options.host)}:{self.port}"
         self.log_file = options.log_folder / f"server-{index}.log"
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -91,17 +101,25 @@ class ServerProcess:
         command = [sys.executable, str(_GUARD), *self._command(self._options, self.port)]
         log: IO[bytes]
         with self.log_file.open("ab") as log:
-            shown = ["***" if word == self._options.api_key else word for word in command[2:]]
-            log.write((" ".join(shown) + "\n").encode())
+            log.write((" ".join(command[2:]) + "\n").encode())
             log.flush()
             self._guard = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
+                bufsize=0,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(self._options.environment),
                 start_new_session=True,  # Ctrl-C goes to the trainer, which then ends its servers
             )
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: ``is_alive`` says so
+            self._guard.stdin.write(f"{self._options.api_key or ''}\n".encode("ascii"))
+
+    def close(self) -> None:
+        """Ends the server and gives its port up."""
+        self.stop()
+        self._held.release()
 
     def stop(self) -> None:
         """Returns when no process of the server is left."""
@@ -126,7 +144,7 @@ class ServerProcess:
             for path in ("/ready", "/health"):  # /ready came with 0.5.20
                 connection.request("GET", path, headers=headers)
                 reply = connection.getresponse()
-                reply.read()
+                reply.read(_READY_BYTES)
                 if reply.status != 404:
                     return reply.status == 200
         except (OSError, http.client.HTTPException):
@@ -217,7 +235,7 @@ class ServerGroup:
         for watcher in self._watchers:
             watcher.join()
         for process in self._processes:
-            process.stop()
+            process.close()
 
     def _watch(self, index: int, restore: Callable[[int], None], renewed: Callable[[int], None]) -> None:
         process = self._processes[index]
@@ -264,7 +282,6 @@ class ServerGroup:
 
 def free_port(host: str) -> int:
     """Returns a port that is free now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    held = HeldPort(host)
+    held.release()
+    return held.number

@@ -35,11 +35,12 @@ import itertools
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import aiohttp
 
+from aer_megatron.rollout.calls import Call, CallFailed, RequestLimits
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.fleet import Comeback, Server, ServerFleet
 from aer_megatron.rollout.replies import BadReply, Reply, UnreadableReply, describe, is_ours, parse_json
@@ -69,36 +70,8 @@ _FIRST_PAUSE_S = 0.05  # before a repetition; doubles each time
 _ABORT_AGAIN_S = 0.2  # an abort that overtook its request is not heard of again
 
 
-class _Failed(Exception):
-    """A call that gave no completion and may be repeated; ``answered_by``: the server that a router names."""
-
-    def __init__(self, reason: str, answered_by: str | None = None) -> None:
-        super().__init__(reason)
-        self.answered_by = answered_by
-
-
 class _Enough(Exception):
     """As many groups are whole as were wanted."""
-
-
-@dataclass(slots=True)
-class _Call:
-    """A /generate call under way."""
-
-    server: Server
-    deadline: asyncio.Timeout
-    interrupted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """How long and how often a request is tried; the values live in the configuration's [sglang] section."""
-
-    request_timeout_s: float  # one /generate call
-    max_attempts: int  # of one request, over all servers
-    max_failures: int  # of a server in a row
-    recovery_timeout_s: float  # how long a request waits for a server when none is in service
-    probe_interval_s: float  # how often servers out of service are asked whether they are back
 
 
 class SGLangEngine:
@@ -128,7 +101,7 @@ class SGLangEngine:
         self._transfer = transfer
         self._prefix = f"aer-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, Call] = {}
         self._idle = asyncio.Event()
         self._examining = asyncio.Lock()
         self._aborting = asyncio.Semaphore(_MAX_ABORTS)
@@ -216,7 +189,7 @@ class SGLangEngine:
             rest = rest_of(request, so_far)
             try:
                 more = await self._attempt(target, rest, options)
-            except _Failed as failure:
+            except CallFailed as failure:
                 failures.append(f"{target.name}: {failure}")
                 if target is server:
                     tried |= {server.index}
@@ -243,7 +216,7 @@ class SGLangEngine:
         timeout_s = self._limits.request_timeout_s
         try:
             async with asyncio.timeout(timeout_s) as deadline:
-                call = self._calls[rid] = _Call(server, deadline)
+                call = self._calls[rid] = Call(server, deadline)
                 self._idle.clear()
                 reply = await self._fleet.call(
                     server, "/generate", body, timeout_s=timeout_s, max_bytes=reply_limit(request)
@@ -271,20 +244,20 @@ class SGLangEngine:
             return parse_partial(reply.json(), expected) if reply.status == 200 else None
         try:
             return self._believed(server, reply, expected, rid)
-        except _Failed as failure:
+        except CallFailed as failure:
             failure.answered_by = reply.answered_by
             raise
 
-    def _unanswered(self, server: Server, rid: str, error: aiohttp.ClientError | OSError) -> _Failed:
+    def _unanswered(self, server: Server, rid: str, error: aiohttp.ClientError | OSError) -> CallFailed:
         """Returns the failure of a call that broke off, with what it means for the server."""
         if is_ours(error):
-            return _Failed(
+            return CallFailed(
                 f"this process may open no further connection ({describe(error)}); raise its limit of open files "
                 "(ulimit -n), or lower sglang.max_concurrency"
             )
         if isinstance(error, aiohttp.ClientConnectorError):
             self._fleet.retire(server, describe(error), "probe")  # the router, too
-            return _Failed(describe(error))
+            return CallFailed(describe(error))
         self._abort(server, rid)
         return self._failed(server, describe(error), "probe")
 
@@ -301,7 +274,7 @@ class SGLangEngine:
         try:
             table = parse_json(reply.body)
             if is_empty_abort(table):
-                raise _Failed("the request was aborted on the server")
+                raise CallFailed("the request was aborted on the server")
             completion = parse_completion(table, expected)
             check_name(table, rid)
         except ForeignWeights as error:
@@ -309,11 +282,11 @@ class SGLangEngine:
         except BadReply as error:
             raise self._out(server, f"it answers garbage: {error}", "restart") from None
         if completion.finish_reason == "abort":  # by somebody else: no sign of a fault
-            raise _Failed("the request was aborted on the server")
+            raise CallFailed("the request was aborted on the server")
         server.num_failures = 0
         return completion
 
-    async def _examine(self, failure: _Failed, request: GenerateRequest, options: SamplingOptions) -> str:
+    async def _examine(self, failure: CallFailed, request: GenerateRequest, options: SamplingOptions) -> str:
         """Returns which servers may have caused a failure behind the router; those that fail a trial are retired."""
         now = asyncio.get_running_loop().time
         router, began, suspects = self._fleet.router, now(), self._fleet.suspects(failure.answered_by)
@@ -344,22 +317,22 @@ class SGLangEngine:
             return
         if self._fleet.in_transfer or not server.in_service:
             return
-        with contextlib.suppress(_Failed):
+        with contextlib.suppress(CallFailed):
             await self._attempt(server, request, options)
 
-    def _out(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
+    def _out(self, server: Server, reason: str, comeback: Comeback) -> CallFailed:
         if server is not self._fleet.router:
             self._fleet.retire(server, reason, comeback)
-        return _Failed(reason)
+        return CallFailed(reason)
 
-    def _failed(self, server: Server, reason: str, comeback: Comeback) -> _Failed:
+    def _failed(self, server: Server, reason: str, comeback: Comeback) -> CallFailed:
         if server is self._fleet.router:
-            return _Failed(reason)
+            return CallFailed(reason)
         server.num_failures += 1
         if server.in_service and server.num_failures >= self._limits.max_failures:
             text = f"{server.num_failures} calls in a row failed, the last: {reason}"
             self._fleet.retire(server, text, comeback)
-        return _Failed(reason)
+        return CallFailed(reason)
 
     def _abort(self, server: Server, rid: str) -> None:
         self._fleet.start_background(self._send_abort(server, rid))

@@ -12,6 +12,7 @@
 #   LOCAL_ADDR     [the address that the route to MASTER_ADDR leaves from] this node, as the others reach it
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME  [the interface of LOCAL_ADDR]
 #   SGLANG_URLS    [none] servers started by serve.sh, separated by commas: http://node2:30000,http://node2:30001
+#   SERVER_API_KEY [none] their key, as for serve.sh
 #   SERVER_START_TIMEOUT_S [1200] how long to wait for those servers
 #   JOIN_TIMEOUT_S [600] how long the nodes wait for one another
 #
@@ -54,6 +55,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -n "${SGLANG_URLS:-}" ]; then
     IFS=, read -r -a urls <<<"$SGLANG_URLS"
     python3 "$here/await_servers.py" "${SERVER_START_TIMEOUT_S:-1200}" "${urls[@]}"
+    [ -z "${SERVER_API_KEY:-}" ] || set -- --sglang.api_key_env=SERVER_API_KEY "$@"
     # rank 0's node, whichever it is, gives the servers its own
     set -- "--sglang.urls=[\"${SGLANG_URLS//,/\",\"}\"]" "--sglang.trainer_address=$local_addr" "$@"
 fi

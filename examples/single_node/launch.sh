@@ -47,6 +47,10 @@ for ((server = 0; server < serving; server++)); do
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+SERVER_API_KEY=${SERVER_API_KEY:-$(python3 -c 'import secrets; print(secrets.token_hex(32))')}
+export SERVER_API_KEY # other users of this machine reach 127.0.0.1, too
+set -- --sglang.api_key_env=SERVER_API_KEY "$@"
+
 children=()
 trainer=
 # shellcheck disable=SC2329 # called by the traps below

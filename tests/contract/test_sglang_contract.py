@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
 from aer_megatron.types import Completion, VersionSpan
+from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import OPTIONS, TRANSPORTS, Rollouts, model_folder, requests, rollouts, weights
@@ -31,6 +32,7 @@ LAUNCH = {
     "max_running_requests": 16,
     "skip_tokenizer_init": True,
 }
+KEY = "sesame-0123456789abcdef"
 ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
     """The address of a server with the weights of ``folder``."""
     if request.param == "double":
-        with SGLangDouble(folder, token_s=0.002) as double:
+        with SGLangDouble(folder, token_s=0.002, api_key=KEY) as double:
             yield double.url
         return
     options = LaunchOptions(
@@ -55,7 +57,8 @@ def url(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
         log_folder=folder.parent / "logs",
         start_timeout_s=600.0,
         max_restarts=0,
-        api_key=None,
+        api_key=KEY,
+        reached_at="",
     )
     with ServerGroup(1, options, command=command_line) as group:
         yield group.start()[0]
@@ -63,7 +66,7 @@ def url(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def server(url: str, folder: Path) -> Iterator[Rollouts]:
-    with rollouts([url], folder) as made:
+    with rollouts([url], folder, api_key=KEY) as made:
         yield made
 
 
@@ -88,7 +91,7 @@ def test_completions_hold_what_the_engine_promises(server: Rollouts) -> None:
 def test_published_weights_are_the_served_ones(transport: str, url: str, folder: Path) -> None:
     """Three publications, so that sessions and groups are used again; a second client then finds a clean server."""
     for first_version in (3, 30):
-        with rollouts([url], folder, transport=transport) as made:
+        with rollouts([url], folder, api_key=KEY, transport=transport) as made:
             for version in range(first_version, first_version + 3):
                 names = made.sync.transfer(iter(weights(version).items()), version)
                 assert "model.layers.0.self_attn.qkv_proj.weight" in names
@@ -162,6 +165,47 @@ def test_an_invalid_request_is_refused_and_the_server_stays(server: Rollouts) ->
     assert reply.status == 400
     assert reply.text
     assert server.engine.generate(requests(1), OPTIONS)
+
+
+@pytest.mark.parametrize("path", ["/model_info", "/server_info", "/weights_checker", "/pause_generation", "/generate"])
+def test_nothing_is_answered_without_the_key(path: str, url: str, folder: Path) -> None:
+    for key in (None, "sesame-0123456789abcdeg"):
+        with rollouts([url], folder, api_key=key) as stranger:
+            body = None if path.endswith("_info") else {}
+            assert stranger.fleet.control(0, path, body).status == 401
+
+
+@pytest.mark.sglang
+def test_the_key_is_on_no_command_line_and_in_no_log(url: str, server: Rollouts, folder: Path) -> None:
+    """Of any process of the real server, which writes all of its options to its log."""
+    if "version" not in server.fleet.control(0, "/server_info").json():
+        pytest.skip("the double runs in this process")
+    logs = folder.parent / "logs"
+    processes = processes_writing(logs)
+    assert len(processes) >= 3  # guard, server, scheduler
+    for process in processes:
+        for file in ("cmdline", "environ"):
+            assert KEY.encode() not in Path(f"/proc/{process}/{file}").read_bytes()
+    log = (logs / "server-0.log").read_text()
+    assert KEY not in log and "***" in log
+
+
+def test_a_process_group_that_a_server_refuses_is_given_up_at_once(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so by HTTP, where the trainer would wait ``transfer_timeout_s`` for it to join."""
+    with rollouts([url], folder, api_key=KEY, transport="distributed", transfer_timeout_s=600.0) as made:
+        post = made.sync._post
+
+        def asks_for_another_backend(index: int, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+            change = {"backend": "no_such_backend"} if path == "/init_weights_update_group" else {}
+            return post(index, path, {**body, **change})
+
+        monkeypatch.setattr(made.sync, "_post", asks_for_another_backend)
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="no_such_backend"):
+            made.sync.publish(iter(weights(0).items()), 0)
+        assert time.monotonic() - began < 60
 
 
 @pytest.mark.sglang

@@ -18,7 +18,8 @@ _READ_BY_SCRIPTS = (
 )  # fmt: skip
 _RECORD = """\
 import json, os, sys
-names = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS")
+names = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "OMP_NUM_THREADS", "SERVER_API_KEY")
+names += ("no_proxy",)
 def record(name):
     seen = {"arguments": sys.argv[1:], "environment": {key: os.environ[key] for key in names if key in os.environ}}
     path = os.path.join(os.environ["RECORD"], name)

@@ -56,6 +56,7 @@ def real_server_options(model: Path, logs: Path, **more: Any) -> LaunchOptions:
         start_timeout_s=900.0,
         max_restarts=0,
         api_key=None,
+        reached_at="",
     )
 
 

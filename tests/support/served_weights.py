@@ -116,15 +116,24 @@ def _part(name: str) -> str:
     return name.split(".")[-2] if name.endswith(_WEIGHTS) and name.count(".") else ""
 
 
+def join_store(body: dict[str, Any]) -> Any:
+    """Connects to the trainer's store, as the first step into a group."""
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    address, port = body["master_address"], body["master_port"]
+    return TCPStore(address, port, body["world_size"], is_master=False, timeout=timedelta(seconds=20))
+
+
 def join_group(body: dict[str, Any]) -> Any:
     """Joins under the names that SGLang's torch uses; by hand, because the trainer may be in the same process."""
     from datetime import timedelta
 
-    from torch.distributed import PrefixStore, ProcessGroupGloo, Store, TCPStore
+    from torch.distributed import PrefixStore, ProcessGroupGloo, Store
 
     name, wait = body["group_name"], timedelta(seconds=20)
-    address, port = body["master_address"], body["master_port"]
-    store: Store = TCPStore(address, port, body["world_size"], is_master=False, timeout=wait)
+    store: Store = join_store(body)
     for prefix in (name, f"{name}/", "cpu/"):
         store = PrefixStore(prefix, store)
     return ProcessGroupGloo(store, body["rank_offset"], body["world_size"], wait)

@@ -31,6 +31,7 @@ from tests.support.served_weights import (
     AllowListed,
     incomplete,
     join_group,
+    join_store,
     joined,
     receive,
     reported_checksums,
@@ -69,6 +70,7 @@ class SGLangDouble(HttpDouble):
         self.fault: Fault = "none"
         self.num_faults = -1
         self.update_fault: Literal["none", "500", "drops_a_tensor", "hang", "keeps_version"] = "none"
+        self.group_fault: Literal["none", "refuses", "joins_and_refuses", "says_so_only"] = "none"
         self.running: dict[str, Running] = {}
         self.aborts: list[str] = []
         self.rids: list[str] = []
@@ -138,7 +140,8 @@ class SGLangDouble(HttpDouble):
     @web.middleware
     async def _authorize(self, request: web.Request, handler: Any) -> web.StreamResponse:
         key = self._args[3]
-        if key and request.headers.get("Authorization") != f"Bearer {key}":
+        exempt = request.path in ("/health", "/metrics")  # as on the real server
+        if key and not exempt and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         response: web.StreamResponse = await handler(request)
         return response
@@ -284,7 +287,14 @@ class SGLangDouble(HttpDouble):
 
     async def _init_group(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
+        if body["backend"] != "gloo":
+            return _refusal(f"Failed to initialize custom process group: Invalid backend: '{body['backend']}'")
+        if self.group_fault == "joins_and_refuses":  # the connection to the store, not the group
+            await asyncio.to_thread(join_store, body)
+        if self.group_fault in ("refuses", "joins_and_refuses"):
+            return _refusal("Failed to initialize custom process group: no such device")
+        if self.group_fault == "none":
+            self.groups[body["group_name"]] = await asyncio.to_thread(join_group, body)
         return web.json_response({"success": True, "message": ""})
 
     async def _destroy_group(self, request: web.Request) -> web.Response:
@@ -365,7 +375,11 @@ def main() -> None:
     parser.add_argument("--token-s", type=float, default=0.0)
     parser.add_argument("--api-key")
     parser.add_argument("--vocab-size", type=int, default=25)
+    parser.add_argument("--aer-key-file", type=Path)  # where it takes the place of the real server's interpreter
     given, _ = parser.parse_known_args()  # the real server has more options
+    if given.aer_key_file:
+        given.api_key = given.aer_key_file.read_text()
+    del given.aer_key_file
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     double = SGLangDouble(**vars(given))
     double.access_log = logging.getLogger("aiohttp.access")  # one line per call, as the real server's

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.rollout.calls import RequestLimits
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.sglang import RequestLimits, SGLangEngine
+from aer_megatron.rollout.sglang import SGLangEngine
 from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
 from aer_megatron.sync.disk import DiskSync
 from aer_megatron.sync.distributed import DistributedSync

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,10 +16,13 @@ import pytest
 
 from aer_megatron.config_loading import load_config
 from aer_megatron.plan import main as plan
+from aer_megatron.rollout.start_server import KEY_FILE_OPTION
 from tests.support.fake_cluster import free_ports, install, recorded
 from tests.support.runs import ROOT
 
 EXAMPLES = ROOT / "examples"
+START_SERVER = ROOT / "aer_megatron" / "rollout" / "start_server.py"
+KEY = "sesame-0123456789abcdef"
 GPU_RUNS = {  # run file -> numbers of training GPUs that it is for
     "single_node/qwen3-4b-base.toml": (4,),
     "single_node/qwen3-8b-base.toml": (4,),
@@ -158,14 +162,18 @@ def test_the_single_node_launch(programs: dict[str, str], tmp_path: Path) -> Non
     assert done.returncode == 7, done.stderr  # the launcher's
     urls = f'["http://127.0.0.1:{port}","http://127.0.0.1:{port + 1}",]'
     assert recorded(programs, "aer")["arguments"] == [
-        "launch", "--nproc", "2", run, f"--sglang.urls={urls}", f"--model.path={model}",
+        "launch", "--nproc", "2", run,
+        f"--sglang.urls={urls}", "--sglang.api_key_env=SERVER_API_KEY", f"--model.path={model}",
     ]  # fmt: skip
     assert tomllib.loads(f"urls = {urls}")["urls"] == [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"]
     for place, gpu in ((0, "2"), (1, "3")):
         seen = recorded(programs, f"server-{port + place}")
         assert seen["environment"]["CUDA_VISIBLE_DEVICES"] == gpu
-        assert seen["arguments"] == [
-            "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1",
+        starter, module, option, key_file, *arguments = seen["arguments"]
+        assert Path(starter).samefile(START_SERVER) and [module, option] == ["sglang.launch_server", KEY_FILE_OPTION]
+        assert not Path(key_file).parent.exists()  # gone with the servers
+        assert arguments == [
+            "--model-path", str(model), "--host", "127.0.0.1",
             "--port", str(port + place), "--tp-size", "1", "--mem-fraction-static", "0.85",
         ]  # fmt: skip
     assert not processes_with(str(model))
@@ -212,10 +220,11 @@ def test_the_slurm_job(programs: dict[str, str], tmp_path: Path) -> None:
     arguments = recorded(programs, "aer")["arguments"]
     assert {"--nnodes=2", "--nproc=4", "--master-addr=127.0.0.1", "--master-port=20123"} <= set(arguments)
     assert {"--node-rank=0", "--run-id=40123"} <= set(arguments)
-    assert arguments[-4:] == [
+    assert arguments[-5:] == [
         str(run_file),
         f'--sglang.urls=["http://127.0.0.3:{port}","http://127.0.0.3:{port + 1}"]',
         "--sglang.trainer_address=127.0.0.1",
+        "--sglang.api_key_env=SERVER_API_KEY",
         "--run.num_steps=2",
     ]
     assert recorded(programs, f"server-{port + 1}")["environment"]["CUDA_VISIBLE_DEVICES"] == "2,3"
@@ -255,11 +264,35 @@ def test_a_server_that_ends_ends_the_others(programs: dict[str, str], tmp_path: 
         serve.wait()
 
 
+def test_servers_that_others_reach_need_a_key_which_is_on_no_command_line(
+    programs: dict[str, str], tmp_path: Path
+) -> None:
+    model, port = model_folder(tmp_path / "model"), free_ports(2)
+    refused = run_script("multinode_torchrun/serve.sh", programs | {"SERVER_GPUS": "0"}, str(model))
+    assert refused.returncode == 2 and "SERVER_API_KEY is not set" in refused.stderr
+    assert not list(Path(programs["RECORD"]).iterdir())
+    serve = start_serving(programs | {"SERVER_HOST": "0.0.0.0", "http_proxy": "http://127.0.0.1:9"}, model, port)
+    try:
+        wait_for(lambda: all((Path(programs["RECORD"]) / f"server-{port + n}.json").exists() for n in range(2)))
+        seen = recorded(programs, f"server-{port}")
+        file = Path(seen["arguments"][3])
+        assert file.read_text() == KEY
+        assert [path.stat().st_mode & 0o777 for path in (file, file.parent)] == [0o600, 0o700]
+        assert KEY not in json.dumps(seen)
+        assert {"127.0.0.1", "0.0.0.0"} <= set(seen["environment"]["no_proxy"].split(","))
+        serve.send_signal(signal.SIGTERM)
+        serve.wait(30)
+        assert not file.parent.exists()
+    finally:
+        serve.kill()
+        serve.wait()
+
+
 def start_serving(environment: dict[str, str], model: Path, port: int) -> subprocess.Popen[bytes]:
     """Returns serve.sh with two servers, from ``port`` on."""
     return subprocess.Popen(
         ["bash", str(EXAMPLES / "multinode_torchrun" / "serve.sh"), str(model)],
-        env=environment | {"SERVER_GPUS": "0,1", "SERVER_PORT": str(port)},
+        env=environment | {"SERVER_GPUS": "0,1", "SERVER_PORT": str(port), "SERVER_API_KEY": KEY},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

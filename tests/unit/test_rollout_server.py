@@ -9,11 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from aer_megatron.rollout.guard import KEY_FILE
 from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
+from aer_megatron.rollout.start_server import KEY_FILE_OPTION
+from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
 
@@ -41,6 +45,7 @@ def launch_options(model: Path, logs: Path, **given: object) -> LaunchOptions:
         "start_timeout_s": 60.0,
         "max_restarts": 2,
         "api_key": None,
+        "reached_at": "",
     }
     return LaunchOptions(**{**values, **given})  # type: ignore[arg-type]
 
@@ -95,18 +100,59 @@ def test_options_become_flags() -> None:
     ]
 
 
-def test_the_api_key_goes_to_the_server_and_not_to_the_log(folder: Path, tmp_path: Path) -> None:
-    def command(options: LaunchOptions, port: int) -> list[str]:
-        return [*double_command(options, port), *command_line(options, port)[-2:]]
+def test_the_api_key_goes_to_the_server_and_not_to_a_command_line_or_a_log(folder: Path, tmp_path: Path) -> None:
+    """Through the starter of real servers; the stand-in prints its arguments, as the real one does, and logs them."""
+    program = tmp_path / "stand_in.py"
+    program.write_text(
+        "import logging, os, subprocess, sys\n"
+        "logging.basicConfig(level=logging.INFO, force=True)\n"
+        "print(f'server_args={sys.argv}', flush=True)\n"
+        "logging.getLogger('x').info('server_args=%s', sys.argv)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "from tests.support.sglang_double import main\n"
+        "main()\n"
+    )
 
-    options = launch_options(folder, tmp_path / "logs", api_key="sesame")
-    with ServerGroup(1, options, command=command) as made, rollouts(made.start(), folder, api_key="sesame") as client:
-        assert client.fleet.control(0, "/model_info").status == 200
-    with ServerGroup(1, options, command=command) as made, rollouts(made.start(), folder) as client:
-        assert client.fleet.control(0, "/model_info").status == 401
+    def command(options: LaunchOptions, port: int) -> list[str]:
+        words = command_line(options, port)
+        return [word if word != "sglang.launch_server" else "stand_in" for word in words]
+
+    options = launch_options(folder, tmp_path / "logs", api_key="open-sesame")
+    environment = {**options.environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "TMPDIR": str(tmp_path)}
+    options = replace(options, environment=environment)
+    with ServerGroup(1, options, command=command) as made:
+        urls = made.start()
+        with rollouts(urls, folder, api_key="open-sesame") as client:
+            assert client.fleet.control(0, "/model_info").status == 200
+        with rollouts(urls, folder) as client:
+            assert client.fleet.control(0, "/model_info").status == 401
+        processes = processes_writing(tmp_path / "logs")
+        assert len(processes) == 3
+        for process in processes:
+            for file in ("cmdline", "environ"):
+                assert b"sesame" not in Path(f"/proc/{process}/{file}").read_bytes()
+        left = [path for path in tmp_path.rglob("*") if path.is_file() and "model" not in path.parts]
+        assert not any(b"sesame" in path.read_bytes() for path in left)
     log = (tmp_path / "logs" / "server-0.log").read_text()
-    assert "--api-key ***" in log
-    assert "sesame" not in log
+    assert log.count("'--api-key=***'") == 2
+
+
+def test_a_key_lies_in_a_file_of_its_user_until_it_is_read(tmp_path: Path) -> None:
+    """A server that ends before it reads the key leaves nothing."""
+    program = (
+        "import os, sys\n"
+        "for path in (sys.argv[2], os.path.dirname(sys.argv[2])):\n"
+        "    print(oct(os.stat(path).st_mode), end=' ')\n"
+    )
+
+    def command(options: LaunchOptions, port: int) -> list[str]:
+        return [sys.executable, "-c", program, KEY_FILE_OPTION, KEY_FILE]
+
+    options = launch_options(tmp_path, tmp_path / "logs", api_key="open-sesame")
+    options = replace(options, environment={**options.environment, "TMPDIR": str(tmp_path)})
+    with ServerGroup(1, options, command=command) as made, pytest.raises(RuntimeError, match="0o100600 0o40700"):
+        made.start()
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def test_a_killed_server_is_restored_before_it_serves_and_no_completion_is_lost(
@@ -145,7 +191,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(number: signal.Signals, fold
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it ignored
         "model, logs, double = sys.argv[1:]\n"
         "logs = pathlib.Path(logs)\n"
-        "options = LaunchOptions(sys.executable, model, '127.0.0.1', {}, os.environ, logs, 60.0, 0, None)\n"
+        "options = LaunchOptions(sys.executable, model, '127.0.0.1', {}, os.environ, logs, 60.0, 0, None, '')\n"
         "def command(options, port):\n"
         "    return [sys.executable, double, '--model-path', model, '--host', options.host, '--port', str(port)]\n"
         "with ServerGroup(1, options, command=command) as made:\n"

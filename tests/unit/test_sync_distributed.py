@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from aer_megatron.sync import distributed
 from aer_megatron.sync.buckets import buckets
 from aer_megatron.sync.tensor import serialize
 from tests.support.served_weights import AllowListed
@@ -76,6 +78,42 @@ def test_a_server_that_fails_costs_only_itself_and_may_come_back(
         pair[0].update_fault = "none"
         made.sync.publish(iter(weights(2).items()), 2)
         assert made.fleet.in_service() == [0, 1]
+
+
+@pytest.mark.parametrize("fault", ["refuses", "joins_and_refuses"])
+def test_a_group_that_a_server_refuses_is_given_up_at_once_with_its_words(
+    fault: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        SGLangDouble(folder) as bad,
+        SGLangDouble(folder) as good,
+        rollouts([bad.url, good.url], folder, transport="distributed", transfer_timeout_s=600.0) as made,
+    ):
+        bad.group_fault = fault  # type: ignore[assignment]
+        began = time.monotonic()
+        made.sync.publish(iter(weights(0).items()), 0)
+        assert time.monotonic() - began < 60  # not the 600 s that a rendezvous may take
+        assert made.fleet.in_service() == [1]
+        assert "answers 400: Failed to initialize custom process group: no such device" in made.fleet.servers[0].reason
+        assert len(made.engine.generate(requests(4), OPTIONS)) == 4
+        bad.group_fault = "none"
+        made.sync.publish(iter(weights(1).items()), 1)
+        assert made.fleet.in_service() == [0, 1]
+
+
+def test_a_server_that_only_says_that_it_joined_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "_JOINED_WITHIN_S", 0.5)
+    with (
+        SGLangDouble(folder) as bad,
+        SGLangDouble(folder) as good,
+        rollouts([bad.url, good.url], folder, transport="distributed", transfer_timeout_s=600.0) as made,
+    ):
+        bad.group_fault = "says_so_only"
+        made.sync.publish(iter(weights(0).items()), 0)
+        assert made.fleet.in_service() == [1]
+        assert "no process group with it" in made.fleet.servers[0].reason
 
 
 def test_a_restarted_server_waits_for_the_next_publication(

@@ -21,6 +21,8 @@ def server_url(option: str, url: str) -> str:
     Raises:
         ValueError: it is no address of a server; the message names ``option``.
     """
+    if "@" in url:  # what stands before it would be shown in messages, and in run.json
+        raise ValueError(f"{option}: an address holds a user or a password; leave it out, and use sglang.api_key_env")
     what = f"{option}: {url!r}"
     try:
         parts = urlsplit(url)
@@ -31,8 +33,6 @@ def server_url(option: str, url: str) -> str:
         raise ValueError(f"{what} must start with http:// or https://")
     if not host or port == 0 or (":" in parts.netloc.rpartition(":")[0] and "[" not in parts.netloc):
         raise ValueError(f"{what} names no host and port; write http://HOST:PORT, or http://[::1]:PORT")
-    if "@" in parts.netloc:  # it would be shown in messages, and in run.json
-        raise ValueError(f"{option}: an address holds a password; use sglang.api_key_env, and leave it out")
     if parts.query or parts.fragment:
         raise ValueError(f"{what} has a query; write http://HOST:PORT")
     return url.rstrip("/")

@@ -24,6 +24,7 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
+from aer_megatron.rollout.addresses import in_url
 from tests.support.http_double import HttpDouble
 from tests.support.reply_faults import SpoiledReply, spoil
 from tests.support.served_weights import (
@@ -95,7 +96,7 @@ class SGLangDouble(HttpDouble):
 
     @property
     def url(self) -> str:
-        return f"http://{self._args[0]}:{self._args[1]}"
+        return f"http://{in_url(self._args[0])}:{self._args[1]}"
 
     async def _start(self) -> None:
         app = web.Application(middlewares=[self._authorize], client_max_size=1 << 30)

@@ -112,6 +112,17 @@ def test_few_failures_in_a_row_do_not_retire_a_server(pair: tuple[SGLangDouble, 
         assert state(made)[0]
 
 
+def test_an_abort_before_the_first_token_is_repeated_and_no_fault_of_the_server(
+    pair: tuple[SGLangDouble, SGLangDouble], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever else may call a server can abort everything on it."""
+    with ExitStack() as stack:
+        made = opened(stack, pair[:1], folder, recovery_timeout_s=0.0, max_failures=1)
+        pair[0].fault, pair[0].num_faults = "aborted", 4
+        assert len(made.engine.generate(requests(8), OPTIONS)) == 8
+        assert state(made)[0] and "out of service" not in caplog.text
+
+
 def test_every_attempt_has_a_name_of_its_own(pair: tuple[SGLangDouble, SGLangDouble], folder: Path) -> None:
     with ExitStack() as stack:
         made = opened(stack, pair, folder)

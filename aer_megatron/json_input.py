@@ -61,8 +61,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def kind_of(value: Any) -> str:
     """Returns what a reader of JSON would call ``value``: "an object", "a list", "true/false"."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
-    return names.get(type(value), f"a {type(value).__name__}")
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", int: "an integer", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
 
 
 def _find_long_integer(text: str | bytes) -> str:

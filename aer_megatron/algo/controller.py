@@ -173,6 +173,8 @@ def state_from_dict(table: Mapping[str, object]) -> ControllerState:
         ValueError: a key is missing or unknown, or a value has the wrong type, is negative or is not finite.
     """
     known = {item.name for item in fields(ControllerState)}
+    if not isinstance(table, Mapping):
+        raise ValueError(f"controller state is a {type(table).__name__}, not a table; it is not from a checkpoint")
     if missing := sorted(known - table.keys()):
         raise ValueError(f"controller state lacks {', '.join(missing)}; it is not from a complete checkpoint")
     if unknown := sorted(table.keys() - known):
@@ -296,13 +298,13 @@ def _alarm(state: ControllerState, config: EntropySection, entropy: float, targe
 
 def _count(table: Mapping[str, object], key: str) -> int:
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"controller state {key}={value!r} must be an integer >= 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"controller state {key}={str(value)[:40]} must be an integer >= 0, below 2^63")
     return value
 
 
 def _real(table: Mapping[str, object], key: str) -> float:
     value = table[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"controller state {key}={value!r} must be a finite number >= 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**1023:
+        raise ValueError(f"controller state {key}={str(value)[:40]} must be a finite number >= 0")
     return float(value)

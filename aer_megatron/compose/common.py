@@ -109,7 +109,11 @@ def architecture(path: str, tp: int = 1) -> ModelArchitecture:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"model folder {path!r} has no config.json; give a Hugging Face folder (model.path, sft.init)")
-    return pad_query_groups(architecture_from_hf_config(read_json_object(file)), tp)
+    table = read_json_object(file)
+    try:
+        return pad_query_groups(architecture_from_hf_config(table), tp)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.json", str(file), 1)) from None
 
 
 def check_model(config: Config, path: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,10 +27,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from aer_megatron.json_input import read_json_object
+from aer_megatron.json_input import kind_of, read_json_object
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_FILE_NAME = re.compile(r"[\w.+=-]{1,200}\.safetensors", re.ASCII)
 # Everything beside the weights that makes a folder usable: generation settings, tokenizers, chat templates.
 _EXTRA_FILES = (
     "generation_config.json",
@@ -82,8 +84,12 @@ class HFFolder:
     def get(self, name: str) -> Tensor:
         """The CPU tensor ``name``, mapped from its file: do not write to it. Raises ValueError if absent."""
         # a mapping of its own: pages that a tensor touched go when the tensor goes, not when the folder does
-        with _open(self.path / self._file_name(name)) as file:
-            tensor: Tensor = file.get_tensor(name)
+        path = self.path / self._file_name(name)
+        with _open(path) as file:
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: tensor {name} cannot be read ({error}); download it again") from None
         return tensor
 
     def __contains__(self, name: str) -> bool:
@@ -191,12 +197,8 @@ def _weight_files(path: Path) -> Mapping[str, set[str] | None]:
     """File name -> tensors that the index places there; None = all that the file holds, without an index."""
     index = path / _INDEX
     if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
         files: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
+        for name, file in _weight_map(index).items():
             files.setdefault(file, set()).add(name)
         missing = [file for file in files if not (path / file).is_file()]
         if missing:
@@ -210,6 +212,22 @@ def _weight_files(path: Path) -> Mapping[str, set[str] | None]:
             " transformers' AutoModelForCausalLM.from_pretrained(...), write it with save_pretrained(NEW)"
         )
     raise ValueError(f"{path} holds neither {_SINGLE} nor {_INDEX}; is the download complete?")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name; a file of the same folder, whatever the index says."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(
+            f"{index} is not a safetensors index: weight_map must be an object, it is {kind_of(weight_map)}"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or _FILE_NAME.fullmatch(file) is None:
+            raise ValueError(
+                f"{index} is not a safetensors index: weight_map places {name[:80]!r} in {repr(file)[:80]}, which is "
+                "no name of a .safetensors file beside it; download it again"
+            )
+    return weight_map
 
 
 def _open(file: Path) -> Any:

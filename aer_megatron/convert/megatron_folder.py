@@ -18,6 +18,7 @@ import json
 import math
 import mmap
 import pickle
+import struct
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from aer_megatron.convert.megatron_metadata import MAX_BYTES, CheckpointTables, Chunk, read_tables
+from aer_megatron.json_input import read_json_object
+
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -45,9 +49,11 @@ _FORMAT = {
     "common_backend_version": 1,
 }
 _FORMAT_NAME, _METADATA_NAME, _COMMON_NAME = "metadata.json", ".metadata", "common.pt"
-_PICKLE_OTHERS = (("torch.serialization", "_get_layout"), ("io", "BytesIO"), ("collections", "OrderedDict"))
-_PICKLE_MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-_NOT_METADATA = (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, ImportError, IndexError)
+# what reading a chunk that is none can raise, torch.load with weights_only included
+_NO_TENSOR = (
+    *(RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError, struct.error),
+    *(AttributeError, ArithmeticError, AssertionError),
+)
 
 
 class MegatronWriter:
@@ -133,30 +139,19 @@ class MegatronFolder:
         self.path = path
         if not is_megatron_folder(path):
             raise ValueError(f"{path} is not a distributed checkpoint of Megatron-Core: it has no {_FORMAT_NAME}")
-        try:
-            backend = json.loads((path / _FORMAT_NAME).read_text(encoding="utf-8"))["sharded_backend"]
-            if backend != "torch_dist":
-                raise ValueError(f"{path} has the format {backend!r}; supported: torch_dist")
-            with (path / _METADATA_NAME).open("rb") as file:
-                metadata: Metadata = _SafeUnpickler(file).load()
-        except (OSError, json.JSONDecodeError, *_NOT_METADATA) as error:
-            raise ValueError(f"{path} is not a whole distributed checkpoint: {error!r}") from error
-        self._tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        backend = read_json_object(path / _FORMAT_NAME).get("sharded_backend")
+        if backend != "torch_dist":
+            raise ValueError(f"{path} has the format {str(backend)[:40]!r}; supported: torch_dist")
+        self._tensors, self._places = _read_tables(path / _METADATA_NAME)
         self._check_files()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key -> whole shape of all tensors."""
-        return {key: tuple(entry.size) for key, entry in self._tensors.items()}
+        return {key: entry.shape for key, entry in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of tensor ``key``."""
-        dtype: torch.dtype = self._tensors[key].properties.dtype
-        return dtype
+        return self._tensors[key].dtype
 
     def read(self, key: str, index: tuple[int, ...]) -> Tensor:
         """Tensor ``key`` with its leading axes fixed at ``index`` (a layer; a layer and an expert; or nothing).
@@ -166,35 +161,40 @@ class MegatronFolder:
         if key not in self._tensors:
             raise ValueError(f"{self.path} holds no tensor {key}")
         entry = self._tensors[key]
-        whole = tuple(entry.size)[len(index) :]
+        whole = entry.shape[len(index) :]
+        for chunk in entry.chunks:
+            if not len(chunk.offsets) == len(chunk.sizes) == len(entry.shape) or not _lies_within(chunk, entry.shape):
+                raise ValueError(f"{self.path}: chunk {tuple(chunk)} of {key} lies outside its shape {entry.shape}")
         chunks = [chunk for chunk in entry.chunks if _contains(chunk, index)]
         covered = sum(math.prod(chunk.sizes[len(index) :]) for chunk in chunks)
         if covered != math.prod(whole):
             raise ValueError(f"{self.path}: chunks of {key} {index} cover {covered} of {math.prod(whole)} elements")
         if len(chunks) == 1:
             return self._chunk(key, chunks[0], index)
-        result = torch.empty(whole, dtype=entry.properties.dtype)
+        result = torch.empty(whole, dtype=entry.dtype)
         for chunk in chunks:
             place = zip(chunk.offsets[len(index) :], chunk.sizes[len(index) :], strict=True)
             result[tuple(slice(start, start + size) for start, size in place)] = self._chunk(key, chunk, index)
         return result
 
-    def _chunk(self, key: str, chunk: ChunkStorageMetadata, index: tuple[int, ...]) -> Tensor:
-        info = self._storage[MetadataIndex(key, chunk.offsets)]
+    def _chunk(self, key: str, chunk: Chunk, index: tuple[int, ...]) -> Tensor:
+        place = self._places.get((key, chunk.offsets))
+        if place is None:
+            raise ValueError(f"{self.path}: {_METADATA_NAME} names no place of {key} at {chunk.offsets}; copy it again")
         try:
-            with (self.path / info.relative_path).open("rb") as file:
-                tensor = _mapped_tensor(file, info.offset, info.length)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.path / info.relative_path} is damaged at {key}: {error}") from error
-        if tuple(tensor.shape) != tuple(chunk.sizes):
+            with (self.path / place.file_name).open("rb") as file:
+                tensor = _mapped_tensor(file, place.start, place.length)
+        except _NO_TENSOR as error:
+            raise ValueError(f"{self.path / place.file_name} is damaged at {key}: {error}") from error
+        if tuple(tensor.shape) != chunk.sizes:
             raise ValueError(f"{self.path}: a chunk of {key} has shape {tuple(tensor.shape)}, expected {chunk.sizes}")
         picked: Tensor = tensor[tuple(i - start for i, start in zip(index, chunk.offsets, strict=False))]
         return picked
 
     def _check_files(self) -> None:
         needed: dict[str, int] = {}
-        for info in self._storage.values():
-            needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+        for place in self._places.values():
+            needed[place.file_name] = max(needed.get(place.file_name, 0), place.start + place.length)
         for name, size in sorted(needed.items()):
             file = self.path / name
             if not file.is_file():
@@ -203,23 +203,26 @@ class MegatronFolder:
                 raise ValueError(f"{file} is truncated: {file.stat().st_size} bytes, at least {size} expected")
 
 
+def _read_tables(file: Path) -> CheckpointTables:
+    """Raises ValueError naming the file where it is no metadata."""
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; copy the checkpoint again") from None
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"{file} is larger than {MAX_BYTES} bytes, too large for the metadata of a checkpoint")
+    try:
+        return read_tables(raw)
+    except ValueError as error:
+        raise ValueError(
+            f"{file.parent} is not a whole distributed checkpoint: {file.name} is {error}; copy it again"
+        ) from None
+
+
 def is_megatron_folder(path: Path) -> bool:
     """Whether ``path`` looks like a distributed checkpoint of Megatron-Core."""
     return (path / _FORMAT_NAME).is_file() and (path / _METADATA_NAME).is_file()
-
-
-class _SafeUnpickler(pickle.Unpickler):
-    """Builds the classes of checkpoint metadata and nothing else, so that a foreign file cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if "." not in name else None
-        if module == "torch" and (found is torch.Size or isinstance(found, torch.dtype)):
-            return found
-        if (module, name) in _PICKLE_OTHERS:
-            return found
-        if module.startswith(_PICKLE_MODULES) and isinstance(found, type) and found.__module__ == module:
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's metadata")
 
 
 class _RecordingStream(io.RawIOBase):
@@ -286,7 +289,11 @@ def _mapped_tensor(file: IO[bytes], start: int, length: int) -> Tensor:
     return flat.as_strided(layout.shape, layout.stride(), layout.storage_offset())
 
 
-def _contains(chunk: ChunkStorageMetadata, index: tuple[int, ...]) -> bool:
+def _lies_within(chunk: Chunk, shape: tuple[int, ...]) -> bool:
+    return all(start + size <= whole for start, size, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True))
+
+
+def _contains(chunk: Chunk, index: tuple[int, ...]) -> bool:
     places = zip(index, chunk.offsets, chunk.sizes, strict=False)
     return all(start <= wanted < start + size for wanted, start, size in places)
 

@@ -23,6 +23,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     if not Path(path).is_dir():
         raise ValueError(f"model.path={str(path)!r} is not a folder; give a Hugging Face model folder")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"):
+        if (Path(path) / name).is_file():
+            read_json_object(Path(path) / name)  # transformers says less of a file that is cut
     if not any((Path(path) / name).is_file() for name in _TOKENIZER_FILES):
         # transformers would build an empty tokenizer from config.json alone, without a word
         raise ValueError(
@@ -30,8 +33,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"there; copy the model's tokenizer files into it"
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # never code of the folder, whatever its files ask for
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # what the tokenizers library raises for a damaged file is Exception itself
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"model.path={str(path)!r} holds no usable tokenizer: {reason}; it needs tokenizer.json and "

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,13 +22,26 @@ from typing import Any, Self
 import numpy as np
 
 from aer_megatron.algo.controller import Observation, state_from_dict, state_to_dict
-from aer_megatron.algo.flight import BatchProfile, BucketSums, FlightRecord, GradientGeometry
+from aer_megatron.algo.flight import (
+    BUCKETS,
+    ENTROPY_EDGES,
+    BatchProfile,
+    BucketSums,
+    FlightRecord,
+    GradientGeometry,
+    difficulty_buckets,
+)
+from aer_megatron.json_input import kind_of
 from aer_megatron.report.files import LineFile, replace_file
 from aer_megatron.report.writer import split_lines
-from aer_megatron.types import Float64Array
+from aer_megatron.types import Float64Array, Int64Array
 
 FLIGHT_FILE = "flight.jsonl"
 FORMAT = 1
+_WORDS = ("NaN", "Infinity", "-Infinity")
+_FIELDS = {"step", "observation", "state", "coefficient", "successes", "counts", "ledger_accuracy", "buckets"} | {
+    "entropy_by_difficulty", "entropy_by_position", "gradients", "clip_low", "clip_high"
+}  # fmt: skip
 
 
 class FlightWriter:
@@ -113,33 +126,49 @@ def _to_table(record: FlightRecord) -> dict[str, Any]:
 def _from_table(table: Mapping[str, Any], path: Path) -> FlightRecord:
     if table.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has records of format {table.get('format')}, this version reads {FORMAT}; replay with the version "
-            "that made the run (run.json names it)"
+            f"{path} has records of format {str(table.get('format'))[:20]}, this version reads {FORMAT}; replay with "
+            "the version that made the run (run.json names it)"
         )
     try:
-        gradients = table["gradients"]
-        buckets = {item.name: table["buckets"][item.name.removesuffix("_D")] for item in fields(BucketSums)}
-        return FlightRecord(
-            step=table["step"],
-            observation=Observation(**{name: _to_float(value) for name, value in table["observation"].items()}),
-            state=state_from_dict(table["state"]),
-            coefficient=_to_float(table["coefficient"]),
-            successes_P=np.array(table["successes"], dtype=np.int64),
-            counts_P=np.array(table["counts"], dtype=np.int64),
-            ledger_accuracy_P=_to_array(table["ledger_accuracy"]),
-            profile=BatchProfile(
-                buckets=BucketSums(**{name: _bucket_array(values) for name, values in buckets.items()}),
-                entropy_by_difficulty_DK=np.array(table["entropy_by_difficulty"], dtype=np.int64),
-                entropy_by_position_QK=np.array(table["entropy_by_position"], dtype=np.int64),
-                gradients=None
-                if gradients is None
-                else GradientGeometry(**{name: _to_float(value) for name, value in gradients.items()}),
-            ),
-            clip_low=_pair(table["clip_low"]),
-            clip_high=_pair(table["clip_high"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        return _record(table)
+    except ValueError as error:
         raise ValueError(f"{path}, step {table.get('step')} is not a whole record ({error}); repair it") from None
+
+
+def _record(table: Mapping[str, Any]) -> FlightRecord:
+    """Raises ValueError that names a field which is missing, of another type or shape, or out of its range."""
+    if missing := sorted(_FIELDS - table.keys()):
+        raise ValueError(f"{missing[0]} is missing")
+    counts_P = _counts(table["counts"], "counts")
+    successes_P = _counts(table["successes"], "successes", len(counts_P))
+    difficulty_buckets(successes_P, counts_P)  # refuses counts that no group has
+    buckets = _object(table["buckets"], "buckets")
+    columns: dict[str, Any] = {
+        item.name: (_counts if item.type == "Int64Array" else _reals)(
+            buckets.get(item.name.removesuffix("_D")), f"buckets.{item.name.removesuffix('_D')}", len(BUCKETS)
+        )
+        for item in fields(BucketSums)
+    }
+    gradients = table["gradients"]
+    return FlightRecord(
+        step=table["step"],
+        observation=Observation(**_floats(table["observation"], "observation", Observation)),
+        state=state_from_dict(_object(table["state"], "state")),
+        coefficient=_real(table["coefficient"], "coefficient"),
+        successes_P=successes_P,
+        counts_P=counts_P,
+        ledger_accuracy_P=_to_array(table["ledger_accuracy"], len(counts_P)),
+        profile=BatchProfile(
+            buckets=BucketSums(**columns),
+            entropy_by_difficulty_DK=_histogram(table["entropy_by_difficulty"], "entropy_by_difficulty"),
+            entropy_by_position_QK=_histogram(table["entropy_by_position"], "entropy_by_position"),
+            gradients=None
+            if gradients is None
+            else GradientGeometry(**_floats(gradients, "gradients", GradientGeometry, may_be_none="cosine")),
+        ),
+        clip_low=_pair(table["clip_low"], "clip_low"),
+        clip_high=_pair(table["clip_high"], "clip_high"),
+    )
 
 
 def _columns(sums: BucketSums) -> dict[str, np.ndarray[Any, Any]]:
@@ -153,18 +182,69 @@ def _from_float(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _to_float(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
+def _real(value: Any, where: str) -> float:
+    if isinstance(value, str) and value in _WORDS:
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= 2**1023:
+        raise ValueError(f"{where} must be a number, it is {kind_of(value)}")
+    return float(value)
 
 
-def _bucket_array(values: list[Any]) -> np.ndarray[Any, Any]:
-    whole = all(isinstance(value, int) for value in values)
-    return np.array([_to_float(value) for value in values], dtype=np.int64 if whole else np.float64)
+def _reals(values: Any, where: str, length: int) -> Float64Array:
+    return np.array([_real(value, where) for value in _list(values, where, length)], dtype=np.float64)
 
 
-def _to_array(text: str) -> Float64Array:
-    return np.frombuffer(base64.b64decode(text), dtype="<f8").astype(np.float64)
+def _counts(values: Any, where: str, length: int | None = None) -> Int64Array:
+    for value in _list(values, where, length):
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{where} must hold integers from 0 to 2^63 - 1, not {str(value)[:40]}")
+    return np.array(values, dtype=np.int64)
 
 
-def _pair(values: list[float]) -> tuple[float, float]:
-    return values[0], values[1]
+def _histogram(rows: Any, where: str) -> Int64Array:
+    num_bins = len(ENTROPY_EDGES) - 1
+    counts = [_counts(row, f"{where}[{index}]", num_bins) for index, row in enumerate(_list(rows, where, None))]
+    return np.array(counts, dtype=np.int64).reshape(len(counts), num_bins)
+
+
+def _list(values: Any, where: str, length: int | None) -> list[Any]:
+    if not isinstance(values, list):
+        raise ValueError(f"{where} must be a list, it is {kind_of(values)}")
+    if length is not None and len(values) != length:
+        raise ValueError(f"{where} must have {length} items, it has {len(values)}")
+    return values
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, it is {kind_of(value)}")
+    return value
+
+
+def _floats(table: Any, where: str, kind: type[Any], *, may_be_none: str = "") -> dict[str, Any]:
+    """Returns the fields of the dataclass ``kind`` in ``table``, all of them floats."""
+    known = {item.name: item.default is MISSING for item in fields(kind)}
+    values = _object(table, where)
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ValueError(f"{where}.{unknown[0][:40]} is unknown")
+    if absent := sorted(name for name, needed in known.items() if needed and name not in values):
+        raise ValueError(f"{where}.{absent[0]} is missing")
+    return {
+        name: None if value is None and name == may_be_none else _real(value, f"{where}.{name}")
+        for name, value in values.items()
+    }
+
+
+def _to_array(text: Any, length: int) -> Float64Array:
+    try:
+        raw = base64.b64decode(text if isinstance(text, str) else "?", validate=True)
+    except ValueError:
+        raise ValueError("ledger_accuracy must be base64 of float64") from None
+    if len(raw) != 8 * length:
+        raise ValueError(f"ledger_accuracy must hold {length} float64, it has {len(raw)} bytes")
+    return np.frombuffer(raw, dtype="<f8").astype(np.float64)
+
+
+def _pair(values: Any, where: str) -> tuple[float, float]:
+    low, high = (_real(value, where) for value in _list(values, where, 2))
+    return low, high

@@ -25,6 +25,7 @@ import numpy as np
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
+from aer_megatron.json_input import kind_of, parse_json
 from aer_megatron.report.files import LineFile, replace_file
 from aer_megatron.report.masking import mask_arguments, mask_table
 from aer_megatron.report.metrics import MACHINE_PREFIX, Metric, unit_of
@@ -110,7 +111,15 @@ def read_metrics(path: str | Path) -> list[dict[str, MetricValue]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run that has made a step")
-    return [json.loads(line) for _, line in split_lines(path)]
+    records = [json.loads(line) for _, line in split_lines(path)]
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, dict | list):
+                raise ValueError(
+                    f"{path}, step {record[Metric.STEP]}: {name[:80]} must be a number or a text, it is "
+                    f"{kind_of(value)}; repair or remove the line"
+                )
+    return records
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str | None]:
@@ -271,16 +280,22 @@ def split_lines(path: Path) -> Iterator[tuple[int, str]]:
             return
         try:
             line = raw.decode("utf-8")
-            step = json.loads(line)[Metric.STEP]
-            if isinstance(step, bool) or not isinstance(step, int):
-                raise TypeError(f"its step is no integer but a {type(step).__name__}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            step = _step_of(line)
+        except ValueError as error:
             if number == len(lines):
                 return  # a process killed while it wrote leaves part of a line and no line end
             raise ValueError(
                 f"{path}, line {number} is not the record of a step ({error}); repair or remove it"
             ) from None
         yield step, line
+
+
+def _step_of(line: str) -> int:
+    record = parse_json(line)
+    step = record.get(Metric.STEP) if isinstance(record, dict) else None
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"its {Metric.STEP} must be an integer of at least 0")
+    return step
 
 
 def _version(name: str) -> str | None:

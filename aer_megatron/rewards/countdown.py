@@ -9,7 +9,7 @@ import re
 
 from aer_megatron.types import Prompt, Verdict
 
-_PROBLEM = re.compile(r"([0-9]+(?:,[0-9]+)*)=(-?[0-9]+)>")
+_PROBLEM = re.compile(r"([0-9]+(?:,[0-9]+)*)=(-?[0-9]{1,100})>")
 _NUMBER = r"(?:0|[1-9][0-9]{0,5})"  # bounded: int() of an endless digit string is slow
 _EXPRESSION = re.compile(rf" *{_NUMBER}(?: *[-+*] *{_NUMBER})* *")
 _TOKEN = re.compile(rf"{_NUMBER}|[-+*]")

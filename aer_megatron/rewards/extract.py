@@ -1,5 +1,9 @@
 """Finds the answer inside a completion: the last ``\\boxed{}``, ``<answer>`` tags, or what follows "Answer:".
 
+The text is the policy's and may be a megabyte of ``<answer>``: every search here goes over it once, because it runs in
+the trainer's own process without a time limit. A pattern with two ends is sought by ``str.find``, not by a regular
+expression, which would look for the second end again from every first one.
+
 This file does NOT compare answers.
 """
 
@@ -10,7 +14,7 @@ import re
 _BOX = "\\boxed{"
 _ANY_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(r"\\[A-Za-z]+|[-+]?[0-9][0-9.,]*|[^\s$]")
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
 _MARKED = re.compile(r"answer\s*:", re.IGNORECASE)
 
 
@@ -42,12 +46,12 @@ def final_answer(text: str) -> str:
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip()
-    tagged = _TAGGED.findall(text)
-    if tagged:
-        return str(tagged[-1]).strip()
-    marks = list(_MARKED.finditer(text))
-    if marks:
-        rest = text[marks[-1].end() :].strip(" \t*")
+    tagged = _last_tagged(text)
+    if tagged is not None:
+        return tagged.strip()
+    end = max((mark.end() for mark in _MARKED.finditer(text)), default=None)
+    if end is not None:
+        rest = text[end:].strip(" \t*")
         line = rest.split("\n", 1)[0].strip().strip("*").strip()
         return line or rest.strip()
     return text.strip()
@@ -72,6 +76,17 @@ def boxed_answer(text: str) -> str | None:
         return bare.group().rstrip(".,") if bare else None
     end = _closing(rest, begin + 1)
     return None if end is None else rest[begin + 1 : end]
+
+
+def _last_tagged(text: str) -> str | None:
+    """Returns what stands between the last ``<answer>`` and ``</answer>`` that belong together, None without any."""
+    found, position = None, 0
+    while True:
+        start = text.find(_OPEN, position)
+        end = text.find(_CLOSE, start + len(_OPEN)) if start >= 0 else -1
+        if end < 0:
+            return found
+        found, position = text[start + len(_OPEN) : end], end + len(_CLOSE)
 
 
 def _closing(text: str, start: int) -> int | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aer_megatron.actor.checkpoint_manifest import (
     FileEntry,
@@ -20,6 +22,7 @@ from aer_megatron.actor.checkpoint_manifest import (
     manifest_from_json,
     read_manifest_text,
 )
+from tests.support.json_values import JSON
 
 LAYOUT = Layout(tp=2, pp=1, dp=1, padded_vocab=26, num_padding_groups=0, transformer_engine=False)
 MODEL = {"family": "qwen3", "num_layers": 28, "rope_scaling": None, "num_padding_groups": 0}
@@ -233,3 +236,34 @@ def test_another_dtype_is_refused() -> None:
 def test_same_model_is_accepted_whatever_its_padding_and_sequence_types() -> None:
     manifest = dataclasses.replace(MANIFEST, model=MODEL | {"sizes": [1, 2]})
     check_model(manifest, MODEL | {"sizes": (1, 2), "num_padding_groups": 3}, "bf16", Path("step_00000050"))
+
+
+def _unsealed(path: str, value: Any) -> str:
+    """The manifest as the first format version wrote it, without a digest, with another value at ``path``."""
+    table = json.loads(MANIFEST.to_json())
+    del table["sha256"]
+    node = table | {"format_version": 1}
+    table = node
+    *parents, leaf = path.split(".")
+    for part in parents:
+        node = node[part]
+    node[leaf] = value
+    return json.dumps(table)
+
+
+FIELDS = ["step", "num_updates", "model", "dtype", "layout", "versions", "state", "files", "format", "format_version"]
+FIELDS += ["layout.tp", "layout.transformer_engine", "layout.cp", "versions.torch", "files.ledger", "files.ledger.rank"]
+FIELDS += ["files.ledger.part", "files.ledger.num_bytes", "files.ledger.sha256", "layout.more"]
+
+
+@given(field=st.sampled_from(FIELDS), value=JSON)
+def test_any_value_of_any_field_is_taken_or_refused(field: str, value: Any) -> None:
+    path = Path("step_00000050/manifest.json")
+    try:
+        manifest = manifest_from_json(_unsealed(field, value), path)
+        check_model(manifest, MODEL, "bf16", path.parent)
+    except ValueError as error:
+        assert "step_00000050" in str(error)
+    else:
+        assert type(manifest.step) is int and manifest.step >= 0
+        assert isinstance(manifest.state, dict) and isinstance(manifest.model, dict)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aer_megatron.convert.architecture import (
     MoeArchitecture,
@@ -13,6 +16,9 @@ from aer_megatron.convert.architecture import (
     pad_query_groups,
     padded_vocab_size,
 )
+from tests.support.json_values import JSON
+
+ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "low_freq_factor", "x"]
 
 # The published config.json files, reduced to the fields that matter.
 QWEN3_8B: dict[str, Any] = {
@@ -252,3 +258,80 @@ def test_smollm2_pads_whole_groups(tp: int, groups: int, heads: int) -> None:
     assert (arch.padded_kv_heads, arch.padded_heads) == (groups, heads)
     assert (arch.num_kv_heads, arch.num_heads) == (3, 9)
     check_parallel(arch, tp, 1)
+
+
+BAD_NUMBERS = [0, -1, True, 1.5, "64", None, [1], 2**31, 10**30, math.nan]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "num_key_value_heads",
+        "head_dim",
+    ],
+)
+@pytest.mark.parametrize("value", BAD_NUMBERS)
+def test_a_size_is_a_positive_integer(key: str, value: Any) -> None:
+    if value is None and key in ("num_key_value_heads", "head_dim"):
+        return  # Hugging Face's way of leaving them out
+    with pytest.raises(ValueError, match=f"{key}="):
+        architecture_from_hf_config(QWEN3_8B | {key: value})
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
+@pytest.mark.parametrize("value", [0, -1e-6, math.nan, math.inf, "1e-6", True, [1.0], 10**400])
+def test_eps_and_theta_are_positive_and_finite(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{key}="):
+        architecture_from_hf_config({**QWEN3_8B, "rope_parameters": None, key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head_dim": 127}, "head_dim = 127 must be even"),
+        ({"rms_norm_eps": 1.0}, "rms_norm_eps=1.0 must be a number between 0 and 1"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures='Qwen3ForCausalLM' must be a list"),
+        ({"architectures": [3]}, "must be a list of names"),
+        ({"num_hidden_layers": 2**17}, "num_hidden_layers=131072 must be"),
+        ({"layer_types": 3}, "layer_types=3 is not supported"),
+        ({"layer_types": [["full_attention"]]}, "layer_types="),
+        ({"rope_scaling": "linear"}, "rope_scaling or rope_parameters = 'linear' must be an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor=-1 must be a finite number above 0"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rope type"),
+        ({"use_sliding_window": "yes"}, "use_sliding_window="),
+        ({"use_sliding_window": True, "sliding_window": "x"}, "sliding_window='x'"),
+    ],
+)
+def test_other_fields_that_are_not_what_they_should_be(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        architecture_from_hf_config(QWEN3_8B | change)
+    assert words in str(caught.value)
+
+
+def test_more_experts_than_there_are_cannot_be_chosen() -> None:
+    with pytest.raises(ValueError, match="num_experts_per_tok=129 must be a positive integer, at most 128"):
+        architecture_from_hf_config(QWEN3_30B_A3B | {"num_experts_per_tok": 129})
+
+
+KEYS = sorted({*QWEN3_30B_A3B, "rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types"})
+KEYS += ["model_type", "attention_bias", "use_sliding_window", "sliding_window", "quantization_config"]
+
+
+@pytest.mark.parametrize("config", [QWEN3_8B, QWEN3_30B_A3B, SMOLLM2_135M])
+@given(key=st.sampled_from(KEYS), value=JSON | st.dictionaries(st.sampled_from(ROPE_KEYS), JSON, max_size=3))
+def test_any_value_of_any_field_is_taken_or_named(config: dict[str, Any], key: str, value: Any) -> None:
+    try:
+        arch = architecture_from_hf_config(config | {key: value})
+    except ValueError as error:
+        assert "config.json" in str(error)
+    else:
+        assert arch.head_dim > 0 and arch.num_heads % arch.num_kv_heads == 0
+        assert 0 < arch.rope_theta < math.inf and 0 < arch.norm_eps < 1

@@ -102,7 +102,7 @@ def launch(options: LaunchOptions, environment: Mapping[str, str]) -> int:
     from aer_megatron.parallel.launch_agent import LaunchAgent, Nodes
     from aer_megatron.parallel.rank_processes import RankProcesses
 
-    ranks_here = _ranks_here(options.nproc)
+    ranks_here = number_of_ranks(options.nproc)
     nodes = Nodes(
         options.nnodes,
         options.node_rank,
@@ -200,8 +200,12 @@ def _seconds(given: Mapping[str, str], name: str, default: float) -> float:
     return value
 
 
-def _ranks_here(nproc: str) -> int:
-    """Returns the ranks of this machine; a CUDA device takes one."""
+def number_of_ranks(nproc: str) -> int:
+    """Returns the ranks of this machine that ``--nproc`` asks for; a CUDA device takes one.
+
+    Raises:
+        ValueError: it is no number, or asks for more ranks than there are CUDA devices.
+    """
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -74,6 +74,8 @@ def test_wheel_from_the_sdist_installs_into_a_new_environment(unpacked: Path, tm
     wheel = next((tmp_path / "dist").glob("aer_megatron-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
     assert {"aer_megatron/_C.pyi", "aer_megatron/py.typed"} <= set(names)
+    scripts = next(name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    assert "aer = aer_megatron.cli:main" in zipfile.ZipFile(wheel).read(scripts).decode()
     assert any(name.startswith("aer_megatron/_C.") and name.endswith(".so") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"aer_megatron"}
 

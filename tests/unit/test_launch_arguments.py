@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import os
 
-from aer_megatron.launch import LaunchOptions, main, parse_command_line
+import pytest
+import torch
+
+from aer_megatron.launch import LaunchOptions, main, number_of_ranks, parse_command_line
 
 TRAIN = ("-m", "aer_megatron.train", "run.toml")
 
@@ -64,6 +67,34 @@ def test_what_is_wrong_is_named(arguments: list[str], words: list[str]) -> None:
         parse_command_line(arguments, {})
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "devices", "expected"),
+    [("3", 0, 3), ("4", 4, 4), ("gpu", 8, 8), ("auto", 8, 8), ("cpu", 8, None), ("auto", 0, None)],
+)
+def test_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch, nproc: str, devices: int, expected: int | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    assert number_of_ranks(nproc) == (len(os.sched_getaffinity(0)) if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "devices", "words"),
+    [
+        ("9", 8, "--nproc=9.* 8 CUDA devices"),
+        ("gpu", 0, "no CUDA device"),
+        ("0", 0, "--nproc=0"),
+        ("two", 0, "--nproc=two"),
+    ],
+)
+def test_a_number_of_ranks_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, nproc: str, devices: int, words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    with pytest.raises(ValueError, match=words):
+        number_of_ranks(nproc)
 
 
 def test_a_wrong_argument_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

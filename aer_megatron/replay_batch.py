@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aer_megatron.failures import Edge, run_command
 from aer_megatron.train import quiet_libraries
 
 if TYPE_CHECKING:
@@ -50,11 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     quiet_libraries()
-    try:
-        return _replay(parse_command_line(arguments))
-    except ValueError as error:
-        print(f"aer_megatron: {error}", file=sys.stderr)
-        return 2
+    given = list(arguments)
+    return run_command(lambda edge: _replay(parse_command_line(given), edge))
 
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
@@ -74,7 +72,7 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     return CommandLine(folder, weights, tuple(overrides))
 
 
-def _replay(command: CommandLine) -> int:
+def _replay(command: CommandLine, edge: Edge) -> int:
     """Returns 0 where the update is finite, else 1; rank 0 prints what came out."""
     from aer_megatron.compose.common import check_model, collective_timeout_s
     from aer_megatron.parallel import platform as platforms
@@ -88,7 +86,8 @@ def _replay(command: CommandLine) -> int:
     kept.config.check_world_size(platform.world_size)
     platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(kept.config))
     try:
-        stats, heard = _update(kept, path, platform)
+        with edge.noting():
+            stats, heard = _update(kept, path, platform)
     finally:
         destroy_topology()
     if platform.rank == 0:

@@ -71,7 +71,11 @@ def _find_long_integer(text: str | bytes) -> str:
     def parse(digits: str) -> Any:
         return _LongInteger(len(digits)) if len(digits) > _MAX_DIGITS else 0
 
-    waiting = [("", json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, parse_int=parse))]
+    try:
+        whole = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, parse_int=parse)
+    except (ValueError, RecursionError):  # it was refused before what is wrong behind the integer was reached
+        return f"it holds an integer of more than {_MAX_DIGITS} digits"
+    waiting = [("", whole)]
     while waiting:
         where, value = waiting.pop()
         if isinstance(value, _LongInteger):

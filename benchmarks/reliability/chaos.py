@@ -11,8 +11,11 @@ metrics and flight record must be equal byte for byte (times aside); with server
 cursor and step count must be, and every prompt must have been trained exactly once. Seconds lost are counted per fault.
 
 The servers are SGLang's on the CPU (tools/install_sglang_cpu.sh), or with --servers double stand-ins of the protocol
-without a model; the harness starts them and restarts those that it killed. Interrupted, the same command goes on where
-it was. Writes chaos.md and result.json into --out. Exit codes: 0 equal, 1 not, 3 the run made no step for 15 minutes.
+without a model. The run launches and restarts them itself; with --keep-servers the harness does and the run is given
+their addresses, so that they outlive its launches (if all of them are down at once, such a run ends after
+sglang.recovery_timeout_s: nobody gives them weights in the middle of a step). Interrupted, the same command goes on.
+
+Writes chaos.md and result.json into --out. Exit codes: 0 equal, 1 not, 3 the run made no step for 15 minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from benchmarks.reliability.chaos_plan import draw_kills
 from benchmarks.reliability.chaos_report import compare, write_report
 from benchmarks.reliability.chaos_run import ChaosRun, Launching, Stalled
 from benchmarks.reliability.process_tree import servers_below
-from benchmarks.reliability.tiny_run import SERVER_LAUNCH, launch_command, servers_python, write_run
+from benchmarks.reliability.tiny_run import SERVER_LAUNCH, SERVER_SECTIONS, launch_command, servers_python, write_run
 from tests.support.real_servers import real_server_options
 
 RANKS = 2
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     folder = given.out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    run_file = write_run(folder, name="chaos", verifier="checksum")
+    run_file = write_run(folder, name="chaos", verifier="checksum", more=SERVER_SECTIONS)
     num_steps = given.steps or given.kills * STEPS_PER_KILL
     options: dict[str, Any] = {
         "run.num_steps": num_steps,
@@ -57,16 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kills = draw_kills(given.kills, num_steps=num_steps, engine=given.engine, seed=given.seed)
     with ExitStack() as stack:
         if given.engine == "sglang":
-            urls = start_servers(folder, given.servers, stack)
-            options |= {"sglang.urls": urls, "rollout.staleness": given.staleness, "sglang.max_attempts": 20}
+            options |= {"rollout.staleness": given.staleness, "sglang.max_attempts": 20}
             options |= {"algo.tis_clip": 2.0} if given.staleness else {}
+            if given.keep_servers:
+                options |= {"sglang.urls": start_servers(folder, given.servers, stack)}
+            else:
+                python = servers_python(given.servers, folder)
+                options |= {"sglang.num_servers": 2, "sglang.python": python, "sglang.max_restarts": 10_000}
         states = {}
         for name, of_run in (("straight", []), ("killed", kills)):
             command = functools.partial(
                 launch_command, run_file, options | {"run.output_dir": str(folder / name / "run")}, ranks=RANKS
             )
             (folder / name).mkdir(exist_ok=True)
-            launching = Launching(folder / name, run_file, command, servers=lambda: servers_below(os.getpid()))
+            launching = Launching(
+                folder / name, run_file, command, servers=lambda: servers_below(os.getpid())
+            )  # the run's, too
             try:
                 states[name] = ChaosRun(launching, of_run).run()
             except Stalled as error:
@@ -86,6 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
     parser.add_argument("--staleness", type=int, default=0, help="of the asynchronous loop, with servers")
     parser.add_argument("--servers", choices=("real", "double"), default="real")
+    parser.add_argument("--keep-servers", action="store_true", help="servers that outlive the run's launches")
     parser.add_argument("--steps", type=int, default=0, help=f"of the run; 0 = {STEPS_PER_KILL} per kill")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     given = parser.parse_args(arguments)

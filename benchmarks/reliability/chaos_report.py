@@ -112,6 +112,7 @@ def page(result: Mapping[str, Any]) -> str:
     servers = f"{given['servers']} servers, staleness {given['staleness']}"
     if given["engine"] == "sglang":
         words += f" --servers {given['servers']} --staleness {given['staleness']}"
+        words += " --keep-servers" if given["keep_servers"] else ""
     name = "embedded engine" if given["engine"] == "embedded" else servers
     inside = sum(fault["moment"] == "checkpoint" and fault["inside_write"] for fault in faults)
     lines = [

@@ -27,6 +27,8 @@ GOOD = {"count": 3, "files": {"a": {"flag": False}}}
         ('{"a": 1}'.encode("utf-16"), "is not valid UTF-8"),
         (b'{"a":' * 10_000, "nested too deeply"),
         (b'{"a": {"b": [0, 1' + b"0" * 5000 + b"]}}", r'"a".b\[1\] is an integer of 5001 digits \(at most 4300\)'),
+        (b"[1" + b"0" * 5000 + b", " + b"[" * 100_000, "it holds an integer of more than 4300 digits"),
+        (b"[1" + b"0" * 5000 + b", ", "it holds an integer of more than 4300 digits"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, raw: bytes, words: str) -> None:

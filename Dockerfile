@@ -3,34 +3,45 @@
 #   docker build -t aer-megatron:gpu .                                   H100: trainer in /opt/aer, SGLang servers in /opt/sglang
 #   docker build --build-arg WITH_APEX=1 -t aer-megatron:gpu-apex .      the same with NVIDIA apex, built from source
 # TransformerEngine (and apex) are compiled for sm_90 in the build: 47 minutes with MAX_JOBS=2, some 4 GB of memory a job.
-# tools/check_image_pins.py checks that every apt and pip name and version below resolves.
+# tools/check_image_pins.py checks that every apt and pip name and version below resolves; tools/pin_images.py writes the
+# digests of the base images into the three arguments, and any of them may be given: --build-arg PYTHON_311=...
+# Root installs system packages and, in the GPU image, the environments; what runs is the user aer (uid 1000).
 ARG WITH_APEX=0
+ARG PYTHON_311=python:3.11-slim-bookworm
+ARG PYTHON_312=python:3.12-slim-bookworm
+ARG CUDA=nvidia/cuda:13.0.2-devel-ubuntu24.04
 
 # ---------------------------------------------------------------- CPU
-FROM python:3.11-slim-bookworm AS cpu
+# hadolint ignore=DL3006
+FROM ${PYTHON_311} AS cpu
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
         g++=4:12.2.* git=1:2.39.* iproute2=6.1.* make=4.3-* \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 aer \
+    && install --directory --owner aer --group aer /opt/aer-megatron
+USER aer
 WORKDIR /opt/aer-megatron
 ENV OMP_NUM_THREADS=1 PIP_NO_CACHE_DIR=1
 # Dependencies change less often than code: this layer is rebuilt only when they or the extension do.
-COPY Makefile pyproject.toml setup.py MANIFEST.in ./
-COPY constraints constraints
-COPY tools tools
-COPY cpp cpp
-COPY aer_megatron/__init__.py aer_megatron/__init__.py
+COPY --chown=aer:aer Makefile pyproject.toml setup.py MANIFEST.in LICENSE ./
+COPY --chown=aer:aer constraints constraints
+COPY --chown=aer:aer tools tools
+COPY --chown=aer:aer cpp cpp
+COPY --chown=aer:aer aer_megatron/__init__.py aer_megatron/__init__.py
 RUN make install
-COPY . .
+COPY --chown=aer:aer . .
 RUN make install && bash tools/smoke_test.sh .venv/bin/python
 CMD ["make", "quickstart"]
 
 # ---------------------------------------------------------------- GPU: toolkit and system
 # The toolkit is that of the CUDA image; the system is Debian, whose Python image brings 3.12.
-FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS cuda
+# hadolint ignore=DL3006
+FROM ${CUDA} AS cuda
 
-FROM python:3.12-slim-bookworm AS gpu-system
+# hadolint ignore=DL3006
+FROM ${PYTHON_312} AS gpu-system
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # iproute2: make test-multinode; libnuma1, libibverbs1 and librdmacm1: SGLang's kernels and NCCL's InfiniBand transport
 RUN apt-get update \
@@ -83,12 +94,15 @@ FROM trainer-apex-${WITH_APEX} AS gpu
 COPY --from=servers /opt/sglang /opt/sglang
 ENV SGLANG_PYTHON=/opt/sglang/bin/python PIP_NO_CACHE_DIR=1
 WORKDIR /opt/aer-megatron
-COPY pyproject.toml setup.py MANIFEST.in ./
+COPY pyproject.toml setup.py MANIFEST.in LICENSE ./
 COPY cpp cpp
 COPY aer_megatron/__init__.py aer_megatron/__init__.py
 RUN pip install --constraint /tmp/gpu-py312.txt --no-build-isolation --editable '.[test]'
 COPY . .
 # no device is visible in a build: the smoke test trains on the CPU with this image's own packages
 RUN pip install --no-deps --no-build-isolation --editable . \
-    && bash tools/smoke_test.sh /opt/aer/bin/python
+    && useradd --create-home --uid 1000 aer \
+    && chown --recursive aer:aer /opt/aer-megatron
+USER aer
+RUN bash tools/smoke_test.sh /opt/aer/bin/python
 CMD ["bash", "tools/gpu_acceptance.sh"]

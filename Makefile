@@ -18,7 +18,7 @@ IMPORT_LAYER_TEST := $(wildcard tests/unit/test_import_layers.py)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint wheel clean
+.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint audit wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ lint: install ## ruff, mypy, import layers
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(if $(IMPORT_LAYER_TEST),$(PYTEST) $(IMPORT_LAYER_TEST))
+
+audit: install ## licences, a CycloneDX SBOM and, with a network, known vulnerabilities of the pins, into build/
+	@$(BIN)/python tools/sbom.py --output build/sbom.cdx.json --licences build/licences.md
+	@bash tools/audit.sh $(BIN)/python
 
 test-cpp: build/cpp/tests-asan build/cpp/tests-tsan ## the C++ tests under ASan + UBSan and under TSan
 	@build/cpp/tests-asan

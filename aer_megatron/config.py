@@ -268,6 +268,11 @@ class SglangSection(Section):
                 f"sglang.urls={list(self.urls)} and sglang.num_servers={self.num_servers}: rollout.engine='sglang' "
                 "needs exactly one of them; name running servers in urls, or set num_servers to launch some"
             )
+        if self.launch.get("grammar_backend") == "outlines":
+            raise ValueError(
+                "sglang.launch.grammar_backend='outlines' reads pickles from a cache folder (diskcache, "
+                "CVE-2025-69872) and no request of a run has a grammar; leave it out"
+            )
 
 
 class RewardSection(Section):

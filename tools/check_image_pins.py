@@ -41,7 +41,11 @@ class Pin:
 def instructions(text: str) -> list[str]:
     """Returns the Dockerfile's instructions, continuation lines joined and comments dropped."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    return [line.strip() for line in re.sub(r"\\\s*\n", " ", "\n".join(lines)).splitlines() if line.strip()]
+    joined = re.sub(r"\\\s*\n", " ", "\n".join(lines))
+    for name, value in re.findall(r"^ARG (\w+)=(\S+)$", joined, re.MULTILINE):
+        if name != "WITH_APEX":  # which stage it chooses is not known here
+            joined = re.sub(rf"^(FROM .*)\$\{{{name}\}}", rf"\g<1>{value}", joined, flags=re.MULTILINE)
+    return [line.strip() for line in joined.splitlines() if line.strip()]
 
 
 def pins_of(text: str) -> tuple[list[Pin], list[str]]:

@@ -22,6 +22,7 @@ PACKAGED = (
     "pyproject.toml",
     "setup.py",
     "MANIFEST.in",
+    "LICENSE",
     "README.md",
 )
 
@@ -78,6 +79,8 @@ def test_wheel_from_the_sdist_installs_into_a_new_environment(unpacked: Path, tm
     assert "aer = aer_megatron.cli:main" in zipfile.ZipFile(wheel).read(scripts).decode()
     assert any(name.startswith("aer_megatron/_C.") and name.endswith(".so") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"aer_megatron"}
+    licence = next(name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+    assert zipfile.ZipFile(wheel).read(licence) == (ROOT / "LICENSE").read_bytes()
 
     done = run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     assert done.returncode == 0, done.stderr
@@ -138,6 +141,9 @@ def test_metadata_asks_for_what_it_should_and_never_for_apex(unpacked: Path) -> 
     lines = (unpacked / "PKG-INFO").read_text().splitlines()
     assert "Name: aer-megatron" in lines
     assert "Requires-Python: >=3.11" in lines
+    assert "License-Expression: Apache-2.0" in lines
+    assert "License-File: LICENSE" in lines
+    assert (unpacked / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
     requirements = [
         line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")
     ]

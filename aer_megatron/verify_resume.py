@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aer_megatron.compose.short_run import LAYOUT_OPTIONS, Plan, ShortRunRequest, layout_name, plan_of
 from aer_megatron.config import Config
@@ -29,6 +29,9 @@ from aer_megatron.report.metrics import Metric
 from aer_megatron.report.resume_comparison import Row, compare_files, compare_lines, compare_tables, table_text
 from aer_megatron.report.writer import read_metrics
 from aer_megatron.train import quiet_libraries
+
+if TYPE_CHECKING:
+    from aer_megatron.actor.checkpoint_manifest import Manifest
 
 USAGE = """\
 usage: aer verify-resume RUN.toml [options] [--section.key=value ...]
@@ -154,7 +157,7 @@ def _with(bound: float, found: tuple[float, str]) -> tuple[float, float, str]:
 
 
 def _end_rows(one: Path, other: Path, step: int, what: str, exact: float) -> list[Row]:
-    first, second = _manifest(one, step), _manifest(other, step)
+    first, second = _manifest(_checkpoint(one, step)), _manifest(_checkpoint(other, step))
     found = compare_tables(_standing(first), _standing(second), bound=exact)
     rows = [Row(f"{what}: controller, data cursor, updates after step {step - 1}", *_with(exact, found))]
     if not exact:  # where kernels add in any order, bits are no measure
@@ -166,7 +169,8 @@ def _end_rows(one: Path, other: Path, step: int, what: str, exact: float) -> lis
 def _other_end_rows(plan: Plan, straight: Path, other: Path, name: str) -> list[Row]:
     """Returns rows of a resume under another layout; under bf16 its later samples may differ, by rounding."""
     end = 2 * plan.steps
-    whole = compare_tables(*(_whole_numbers(_standing(_manifest(each, end))) for each in (straight, other)), bound=0.0)
+    one, two = (_whole_numbers(_standing(_manifest(_checkpoint(each, end)))) for each in (straight, other))
+    whole = compare_tables(one, two, bound=0.0)
     rows = [Row(f"resumed, {name}: data cursor, updates after step {end - 1}", *_with(0.0, whole))]
     if plan.config.model.dtype == "fp32":
         share = _moved_apart(plan.config, straight, other, plan.steps)
@@ -196,11 +200,10 @@ def _reshard_rows(plan: Plan, own: str, straight: Path, folder: Path) -> list[Ro
     )
     program = ("-m", "aer_megatron.verify_resume", "--ranks", str(job))
     _run(launch_command(plan.num_ranks, *program), folder / "reshard.log")
-    before = _manifest(straight, plan.steps)
+    before = _manifest(_checkpoint(straight, plan.steps))
     rows = []
     for name in layouts:
-        back = json.loads((folder / "through" / name / "back" / _checkpoint(straight, plan.steps).name /
-                           "manifest.json").read_text(encoding="utf-8"))  # fmt: skip
+        back = _manifest(folder / "through" / name / "back" / _checkpoint(straight, plan.steps).name)
         found = compare_files(_digests(before), _digests(back))
         if not found[0]:
             found = compare_tables(_standing(before), _standing(back), bound=0.0)
@@ -280,13 +283,14 @@ def _checkpoint(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
-def _manifest(folder: Path, step: int) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((_checkpoint(folder, step) / "manifest.json").read_text(encoding="utf-8"))
-    return table
+def _manifest(checkpoint: Path) -> Manifest:
+    from aer_megatron.actor.checkpoint_manifest import manifest_from_json, read_manifest_text
+
+    return manifest_from_json(read_manifest_text(checkpoint), checkpoint)
 
 
-def _standing(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {"updates": manifest["num_updates"], **manifest["state"]}
+def _standing(manifest: Manifest) -> dict[str, Any]:
+    return {"updates": manifest.num_updates, **manifest.state}
 
 
 def _whole_numbers(table: Any) -> Any:
@@ -296,9 +300,9 @@ def _whole_numbers(table: Any) -> Any:
     return table
 
 
-def _digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+def _digests(manifest: Manifest) -> dict[str, str]:
     """File -> digest; random-number states are a layout's own and stay as seeded under another one."""
-    return {name: entry["sha256"] for name, entry in manifest["files"].items() if entry["part"] != "rng"}
+    return {name: entry.sha256 for name, entry in manifest.files.items() if entry.part != "rng"}
 
 
 def _layout(text: str) -> Mapping[str, str]:

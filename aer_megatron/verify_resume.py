@@ -158,7 +158,7 @@ def _with(bound: float, found: tuple[float, str]) -> tuple[float, float, str]:
 
 def _end_rows(one: Path, other: Path, step: int, what: str, exact: float) -> list[Row]:
     first, second = _manifest(_checkpoint(one, step)), _manifest(_checkpoint(other, step))
-    found = compare_tables(_standing(first), _standing(second), bound=exact)
+    found = compare_tables(_standing(first), _standing(second))
     rows = [Row(f"{what}: controller, data cursor, updates after step {step - 1}", *_with(exact, found))]
     if not exact:  # where kernels add in any order, bits are no measure
         found = compare_files(_digests(first), _digests(second))
@@ -170,7 +170,7 @@ def _other_end_rows(plan: Plan, straight: Path, other: Path, name: str) -> list[
     """Returns rows of a resume under another layout; under bf16 its later samples may differ, by rounding."""
     end = 2 * plan.steps
     one, two = (_whole_numbers(_standing(_manifest(_checkpoint(each, end)))) for each in (straight, other))
-    whole = compare_tables(one, two, bound=0.0)
+    whole = compare_tables(one, two)
     rows = [Row(f"resumed, {name}: data cursor, updates after step {end - 1}", *_with(0.0, whole))]
     if plan.config.model.dtype == "fp32":
         share = _moved_apart(plan.config, straight, other, plan.steps)
@@ -206,7 +206,7 @@ def _reshard_rows(plan: Plan, own: str, straight: Path, folder: Path) -> list[Ro
         back = _manifest(folder / "through" / name / "back" / _checkpoint(straight, plan.steps).name)
         found = compare_files(_digests(before), _digests(back))
         if not found[0]:
-            found = compare_tables(_standing(before), _standing(back), bound=0.0)
+            found = compare_tables(_standing(before), _standing(back))
         way = "read and written again" if name == own else f"through {name} and back"
         rows.append(Row(f"checkpoint of step {plan.steps} {way}: weights, optimizer, ledger", *_with(0.0, found)))
     return rows

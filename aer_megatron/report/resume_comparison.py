@@ -35,8 +35,8 @@ def compare_lines(
 ) -> tuple[float, str]:
     """Returns (largest difference, where) between two runs' metric lines of the same steps, times aside.
 
-    With bound 0 every value and every text must be equal. Otherwise the difference of numbers is relative to the larger
-    of both and 1; texts are left out, for they spell numbers.
+    The difference of fractions is relative to the larger of both and 1; anything else must be equal, but for texts,
+    which spell numbers and are compared where ``bound`` is 0 alone.
     """
     if len(one) != len(other):
         return math.inf, f"{len(one)} steps and {len(other)} steps"
@@ -47,23 +47,24 @@ def compare_lines(
         for name in dict.fromkeys([*mine, *theirs]):
             if name.startswith(MACHINE_PREFIX):
                 continue
-            found = _difference(name, mine.get(name, "absent"), theirs.get(name, "absent"), exact=bound == 0)
+            if bound and unit_of(name) == "text":
+                continue
+            found = _value_difference(mine.get(name, "absent"), theirs.get(name, "absent"))
             if found > worst:
                 worst = found
                 where = f"step {mine.get('step')}: {name} is {mine.get(name)!r} and {theirs.get(name)!r}"
     return worst, where
 
 
-def compare_tables(one: Any, other: Any, *, bound: float, path: str = "") -> tuple[float, str]:
-    """Returns (largest difference, where) between two nested tables; ``bound`` is for fractions, the rest is exact."""
+def compare_tables(one: Any, other: Any, *, path: str = "") -> tuple[float, str]:
+    """Returns (largest difference, where) between two nested tables; what is no fraction must be equal."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         keys = dict.fromkeys([*one, *other])
-        found = [compare_tables(one.get(k), other.get(k), bound=bound, path=f"{path}.{k}".strip(".")) for k in keys]
+        found = [compare_tables(one.get(k), other.get(k), path=f"{path}.{k}".strip(".")) for k in keys]
     elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        found = [compare_tables(a, b, bound=bound, path=f"{path}[{i}]") for i, (a, b) in enumerate(zip(one, other))]
+        found = [compare_tables(a, b, path=f"{path}[{i}]") for i, (a, b) in enumerate(zip(one, other))]
     else:
-        exact = bound == 0 or not (isinstance(one, float) and isinstance(other, float))
-        difference = _number_difference(one, other, exact=exact)
+        difference = _value_difference(one, other)
         return difference, f"{path} is {one!r} and {other!r}" if difference else ""
     return max(found, key=lambda each: each[0], default=(0.0, ""))
 
@@ -96,18 +97,10 @@ def table_text(rows: Iterable[Row]) -> str:
     return "\n".join(text)
 
 
-def _difference(name: str, one: Any, other: Any, *, exact: bool) -> float:
-    if not exact and unit_of(name) == "text":
-        return 0.0
-    return _number_difference(one, other, exact=exact)
-
-
-def _number_difference(one: Any, other: Any, *, exact: bool) -> float:
-    """Returns 0 for equal values, the relative difference of numbers, infinity for anything else."""
+def _value_difference(one: Any, other: Any) -> float:
+    """Returns 0 for equal values, the relative difference of fractions, infinity for anything else."""
     if type(one) is type(other) and one == other:
         return 0.0
-    numbers = all(isinstance(each, int | float) and not isinstance(each, bool) for each in (one, other))
-    if not numbers or not (math.isfinite(one) and math.isfinite(other)):
+    if not (isinstance(one, float) and isinstance(other, float) and math.isfinite(one) and math.isfinite(other)):
         return math.inf
-    difference = abs(one - other) / max(1.0, abs(one), abs(other))
-    return math.inf if exact and not difference else difference
+    return abs(one - other) / max(1.0, abs(one), abs(other))

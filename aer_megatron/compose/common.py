@@ -25,7 +25,7 @@ from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.mapping import check_hf_tensors
 from aer_megatron.json_input import read_json_object
 from aer_megatron.parallel.agreement import on_first_rank
-from aer_megatron.parallel.platform import Platform, job_id
+from aer_megatron.parallel.platform import Platform, job_id, set_collective_timeout
 from aer_megatron.parallel.stop import StopRequests
 from aer_megatron.parallel.topology import Topology, initialize_topology
 from aer_megatron.parallel.watchdog import Watchdog, distributed_store
@@ -35,6 +35,8 @@ from aer_megatron.report.writer import package_versions, write_run_manifest
 from aer_megatron.standard_streams import say
 
 MAX_SHARD_BYTES = 5 * 10**9
+# torch's own limit for one collective counts the time in which a whole job is suspended; the watchdog's does not
+WATCHED_TIMEOUT_S = 30 * 86400.0
 VERSIONED_PACKAGES = (
     "aer-megatron",
     "torch",
@@ -81,12 +83,12 @@ def build_topology(config: Config) -> Topology:
         cp=parallel.cp,
         ep=parallel.ep,
         seed=config.run.seed,
-        timeout_s=collective_timeout_s(config),
+        timeout_s=WATCHED_TIMEOUT_S if config.run.hang_timeout_s else collective_timeout_s(config),
     )
 
 
 def collective_timeout_s(config: Config) -> float:
-    """Returns torch's own limit for one collective: it must not fire before the watchdog has spoken."""
+    """Returns torch's limit for the ranks to meet, and for one collective where no watchdog is: behind its own one."""
     return 60.0 + 1.5 * (config.run.hang_timeout_s or 600.0)
 
 
@@ -173,6 +175,8 @@ def held(locks: Mapping[Path, str], platform: Platform) -> Iterator[None]:
 
 def open_watchdog(config: Config, platform: Platform) -> Watchdog:
     """Returns the watchdog that ends a run in which a phase takes longer than ``run.hang_timeout_s``."""
+    if config.run.hang_timeout_s:
+        set_collective_timeout(WATCHED_TIMEOUT_S)
 
     def advice() -> str:
         folder = Path(config.run.output_dir) / "checkpoints"

@@ -140,6 +140,16 @@ def initialize_process_group(platform: Platform, *, init_method: str | None = No
     )
 
 
+def set_collective_timeout(timeout_s: float) -> None:
+    """Gives the default process group another limit for one collective than the one that it was joined with."""
+    import datetime
+
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.distributed_c10d._set_pg_timeout(
+            datetime.timedelta(seconds=timeout_s), torch.distributed.group.WORLD
+        )
+
+
 # Everything below exists only where no CUDA device is present.
 
 _CUDA_TYPE_NAMES = {

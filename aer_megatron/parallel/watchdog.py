@@ -6,16 +6,20 @@ write. A rank that stays in one place for longer than the timeout says so and ra
 ranks share; every other rank then adds where it stands, however busy it is, and each ends its process. Ranks that do
 not answer the alarm are named: their process or their node is lost.
 
-The collective need not name itself: the main thread's stack does. A second line stands behind the thread: the
-faulthandler's own timer, which also fires while a C++ call holds the interpreter, and torch.distributed's timeouts.
+The collective need not name itself: the main thread's stack does. Time is counted in the thread's own wake-ups: while
+the process is suspended (SIGSTOP, scontrol suspend, a paused machine) none passes. A second line stands behind the
+thread, also while a C++ call holds the interpreter: a process that misses its heartbeats (second_line.py).
 
 This file does NOT print (the caller hands in a function) and knows neither models nor checkpoints.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -23,13 +27,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
+
+from aer_megatron.parallel import second_line
 
 HANG_EXIT_CODE = 124  # that of timeout(1)
 
 _ALARM = "aer_megatron/hang"
-_SECOND_LINE_S = 15.0  # how much later than the thread the faulthandler fires: a loaded machine may starve the thread
+_SECOND_LINE_S = 15.0  # how much later than the thread the second line ends it: a loaded machine may starve the thread
 _GRACE_PERIODS = 4  # how long a rank stays after its report, so that the others see the alarm before the launcher acts
 # files whose functions are the calls that a rank can wait in, and helpers in them that name nothing
 _CALL_FILES = ("/distributed_c10d.py", "/p2p_communication.py", "/http/client.py", "/urllib/request.py")
@@ -90,9 +97,12 @@ class Watchdog:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._place = Place("start", None, None, time.monotonic())
+        self._waited_s = 0.0  # in that place, as the thread counts it
+        self._heartbeat: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         if self._timeout_s:
+            self._start_second_line()
             self._thread = threading.Thread(target=self._watch, name="hang-watchdog", daemon=True)
             self._thread.start()
         return self
@@ -103,6 +113,7 @@ class Watchdog:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
+        self._end_second_line()
 
     def enter_phase(self, phase: str, step: int | None) -> None:
         """Says that the rank has moved on; also cancels the call it was in."""
@@ -119,14 +130,17 @@ class Watchdog:
             self._place = Place(before.phase, before.step, before.call, time.monotonic())
 
     def _watch(self) -> None:
+        seen, last = self._place, time.monotonic()
         while not self._over.wait(self._period_s):
-            self._arm_second_line()
-            late = time.monotonic() - self._place.since > self._timeout_s
-            alarm = not late and self._alarm_raised()
-            if late or alarm:
+            self._beat()
+            now, place = time.monotonic(), self._place
+            since = last if place is seen else max(last, place.since)
+            self._waited_s = second_line.count(now - since, self._period_s) + (self._waited_s if place is seen else 0.0)
+            seen, last = place, now
+            late = self._waited_s > self._timeout_s
+            if late or self._alarm_raised():
                 self._end(late)
                 break
-        faulthandler.cancel_dump_traceback_later()
 
     def _end(self, late: bool) -> None:
         if late:
@@ -149,7 +163,7 @@ class Watchdog:
         what = f"waits in {call}" if call else "is in no collective or HTTP call that Python sees"
         why = f"longer than run.hang_timeout_s={self._timeout_s:g}" if late else "another rank hangs"
         lines = [
-            f"hang watchdog: phase {place.phase}{step}: {what}, for {time.monotonic() - place.since:.1f} s ({why})",
+            f"hang watchdog: phase {place.phase}{step}: {what}, for {self._waited_s:.1f} s ({why})",
             "stack of the main thread, innermost call last:",
             *(line for part in stack for line in _lines(part)),
             f"{self._advice()}; if the run was only slow, raise run.hang_timeout_s",
@@ -189,9 +203,34 @@ class Watchdog:
         except RuntimeError:
             return []
 
-    def _arm_second_line(self) -> None:
-        """Fires if this thread, which needs the interpreter, has not come round again for a whole timeout."""
-        faulthandler.dump_traceback_later(self._timeout_s + _SECOND_LINE_S, exit=True)
+    def _start_second_line(self) -> None:
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True, chain=True)
+        limit_s = self._timeout_s + _SECOND_LINE_S
+        program = [sys.executable, "-I", "-S", str(Path(second_line.__file__))]
+        try:
+            self._heartbeat = subprocess.Popen(
+                [*program, str(os.getpid()), str(limit_s), str(self._period_s)],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,  # out of reach of the terminal's signals
+            )
+        except OSError as error:
+            self._say(f"[rank {self._rank}] hang watchdog: no process can be started ({error}); it has no second line")
+            return
+        assert self._heartbeat.stdin is not None
+        os.set_blocking(self._heartbeat.stdin.fileno(), False)
+
+    def _beat(self) -> None:
+        """Says that this thread, which needs the interpreter, has come round again."""
+        if self._heartbeat is not None and self._heartbeat.stdin is not None:
+            with contextlib.suppress(OSError):  # it has ended, or is suspended with a full pipe
+                os.write(self._heartbeat.stdin.fileno(), b".")
+
+    def _end_second_line(self) -> None:
+        if self._heartbeat is not None and self._heartbeat.stdin is not None:
+            self._heartbeat.stdin.close()  # which ends it
+            self._heartbeat.wait()
+            faulthandler.unregister(signal.SIGUSR2)
 
 
 def call_name(stack: list[traceback.FrameSummary]) -> str | None:

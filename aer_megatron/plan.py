@@ -311,7 +311,13 @@ def report(setting: Setting, candidates: Sequence[Candidate], top: int) -> list[
     heads = _head_bytes(setting, own)
     return [
         *_header(setting),
-        *memory_lines(own, usable_bytes=usable, dtype=setting.config.model.dtype, head_bytes=heads),
+        *memory_lines(
+            own,
+            usable_bytes=usable,
+            dtype=setting.config.model.dtype,
+            head_bytes=heads,
+            beside=setting.config.run.async_checkpoint,
+        ),
         *layout_lines(rows, num_found=len(candidates), length=setting.length, usable_bytes=usable),
     ]
 

@@ -76,6 +76,14 @@ class StageMemory:
     def total(self) -> int:
         return self.constant + self.transient
 
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint from this rank, of host memory under run.async_checkpoint, at most.
+
+        The weights are written by one replica only; the others hold their share of the optimizer's state.
+        """
+        return self.weights + self.optimizer
+
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:

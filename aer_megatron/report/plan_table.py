@@ -17,8 +17,13 @@ def gigabytes(value: float) -> str:
     return f"{value / 1e9:,.1f}"
 
 
-def memory_lines(own: Candidate, *, usable_bytes: float, dtype: str, head_bytes: Mapping[str, float]) -> list[str]:
-    """Returns the terms of one layout; ``head_bytes`` is what each form of the head would take."""
+def memory_lines(
+    own: Candidate, *, usable_bytes: float, dtype: str, head_bytes: Mapping[str, float], beside: bool
+) -> list[str]:
+    """Returns the terms of one layout; ``head_bytes`` is what each form of the head would take.
+
+    ``beside``: checkpoints are written beside training, from a copy in host memory.
+    """
     memory, engine = own.memory, own.engine
     rows: list[tuple[str, float, str]] = [
         ("weights", memory.weights, dtype),
@@ -37,7 +42,10 @@ def memory_lines(own: Candidate, *, usable_bytes: float, dtype: str, head_bytes:
     lines = ["", f"memory per GPU of the run file's layout {title}"]
     lines += [f"  {name:<18}{gigabytes(value):>8}  {note}".rstrip() for name, value, note in rows if value]
     state = "fits" if own.peak_bytes <= usable_bytes else "DOES NOT FIT"
-    return [*lines, f"  {'peak':<18}{gigabytes(own.peak_bytes):>8}  {state} in {gigabytes(usable_bytes)}"]
+    lines.append(f"  {'peak':<18}{gigabytes(own.peak_bytes):>8}  {state} in {gigabytes(usable_bytes)}")
+    if beside:
+        lines.append(f"  {'host memory':<18}{gigabytes(memory.checkpoint):>8}  per GPU: the copy of run.async_checkpoint")
+    return lines
 
 
 def layout_lines(

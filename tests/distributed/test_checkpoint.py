@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "vpp2-bf16": {"world": 2, "pp": 2, "vpp": 2, "dtype": "bf16", "num_layers": 4},
     "cp2-fp32-packed": {"world": 2, "cp": 2, "tokens_per_micro_batch": 64},
 }
+BESIDE = ("tp2-bf16", "dp2-fp32")
+PLACES = ("in place", "beside")
 RESHARDINGS = {
     "tp2-dp2-tied-fp32": ({"tp": 2}, {}, True),
     "tp2-pp2-tied-bf16": ({"tp": 2, "dtype": "bf16"}, {"pp": 2, "dtype": "bf16"}, True),
@@ -245,6 +248,59 @@ def _save_on_broken_disk(store: Any, actor: Any, *, broken: bool) -> None:
         checkpoint_buffer.new_file = working
 
 
+def _beside(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Saves of the same moment, one in place and one beside training, whose files are written only after it."""
+    from aer_megatron.actor import checkpoint_buffer
+
+    actor = _actor(**case)
+    _train(actor, range(1))
+    files = {"ledger": lambda path: path.write_bytes(b"ledger")}
+    _store(actor, folder / "in place").save(actor, step=1, state=STATE, files=files)
+    trained, whole = threading.Event(), checkpoint_buffer.new_file
+    store = _store(actor, folder / "beside")
+
+    def late(path: Path) -> Any:
+        assert trained.wait(60)
+        return whole(path)
+
+    checkpoint_buffer.new_file = late  # type: ignore[assignment]
+    try:
+        store.begin(actor, step=1, state=STATE, files=files, beside=True)
+        twice = _refused(lambda: store.begin(actor, step=2, state=STATE, files=files, beside=True))
+        while_written = store.newest()
+        _train(actor, range(1, 3))
+        trained.set()
+        store.wait()
+    finally:
+        checkpoint_buffer.new_file = whole
+    torch.distributed.barrier()
+    one, two = ({p.name: p.read_bytes() for p in (folder / kind / "step_00000001").iterdir()} for kind in PLACES)
+    result: dict[str, Any] = {
+        "names": (sorted(one), sorted(two)),
+        "differ": [name for name in one if one[name] != two.get(name)],
+        "twice": twice,
+        "while_written": while_written,
+    }
+
+    def broken(path: Path) -> Any:
+        raise OSError(28, "No space left on device", str(path))
+
+    checkpoint_buffer.new_file = broken if rank == 1 else whole  # type: ignore[assignment]
+    try:
+        store.begin(actor, step=2, state=STATE, files=files, beside=True)
+        _train(actor, range(3, 4))
+        result["broken"] = _refused(store.wait)
+    finally:
+        checkpoint_buffer.new_file = whole
+    torch.distributed.barrier()
+    result["left"] = sorted(path.name for path in (folder / "beside").iterdir())
+    torch.distributed.barrier()
+    store.begin(actor, step=3, state=STATE, files=files, beside=True)
+    store.wait()
+    result["again"] = store.newest()
+    return result
+
+
 def _one_rank(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     install_platform()
     return {"resume": _all_resumes(folder, world_size)}
@@ -259,6 +315,7 @@ def _two_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         "damaged": _damaged_loads(path / "damaged", rank),
         "foreign": _foreign_loads(path / "foreign"),
         "failing": _failing_saves(path / "failing", rank),
+        "beside": {name: _beside(path / f"beside-{name}", rank, CASES[name]) for name in BESIDE},
     }
 
 
@@ -272,7 +329,9 @@ def _killed_in_save(rank: int, world_size: int, folder: str) -> None:
     actor = _actor()
     store = _store(actor, Path(folder))
     store.save(actor, step=1, state={"step": 1}, files={})
-    store.save(actor, step=2, state={"step": 2}, files={"ledger": lambda path: os.kill(os.getpid(), signal.SIGKILL)})
+    kill = {"ledger": lambda path: os.kill(os.getpid(), signal.SIGKILL)}
+    store.begin(actor, step=2, state={"step": 2}, files=kill, beside=True)
+    store.wait()
 
 
 def _after_the_kill(rank: int, world_size: int, folder: str) -> dict[str, Any]:
@@ -376,6 +435,26 @@ def test_failed_save_keeps_the_checkpoint_before_it(two_ranks: list[dict[str, An
         assert "cannot be named '../ledger'" in failing["name"]
         assert failing["again"] == {"step": "again"}
         assert failing["left"] == ["step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_save_beside_training_writes_what_one_in_place_writes(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        beside = rank["beside"][name]
+        assert beside["names"][0] == beside["names"][1] and len(beside["names"][0]) > 3
+        assert beside["differ"] == []
+        assert beside["while_written"] == "none"
+        assert "save of step 1 is under way" in beside["twice"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_failure_beside_training_is_heard_by_every_rank(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        beside = rank["beside"][name]
+        assert beside["broken"].startswith("SaveError: cannot write") and "(rank 1): [Errno 28]" in beside["broken"]
+        assert "needs 0." in beside["broken"] and "GB free" in beside["broken"]
+        assert beside["left"] == ["step_00000001"]
+        assert beside["again"].endswith("step_00000003")
 
 
 def test_kill_during_a_save_leaves_the_one_before_and_its_leftovers_go(tmp_path: Path) -> None:

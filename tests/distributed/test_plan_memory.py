@@ -44,11 +44,13 @@ CASES: dict[str, tuple[dict[str, Any], int, int, str, dict[str, Any]]] = {
 }
 
 
-def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, int]]:
-    """Returns for every case the peak of live bytes that an update adds, and the parameters of this rank."""
+def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, int, int]]:
+    """Returns for every case the peak that an update adds, this rank's parameters, and its checkpoint buffer."""
     from megatron.core import parallel_state
 
     from aer_megatron.actor.actor import Actor
+    from aer_megatron.actor.checkpoint_buffer import HostBuffer, tensor_file
+    from aer_megatron.actor.checkpoint_tensors import own_files
     from aer_megatron.config_loading import config_from_table
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.parallel import platform
@@ -91,7 +93,10 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
             actor.train(given, seed=0, entropy_gradient=True)
         if form == "textbook":
             patch.stop()
-        results.append((tracker.peak_bytes, sum(parameter.numel() for parameter in actor.model.parameters())))
+        buffer = HostBuffer(torch.device("cpu"))
+        buffer.copy({name: tensor_file(part, of_file) for name, (part, of_file) in own_files(actor).items()})
+        parameters = sum(parameter.numel() for parameter in actor.model.parameters())
+        results.append((tracker.peak_bytes, parameters, buffer.nbytes))
         del actor, tensors
     return results
 
@@ -112,12 +117,14 @@ def planned(name: str, tp: int = 1, sequence_parallel: bool = False) -> tuple[St
 
 
 def check(names: list[str], tp: int = 1, sequence_parallel: bool = False) -> None:
-    for name, (peak, parameters) in zip(
+    for name, (peak, parameters, buffer) in zip(
         names, run_distributed(measure, tp, names, tp, sequence_parallel, timeout_s=300)[0], strict=True
     ):
         memory, held = planned(name, tp, sequence_parallel)
         assert held == parameters, name
         assert memory.transient == pytest.approx(peak, rel=0.1), name
+        random_states = 6000  # not counted in a plan
+        assert memory.checkpoint <= buffer <= memory.checkpoint + random_states, name
 
 
 def test_one_rank() -> None:

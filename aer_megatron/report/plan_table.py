@@ -44,7 +44,7 @@ def memory_lines(
     state = "fits" if own.peak_bytes <= usable_bytes else "DOES NOT FIT"
     lines.append(f"  {'peak':<18}{gigabytes(own.peak_bytes):>8}  {state} in {gigabytes(usable_bytes)}")
     if beside:
-        lines.append(f"  {'host memory':<18}{gigabytes(memory.checkpoint):>8}  per GPU: the copy of run.async_checkpoint")
+        lines.append(f"  {'host memory':<18}{gigabytes(memory.checkpoint):>8}  the copy for run.async_checkpoint")
     return lines
 
 

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int, str, dict[str, Any]]] = {
 }
 
 
-def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, int, int]]:
+def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_parallel: bool) -> list[tuple[int, ...]]:
     """Returns for every case the peak that an update adds, this rank's parameters, and its checkpoint buffer."""
     from megatron.core import parallel_state
 
@@ -94,7 +94,8 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
         if form == "textbook":
             patch.stop()
         buffer = HostBuffer(torch.device("cpu"))
-        buffer.copy({name: tensor_file(part, of_file) for name, (part, of_file) in own_files(actor).items()})
+        files = {name: tensor_file(part, tensors) for name, (part, tensors) in own_files(actor).items()}
+        buffer.copy({name: file for name, file in files.items() if file.part != "rng"})  # kilobytes, not in a plan
         parameters = sum(parameter.numel() for parameter in actor.model.parameters())
         results.append((tracker.peak_bytes, parameters, buffer.nbytes))
         del actor, tensors
@@ -123,8 +124,7 @@ def check(names: list[str], tp: int = 1, sequence_parallel: bool = False) -> Non
         memory, held = planned(name, tp, sequence_parallel)
         assert held == parameters, name
         assert memory.transient == pytest.approx(peak, rel=0.1), name
-        random_states = 6000  # not counted in a plan
-        assert memory.checkpoint <= buffer <= memory.checkpoint + random_states, name
+        assert memory.checkpoint <= buffer < memory.checkpoint + 128, name  # two files, aligned
 
 
 def test_one_rank() -> None:

@@ -121,7 +121,7 @@ def test_a_lost_node_ends_the_run_and_the_same_command_goes_on(
 ) -> None:
     survivor, lost = cluster.nodes
     launch = Launch(cluster, model, tmp_path / "out")
-    launch.await_steps(3)  # past the checkpoint of step 2
+    launch.await_steps(3)  # past the save of step 2
     lost.lose_power()
     began = time.monotonic()
     code = launch.wait(0, WATCHDOG_END_S)

@@ -74,9 +74,10 @@ def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> N
         start_new_session=True,
     )
     metrics = folder / "metrics.jsonl"
+    saved = folder / "checkpoints" / "step_00000002" / "manifest.json"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 4:  # past the checkpoint of step 2
+        if saved.exists() and metrics.read_text().count("\n") >= 4:
             break
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)  # the launcher and both ranks: a new session is a group of its own

@@ -28,6 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +122,8 @@ class Bench:
         for name, store in self.stores.items():
             beside = name == "beside"
             begin = time.perf_counter()
-            times[name] = seconds(
-                lambda store=store, beside=beside: store.begin(
-                    self.actor, step=self.step, state={}, files={}, beside=beside
-                )
-            )
+            save = partial(store.begin, self.actor, step=self.step, state={}, files={}, beside=beside)
+            times[name] = seconds(save)
             if beside:
                 times["update beside"] = seconds(lambda: update(self.actor))
             store.wait()

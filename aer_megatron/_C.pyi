@@ -1,8 +1,9 @@
 """C++ extension: ragged group statistics, the difficulty ledger, balanced partition. No torch, no global
 state.
 
-Arrays are one-dimensional, C-contiguous and of exactly the dtype named here; another dtype is a TypeError,
-another shape or a strided view a ValueError. Legend: P prompts or groups, B rollouts. Calls release the GIL.
+Arrays are one-dimensional, C-contiguous, aligned and of exactly the dtype named here; another dtype is a
+TypeError, another shape, a strided or an unaligned view a ValueError. Legend: P prompts or groups, B rollouts.
+Calls release the GIL.
 """
 
 from typing import ClassVar, Literal, Never, final
@@ -184,7 +185,9 @@ class DifficultyLedger:
     def export(self) -> LedgerRows:
         """Return all records sorted by prompt id: equal ledgers export equal arrays."""
     def save(self, path: str) -> None:
-        """Write the ledger to a file through a temporary file, fsync and rename. Raises OSError.
+        """Write the ledger to a file through a temporary file of its own, fsync and rename. Raises OSError.
+
+        Several threads and processes may save to one path: the file is always a whole one, of one of them.
 
         Little-endian: "AERLEDGR", format version 2 (u32), record bytes (u32), decay (f64), count (u64), 48-byte
         records sorted by their key, XXH64 of all before it (u64). A record is key (u64), decayed successes and
@@ -195,8 +198,9 @@ class DifficultyLedger:
     def load(path: str, *, decay: float | None = None) -> DifficultyLedger:
         """Return the ledger in a file.
 
-        Raises OSError if it cannot be read and ValueError, naming the file and the cause, if it is truncated,
-        corrupt, no ledger, of another format version or, where `decay` is given, of another decay.
+        Raises OSError if it cannot be read and ValueError, naming the file and the cause, if it is no regular file,
+        truncated, corrupt, no ledger, of another format version or, where `decay` is given, of another decay, or if a
+        record breaks what every update keeps, such as decayed sums within the lifetime counts.
         """
     @property
     def decay(self) -> float:

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,12 +30,19 @@ Array<T> checked(const py::handle& argument, const char* name) {
         throw py::type_error(prefix + "dtype " + std::string(py::str(array.dtype())) + "; convert with .astype(numpy." + wanted + ")");
     if (array.ndim() != 1) throw py::value_error(prefix + std::to_string(array.ndim()) + " dimensions");
     if (!Array<T>::check_(argument)) throw py::value_error(prefix + "a strided view; convert with numpy.ascontiguousarray");
+    if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0 && array.size() > 0)
+        throw py::value_error(prefix + "an unaligned view of other data; convert with .copy()");
     return py::reinterpret_borrow<Array<T>>(argument);
 }
 
-template <class T>
-Span<const T> span(const Array<T>& array) {
+template <class T, int Flags>
+Span<const T> span(const py::array_t<T, Flags>& array) {
     return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+// The bytes of a bool array, whose values C++ may only read as bool where they are 0 or 1.
+inline Span<const std::uint8_t> bytes(const Array<bool>& array) {
+    return {static_cast<const std::uint8_t*>(static_cast<const py::array&>(array).data()), static_cast<std::size_t>(array.size())};
 }
 
 template <class T>

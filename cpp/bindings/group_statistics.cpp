@@ -28,14 +28,15 @@ PyGroupStatistics call(const py::object& group_ids, const py::object& rewards, d
 }  // namespace
 
 void register_group_statistics(py::module_& m) {
-    py::class_<PyGroupStatistics>(m, "GroupStatistics", plain_type(), py::is_final(), "Statistics of P groups over B rollouts.")
-        .def_readonly("group_ids", &PyGroupStatistics::group_ids)
+    py::class_<PyGroupStatistics> statistics(m, "GroupStatistics", plain_type(), py::is_final(), "Statistics of P groups over B rollouts.");
+    statistics.def_readonly("group_ids", &PyGroupStatistics::group_ids)
         .def_readonly("counts", &PyGroupStatistics::counts)
         .def_readonly("successes", &PyGroupStatistics::successes)
         .def_readonly("mean", &PyGroupStatistics::mean)
         .def_readonly("std", &PyGroupStatistics::std)
         .def_readonly("advantage", &PyGroupStatistics::advantage)
         .def_readonly("group_index", &PyGroupStatistics::group_index);
+    forbid_new(statistics);
     m.def("group_statistics", &call, py::arg("group_ids"), py::arg("rewards"), py::kw_only(), py::arg("std_epsilon"),
           py::arg("divide_by_std"),
           "Return counts, successes, mean, unbiased std and group-relative advantages of ragged groups.");

@@ -69,20 +69,18 @@ void update_verdicts(Ledger& ledger, const py::object& prompt_ids, const py::obj
                      std::int64_t num_threads) {
     const auto ids = checked<std::uint64_t>(prompt_ids, "prompt_ids");
     const auto verdicts = checked<bool>(solved, "solved");
-    const VerdictBatch batch{span(ids), span(verdicts)};
+    const VerdictBatch batch{span(ids), bytes(verdicts)};
     const py::gil_scoped_release release;
     ledger.update(batch, step, num_threads);
 }
 
-template <class T>
-Span<const T> column(const py::array_t<T>& array) {
-    return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-void merge_state(Ledger& ledger, const PyRows& rows) {
-    const LedgerRowsView view{column(rows.prompt_ids),        column(rows.decayed_successes), column(rows.decayed_failures),
-                              column(rows.attempts),          column(rows.successes),         column(rows.last_step),
-                              column(rows.entropy_sum),       column(rows.token_count)};
+void merge_state(Ledger& ledger, const PyRows& given) {
+    // checked again: Python may have set dtype or strides of the arrays that it sees
+    const PyRows rows = make_rows(given.prompt_ids, given.decayed_successes, given.decayed_failures, given.attempts, given.successes,
+                                  given.last_step, given.entropy_sum, given.token_count);
+    const LedgerRowsView view{span(rows.prompt_ids),        span(rows.decayed_successes), span(rows.decayed_failures),
+                              span(rows.attempts),          span(rows.successes),         span(rows.last_step),
+                              span(rows.entropy_sum),       span(rows.token_count)};
     const py::gil_scoped_release release;
     ledger.merge(view);
 }
@@ -158,8 +156,8 @@ py::array_t<double> call_quantiles(const Ledger& ledger, const py::object& q, do
 }
 
 void register_rows(py::module_& m) {
-    py::class_<PyRows>(m, "LedgerRows", plain_type(), py::is_final(), "Ledger records of P prompts as NumPy columns.")
-        .def(py::init(&make_rows), py::kw_only(), py::arg("prompt_ids"), py::arg("decayed_successes"),
+    py::class_<PyRows> rows(m, "LedgerRows", plain_type(), py::is_final(), "Ledger records of P prompts as NumPy columns.");
+    rows.def(py::init(&make_rows), py::kw_only(), py::arg("prompt_ids"), py::arg("decayed_successes"),
              py::arg("decayed_failures"), py::arg("attempts"), py::arg("successes"), py::arg("last_step"),
              py::arg("entropy_sum"), py::arg("token_count"))
         .def_readonly("prompt_ids", &PyRows::prompt_ids)
@@ -171,7 +169,8 @@ void register_rows(py::module_& m) {
         .def_readonly("entropy_sum", &PyRows::entropy_sum)
         .def_readonly("token_count", &PyRows::token_count)
         .def("as_dict", &as_dict, "Return the columns by name.")
-        .def("__len__", [](const PyRows& rows) { return rows.prompt_ids.size(); });
+        .def("__len__", [](const PyRows& self) { return self.prompt_ids.size(); });
+    forbid_new(rows);
 }
 
 }  // namespace
@@ -199,12 +198,12 @@ void register_ledger(py::module_& m) {
         .def("merge", py::overload_cast<const Ledger&>(&Ledger::merge), py::arg("other"), Release(), "Add all of another ledger.")
         .def("merge_state", &merge_state, py::arg("rows"), "Add rows that another ledger's export() gave.")
         .def("export", &export_rows, "Return all records sorted by prompt id.")
-        .def("save", &Ledger::save, py::arg("path"), Release(), "Write the ledger to a file, atomically.")
+        .def("save", method(&Ledger::save), py::arg("path"), Release(), "Write the ledger to a file, atomically.")
         .def_static("load", &Ledger::load, py::arg("path"), py::kw_only(), py::arg("decay") = std::nullopt, Release(),
                     "Return the ledger in a file written by save().")
-        .def_property_readonly("decay", &Ledger::decay)
-        .def_property_readonly("nbytes", py::cpp_function(&Ledger::nbytes, Release()))
-        .def("__len__", &Ledger::size, Release())
+        .def_property_readonly("decay", method(&Ledger::decay))
+        .def_property_readonly("nbytes", py::cpp_function(method(&Ledger::nbytes), Release()))
+        .def("__len__", method(&Ledger::size), Release())
         .def("__eq__", [](const Ledger& self, const py::object& other) -> py::object {
             if (!py::isinstance<Ledger>(other)) return py::reinterpret_borrow<py::object>(Py_NotImplemented);
             const auto& right = other.cast<const Ledger&>();
@@ -216,6 +215,7 @@ void register_ledger(py::module_& m) {
             return py::bool_(equal);
         }, py::arg("other"));
     ledger.attr("__hash__") = py::none();
+    forbid_new(ledger);
 }
 
 }  // namespace aer::bindings

@@ -32,8 +32,12 @@ Record row_record(const LedgerRowsView& rows, std::size_t i) {
         fail("last_step=", rows.last_step[i], " must be in [0, ", kStepMax, "]");
     if (!(rows.entropy_sum[i] >= 0.0 && rows.entropy_sum[i] <= kEntropyMax * kEntropyUnit))
         fail("entropy_sum=", rows.entropy_sum[i], " is out of range");
-    for (const double sum : {rows.decayed_successes[i], rows.decayed_failures[i]})
-        if (!(sum >= 0.0 && sum <= kCountMax)) fail("decayed sum ", sum, " must be in [0, ", kCountMax, "]");
+    const double wins = rows.decayed_successes[i], losses = rows.decayed_failures[i];
+    const auto most_losses = static_cast<double>(rows.attempts[i] - rows.successes[i]);
+    if (!(wins >= 0.0 && wins <= static_cast<double>(rows.successes[i])))
+        fail("decayed sum of successes ", wins, " must be in [0, successes=", rows.successes[i], "]");
+    if (!(losses >= 0.0 && losses <= most_losses))
+        fail("decayed sum of failures ", losses, " must be in [0, attempts - successes=", most_losses, "]");
     return Record{splitmix64(rows.prompt_ids[i]),
                   Decay::decayed(rows.decayed_successes[i], 1.0),
                   Decay::decayed(rows.decayed_failures[i], 1.0),

@@ -4,12 +4,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
-#include <cmath>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <stdexcept>
 #include <system_error>
 #include <vector>
@@ -39,7 +41,7 @@ static_assert(sizeof(Header) == 32);
 
 class File {
   public:
-    File(const std::string& path, int flags) : path_(path), descriptor_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
+    File(const std::string& path, int flags) : path_(path), descriptor_(open_checked(path, flags)) {
         if (descriptor_ < 0) throw_system(path_);
     }
     ~File() {
@@ -71,24 +73,41 @@ class File {
         }
         return total;
     }
-    std::uint64_t size() const {
-        struct stat status {};
-        if (::fstat(descriptor_, &status) != 0) throw_system(path_);
-        return static_cast<std::uint64_t>(status.st_size);
-    }
+    std::uint64_t size() const { return static_cast<std::uint64_t>(status().st_size); }
+    bool is_regular() const { return S_ISREG(status().st_mode); }
     void sync() {
         if (::fsync(descriptor_) != 0) throw_system(path_);
     }
 
   private:
+    // -1 with errno where it fails. A path with a zero byte would name another file.
+    static int open_checked(const std::string& path, int flags) {
+        if (path.find('\0') != std::string::npos) throw std::invalid_argument("a ledger's path must not hold a zero byte");
+        return ::open(path.c_str(), flags | O_CLOEXEC, 0644);
+    }
+    struct stat status() const {
+        struct stat found {};
+        if (::fstat(descriptor_, &found) != 0) throw_system(path_);
+        return found;
+    }
+
     std::string path_;
     int descriptor_;
 };
 
+// What every update keeps: decayed sums never exceed lifetime counts (comparisons that a NaN fails, too).
 bool sane(const Record& record) {
     return record.successes <= record.attempts && record.last_step >= 0 && record.entropy_sum >= 0 &&
            record.entropy_sum <= kEntropyMax && record.decayed_successes >= 0.0 && record.decayed_failures >= 0.0 &&
-           std::isfinite(record.decayed_successes) && std::isfinite(record.decayed_failures);
+           record.decayed_successes <= record.successes && record.decayed_failures <= record.attempts - record.successes;
+}
+
+// A name that no other save, thread or process has: two of them would write into one file.
+std::string temporary_name(const std::string& path) {
+    static std::atomic<std::uint64_t> count{0};
+    const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
+    const std::uint64_t salt = splitmix64(static_cast<std::uint64_t>(now) ^ (std::uint64_t{std::random_device{}()} << 32));
+    return message(path, ".tmp.", ::getpid(), ".", count++, ".", salt);
 }
 
 Header read_header(File& file, const std::string& path, std::optional<double> decay) {
@@ -119,9 +138,9 @@ void sync_folder(const std::string& path) {
 }  // namespace
 
 void Ledger::save(const std::string& path) const {
-    const std::string temporary = message(path, ".tmp.", ::getpid());
+    const std::string temporary = temporary_name(path);
+    File file(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW);
     try {
-        File file(temporary, O_WRONLY | O_CREAT | O_TRUNC);
         Checksum64 checksum;
         const auto write = [&](const void* bytes, std::size_t size) {
             checksum.update(bytes, size);
@@ -154,29 +173,31 @@ void Ledger::save(const std::string& path) const {
 }
 
 std::unique_ptr<Ledger> Ledger::load(const std::string& path, std::optional<double> decay) {
-    File file(path, O_RDONLY);
+    File file(path, O_RDONLY | O_NONBLOCK);  // the opening of a pipe would wait for a writer
+    if (!file.is_regular()) throw std::invalid_argument(message(path, ": not a regular file"));
     const Header header = read_header(file, path, decay);
-    auto ledger = std::make_unique<Ledger>(header.decay, static_cast<std::int64_t>(header.count));
+    // the file's length proves nothing, it may have holes: beyond this many prompts the table grows as records come
+    constexpr std::uint64_t kTrusted = std::uint64_t{1} << 22;
+    auto ledger = std::make_unique<Ledger>(header.decay, static_cast<std::int64_t>(std::min(header.count, kTrusted)));
     Checksum64 checksum;
     checksum.update(&header, sizeof header);
     std::vector<Record> block(std::min<std::uint64_t>(kBlockRecords, header.count));
-    bool ordered = true;
     std::uint64_t previous = 0;
     for (std::uint64_t start = 0; start < header.count; start += kBlockRecords) {
         const std::size_t n = std::min<std::uint64_t>(kBlockRecords, header.count - start);
         if (file.read(block.data(), n * sizeof(Record)) != n * sizeof(Record))
             throw std::invalid_argument(message(path, ": truncated while it was read"));
         checksum.update(block.data(), n * sizeof(Record));
-        for (std::size_t i = 0; i < n && ordered; ++i) {
-            ordered = sane(block[i]) && (start + i == 0 || block[i].key > previous);
+        for (std::size_t i = 0; i < n; ++i) {
+            if (!sane(block[i]) || (start + i > 0 && block[i].key <= previous))
+                throw std::invalid_argument(message(path, ": corrupt: record ", start + i, " is out of order or out of range"));
             previous = block[i].key;
-            if (ordered) ledger->append(block[i]);
+            ledger->append(block[i]);
         }
     }
     std::uint64_t digest = 0;
     if (file.read(&digest, sizeof digest) != sizeof digest || digest != checksum.digest())
         throw std::invalid_argument(message(path, ": corrupt: its XXH64 checksum does not match its content"));
-    if (!ordered) throw std::invalid_argument(message(path, ": corrupt: records out of order or out of range"));
     return ledger;
 }
 

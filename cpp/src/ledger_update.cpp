@@ -66,7 +66,7 @@ struct Verdicts {
 
     std::size_t size() const { return batch.prompt_ids.size; }
     std::uint64_t key(std::size_t i) const { return splitmix64(batch.prompt_ids[i]); }
-    Entry entry(std::size_t i) const { return key(i) << 8 | Entry{batch.solved[i]}; }
+    Entry entry(std::size_t i) const { return key(i) << 8 | Entry{batch.solved[i] != 0}; }
     static std::uint64_t key_of(Entry entry, std::size_t shard) { return entry >> 8 | std::uint64_t{shard} << 56; }
     static Added added_of(Entry entry) { return {0, 1, static_cast<std::uint32_t>(entry & 1), 0}; }
 };

@@ -114,11 +114,11 @@ TEST_CASE("verdicts are batches of single rollouts") {
     constexpr std::size_t kSize = 40000;
     std::mt19937_64 random(3);
     std::vector<std::uint64_t> ids(kSize);
-    const auto solved = std::make_unique<bool[]>(kSize);
+    const auto solved = std::make_unique<std::uint8_t[]>(kSize);
     Columns columns;
     for (std::size_t i = 0; i < kSize; ++i) {
         ids[i] = random() % 12000;
-        solved[i] = random() % 3 == 0;
+        solved[i] = random() % 3 == 0 ? static_cast<std::uint8_t>(1 + random() % 255) : 0;  // any byte but 0 is true
         columns.add(ids[i], 1, solved[i] ? 1 : 0);
     }
     columns.entropy_sum.assign(kSize, 0.0);
@@ -211,12 +211,14 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
                 if (rows.token_count[i] != 10 * rows.attempts[i]) throw std::logic_error("torn record");
         }
     });
-    readers.emplace_back([&] {
-        while (!done) {
-            shared.save(path);
-            top_k(shared, 5, Ranking::kHardest, {1.0, 1.0}, 4);
-        }
-    });
+    for (int saver = 0; saver < 2; ++saver)
+        readers.emplace_back([&] {
+            while (!done) {
+                shared.save(path);
+                Ledger::load(path, 0.9);  // whole, whoever saved it last
+                top_k(shared, 5, Ranking::kHardest, {1.0, 1.0}, 4);
+            }
+        });
     for (std::thread& writer : writers) writer.join();
     done = true;
     for (std::thread& reader : readers) reader.join();

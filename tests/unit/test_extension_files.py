@@ -2,6 +2,7 @@
 
 import os
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,117 @@ def test_other_format_version_other_decay_and_trailing_bytes(tmp_path: Path) -> 
     path.write_bytes(HEADER.pack(b"AERLEDGR", 2, RECORD.size, 0.9, 2**62) + content[HEADER.size :])
     with pytest.raises(ValueError, match=r"ledger\.bin: corrupt header"):
         DifficultyLedger.load(str(path))
+
+
+def xxh64(data: bytes) -> int:
+    """XXH64 (seed 0) of any data, from its specification: a file with a recomputed checksum."""
+    p1, p2, p3, p4 = 11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579
+    mask = 2**64 - 1
+
+    def rotl(x: int, r: int) -> int:
+        return ((x << r) | (x >> (64 - r))) & mask
+
+    def mix(acc: int, word: int) -> int:
+        return rotl((acc + word * p2) & mask, 31) * p1 & mask
+
+    lanes = [(p1 + p2) & mask, p2, 0, -p1 & mask]
+    end = len(data) // 32 * 32
+    for start in range(0, end, 32):
+        lanes = [mix(lane, word) for lane, word in zip(lanes, struct.unpack_from("<4Q", data, start), strict=True)]
+    acc = sum(rotl(lane, r) for lane, r in zip(lanes, (1, 7, 12, 18), strict=True)) & mask
+    for lane in lanes:
+        acc = ((acc ^ mix(0, lane)) * p1 + p4) & mask
+    acc = (acc + len(data)) & mask
+    while len(data) - end >= 8:
+        acc = (rotl(acc ^ mix(0, struct.unpack_from("<Q", data, end)[0]), 27) * p1 + p4) & mask
+        end += 8
+    assert end == len(data)  # records are whole words
+    acc = (acc ^ (acc >> 33)) * p2 & mask
+    acc = (acc ^ (acc >> 29)) * p3 & mask
+    return acc ^ (acc >> 32)
+
+
+def write_records(path: Path, *records: tuple[object, ...]) -> None:
+    content = HEADER.pack(b"AERLEDGR", 2, RECORD.size, 0.9, len(records)) + b"".join(RECORD.pack(*r) for r in records)
+    path.write_bytes(content + struct.pack("<Q", xxh64(content)))
+
+
+GOOD = (7, 1.0, 2.0, 0, 30, 4, 2, 6)  # key, decayed successes and failures, entropy, tokens, attempts, wins, step
+
+
+def test_a_file_written_by_hand_is_read(tmp_path: Path) -> None:
+    write_records(tmp_path / "ledger", GOOD, (8, *GOOD[1:]))
+    assert DifficultyLedger.load(str(tmp_path / "ledger")).export().attempts.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (1, 2.0000001),  # more decayed successes than successes
+        (2, 2.0000001),  # more decayed failures than failures
+        (1, -1.0),
+        (1, float("nan")),
+        (2, float("inf")),
+        (3, -1),
+        (3, 2**62),
+        (6, 5),  # more successes than attempts
+        (7, -1),
+        (0, 6),  # out of order
+    ],
+)
+def test_impossible_records_are_refused_whatever_their_checksum_says(tmp_path: Path, place: int, value: object) -> None:
+    bad = [8, *GOOD[1:]]
+    bad[place] = value  # type: ignore[call-overload]
+    write_records(tmp_path / "ledger", GOOD, tuple(bad))
+    with pytest.raises(ValueError, match=r"ledger: corrupt: record 1 is out of order or out of range"):
+        DifficultyLedger.load(str(tmp_path / "ledger"))
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            DifficultyLedger.load(str(path))
+    for call in (DifficultyLedger.load, make_ledger(3).save):
+        with pytest.raises(ValueError, match="zero byte"):
+            call(str(tmp_path / "a") + "\0b")
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_file_of_holes_takes_neither_memory_nor_time(tmp_path: Path) -> None:
+    path, count = tmp_path / "ledger", 10**9
+    with path.open("wb") as file:
+        file.write(HEADER.pack(b"AERLEDGR", 2, RECORD.size, 0.9, count))
+        file.truncate(HEADER.size + RECORD.size * count + 8)
+    with pytest.raises(ValueError, match=r"corrupt: record 1 is out of order"):
+        DifficultyLedger.load(str(path))
+
+
+def test_threads_that_save_to_one_path_leave_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledgers = [make_ledger(20_000, 0.9), make_ledger(30_000, 0.5)]
+    errors: list[Exception] = []
+
+    def save(ledger: DifficultyLedger) -> None:
+        try:
+            for _ in range(20):
+                ledger.save(str(path))
+                assert len(DifficultyLedger.load(str(path))) in (20_000, 30_000)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(ledger,)) for ledger in ledgers * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert os.listdir(tmp_path) == ["ledger"]
+
+
+def test_a_planted_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / f"ledger.tmp.{os.getpid()}").symlink_to(victim)
+    make_ledger(3).save(str(tmp_path / "ledger"))
+    assert victim.read_text() == "mine"

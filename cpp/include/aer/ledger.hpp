@@ -31,10 +31,10 @@ struct LedgerBatch {
     Span<const std::int64_t> token_count;
 };
 
-// One rollout per entry: prompt and verdict (0 or 1), nothing aggregated.
+// One rollout per entry: prompt and verdict, nothing aggregated.
 struct VerdictBatch {
     Span<const std::uint64_t> prompt_ids;
-    Span<const bool> solved;
+    Span<const std::uint8_t> solved;  // 0 is no; bytes, because those of a NumPy bool array may be other than 0 and 1
 };
 
 struct LedgerRows {

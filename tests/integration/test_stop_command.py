@@ -3,6 +3,9 @@ nothing had happened; a second Ctrl-C ends the run at once."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import signal
 import time
 from pathlib import Path
@@ -10,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.double_runs import random_base
-from tests.support.runs import MODEL, metric_lines, train, write_run_file
-from tests.support.signalled_runs import num_lines, started
+from tests.support.runs import MODEL, environment, metric_lines, train, train_command, write_run_file
+from tests.support.signalled_runs import PATIENCE_S, num_lines, started
 
 pytestmark = pytest.mark.integration
 
@@ -110,6 +113,27 @@ def test_a_signal_while_loading_ends_every_rank_with_one_line(run_file: Path, tm
         second.send(signal.SIGTERM)
         assert (first.wait(), second.wait()) == (143, 143), first.said + second.said
     assert "Traceback" not in first.said + second.said
+
+
+def test_a_lost_terminal_ends_nothing(run_file: Path, tmp_path: Path) -> None:
+    """The controlling terminal goes away, as with a lost ssh connection: SIGHUP, and every write fails with EIO."""
+    out = tmp_path / "out"
+    command = train_command(run_file, *OPTIONS, "--run.num_steps=4", f"--run.output_dir={out}")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execvpe(command[0], command, environment() | {"TERM": "xterm"})
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while num_lines(out / "metrics.jsonl") < 1 and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                os.read(terminal, 65536)
+        os.close(terminal)
+        _, status = os.waitpid(pid, 0)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert num_lines(out / "metrics.jsonl") == 4
 
 
 def test_the_time_limit_saves_and_ends_with_success(run_file: Path, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class ChaosRun:
         self._progress_s = 0.0  # when it was
         self._looked_s = 0.0  # when the processes were last looked at
         self._began = self._launched_s = 0.0
+        self._has_stepped, self._seen_step = False, -1  # of the launch
 
     def run(self) -> dict[str, Any]:
         """Returns the state once the run is done and all kills were made.
@@ -92,6 +93,7 @@ class ChaosRun:
         launch = {"load": load(), "from_step": last_step(self._metrics()), "wall_s": self.state["wall_s"]}
         self._began = time.monotonic() - self.state["wall_s"]
         self._launched_s = self._wall_s()
+        self._has_stepped, self._seen_step = False, last_step(self._metrics())
         tree: dict[int, RunProcess] = {}
         killed = self._make_kills(process, tree)
         while process.poll() is None:  # after the last kill, or one that ends the launch
@@ -112,7 +114,8 @@ class ChaosRun:
             seen = True
             if planned.moment == "start" and is_first and self.state["launches"]:
                 time.sleep(planned.delay * _START_SPAN_S)
-            elif self._reached + 1 < planned.step:
+            elif self._reached + 1 < planned.step or (planned.victim == "server" and not self._has_stepped):
+                # a run whose server ends while it starts ends with that server's log: that is not what is asked here
                 time.sleep(_POLL_S)
                 continue
             else:
@@ -145,6 +148,8 @@ class ChaosRun:
         """Takes note of processes and of the steps that were made."""
         step = last_step(self._metrics())
         now = self._wall_s()
+        self._has_stepped |= step > self._seen_step  # less: a resumed run drops what it does again
+        self._seen_step = step
         if step > self._reached:
             self._reached = step
             self._progress_s = now

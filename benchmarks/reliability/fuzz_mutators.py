@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 _DEEP = 3000
+_LONGEST_ANSWER = 1_000_000  # characters; a generation has fewer
 _INTERESTING_BYTES = (
     b"\0", b"\xff", b"\xfe\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\x80", b"\x1b[2J", b"{",
 )  # fmt: skip
@@ -189,7 +190,7 @@ def mutate_answer(data: bytes, chance: random.Random) -> bytes:
         pieces[place] = pieces[place] * chance.choice((1000, 30_000))
     if chance.random() < 0.5:
         pieces.insert(chance.randrange(len(pieces)), data.decode("utf-8", "replace"))
-    text = "".join(pieces)
+    text = "".join(pieces)[:_LONGEST_ANSWER]
     return (text if chance.random() < 0.5 else f"\\boxed{{{text}}}").encode("utf-8", "surrogatepass")
 
 

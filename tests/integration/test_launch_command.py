@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.double_runs import random_base
 from tests.support.ranks import STOPPING, await_end, await_file, write_program
 from tests.support.runs import ROOT, environment, run_command, write_run_file
+from tests.support.signalled_runs import num_lines
 
 pytestmark = pytest.mark.integration
 
@@ -152,3 +154,33 @@ while not os.path.exists(folder + '/go'):
         for launcher in (first, second):
             launcher.kill()
             launcher.communicate()
+
+
+def test_a_run_that_is_stopped_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Ctrl-C reaches the launcher alone; a scheduler's SIGTERM reaches launcher and ranks, and counts once."""
+    random_base(tmp_path / "base")
+    options = ["--run.num_steps=12", "--run.checkpoint_every=0", "--run.eval_every=0", "--parallel.tp=2"]
+    command = [*LAUNCH, "--nproc", "2", str(write_run_file(tmp_path)), *options]
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    done = 0
+    for number, everyone, code in ((signal.SIGINT, False, 130), (signal.SIGTERM, True, 143)):
+        launcher = subprocess.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            deadline = time.monotonic() + 2 * TIMEOUT_S
+            while num_lines(metrics) < done + 2:
+                assert launcher.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            for pid in [launcher.pid, *(map(int, children) if everyone else ())]:
+                os.kill(pid, number)
+            out, err = launcher.communicate(timeout=2 * TIMEOUT_S)
+        finally:
+            launcher.kill()
+        assert launcher.returncode == code, out + err
+        done = num_lines(metrics)
+        assert done < 12
+        saved = f"saved {tmp_path}/out/checkpoints/step_{done:08d}; the same command goes on at step {done}"
+        assert (out + err).count(f"{number.name}: {saved}") == 1
+        assert "Traceback" not in out + err and "aer_megatron:" not in err

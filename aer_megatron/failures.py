@@ -31,6 +31,7 @@ LOG_FOLDER = "logs"  # below run.output_dir
 LAUNCH_ROLE = "aer-launch"  # ROLE_NAME of the ranks of aer launch
 
 _MAX_MESSAGE_CHARS = 4000
+_MAX_LINES = 5  # of a message whose whole is in a trace
 _MAX_FILE_BYTES = 64 * 1024
 _CPP_TRACE = "\nException raised from "  # torch appends the C++ stack to its messages
 _SECOND_MESSAGE_S = 1.0  # under torchrun: time to end a rank whose failure is not the first
@@ -131,7 +132,10 @@ def _failure_of(error: BaseException, log_folder: Path | None) -> Failure:
     code = 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
     message = message_of(error)
     if not _says_all(error):
-        message += f" (trace: {_write_trace(error, log_folder)})"
+        lines = message.splitlines()
+        if len(lines) > _MAX_LINES:  # the end of another program's log, for instance: its last line says most
+            lines[2:-1] = ["..."]
+        message = "\n".join(lines) + f" (trace: {_write_trace(error, log_folder)})"
     return Failure(message, code, noticed)
 
 

@@ -48,6 +48,8 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         (MemoryError(), 1, "aer_megatron: MemoryError (trace: FILE)"),
         (RecursionError("too deep"), 1, "aer_megatron: RecursionError: too deep (trace: FILE)"),
         (RuntimeError("a\nException raised from f at g.cpp:1\nframe #0"), 1, "aer_megatron: a (trace: FILE)"),
+        (RuntimeError("a\nb\nc\nd\ne\nf"), 1, "aer_megatron: a\nb\n...\nf (trace: FILE)"),
+        (ValueError("a\nb\nc\nd\ne\nf"), 2, "aer_megatron: a\nb\nc\nd\ne\nf"),
         (RuntimeError("\x1b[2Jgone\x07"), 1, r"aer_megatron: \x1b[2Jgone\x07 (trace: FILE)"),
         (RuntimeError("x" * 10**6), 1, f"aer_megatron: {'x' * 4000} ... (trace: FILE)"),
     ],

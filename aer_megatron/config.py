@@ -237,7 +237,11 @@ class SglangSection(Section):
     )
     environment: dict[str, str] = Field(default_factory=dict, description="variables added to launched servers'")
     router_url: str = Field("", description="smg in front of these servers, for generation requests; empty = none")
-    api_key_env: str = Field("", description="name of the environment variable that holds the servers' API key")
+    api_key_env: str = Field(
+        "",
+        description="name of the environment variable that holds the servers' API key; "
+        "empty = none, and a random one for launched servers",
+    )
     transport: Literal["disk", "distributed", "tensor"] = Field(
         "disk",
         description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL; "
@@ -247,7 +251,7 @@ class SglangSection(Section):
     bucket_mb: int = Field(64, ge=1, description="one broadcast or request of distributed or tensor, MB (10^6 bytes)")
     release_memory: bool = Field(False, description="servers on the trainer's GPUs free their memory while it trains")
     transfer_dir: PathOrEmpty = Field(
-        "", description="folder of the disk transport; empty = weights/ under run.output_dir"
+        "", description="the disk transport makes a folder of its own in it; empty = weights/ under run.output_dir"
     )
     max_concurrency: int = Field(64, ge=1, description="requests under way per server and training rank")
     request_timeout_s: float = Field(600.0, gt=0, description="a generation that takes longer is given up")

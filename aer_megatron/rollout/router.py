@@ -9,15 +9,19 @@ This file does NOT send generation requests and does not know which servers are 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from aer_megatron.rollout.replies import Reply
+from aer_megatron.rollout.replies import Reply, printable, shown
 
 ANSWERED_BY = "x-smg-routed-worker-id"  # header of smg's answers: the address of the server; sglang-router has none
 _ACCEPTED = (200, 201, 202)
 _LISTED_WITHIN_S = 5.0
+_MAX_ID = 200
+_MAX_NAMED = 20  # workers in a message
+_WORKER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", re.ASCII)  # one segment of a path, and no other path
 
 
 class _Worker(NamedTuple):
@@ -107,15 +111,27 @@ class RouterWorkers:
                 f"sglang.router_url={self._url!r} answers {reply.status} to GET /workers: {reply.text[:200]!r}; "
                 "it must be the address of smg or of sglang-router >= 0.3"
             )
-        listed = {str(row["url"]).rstrip("/"): _worker(row) for row in table["workers"]}
+        for row in table["workers"]:
+            if not _is_worker(row):
+                raise RuntimeError(f"the router ({self._url}) lists a worker without an address or an id: {shown(row)}")
+        listed = {row["url"].rstrip("/"): _worker(row) for row in table["workers"]}
         others = {url: worker for url, worker in listed.items() if url not in self._servers}
         if others:
-            ids = ", ".join(f"{url} (DELETE {self._url}/workers/{worker.id})" for url, worker in others.items())
+            names = [f"{printable(url)} (DELETE {self._url}/workers/{worker.id})" for url, worker in others.items()]
+            ids = ", ".join(names[:_MAX_NAMED])
             raise RuntimeError(
                 f"the router ({self._url}) has workers that are not this run's servers: {ids}; this run's are "
                 f"{', '.join(self._servers)}. Remove them, or give sglang.urls and the router the same addresses"
             )
         return listed
+
+
+def _is_worker(row: Any) -> bool:
+    """Returns whether a row names an address and an id that is one segment of a path."""
+    if not isinstance(row, Mapping) or not isinstance(row.get("url"), str):
+        return False
+    name = row.get("id")
+    return isinstance(name, str) and len(name) <= _MAX_ID and _WORKER_ID.fullmatch(name) is not None
 
 
 def _worker(row: Mapping[str, Any]) -> _Worker:

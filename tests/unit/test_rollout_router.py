@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.rollout.replies import Reply
+from aer_megatron.rollout.router import RouterWorkers
 from aer_megatron.types import Completion
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import Rollouts, model_folder, requests, rollouts, weights
@@ -235,6 +240,25 @@ def test_the_api_key_goes_to_the_router_and_with_every_worker(folder: Path) -> N
             other.fleet.route_through(router.url)
 
 
+BAD_IDS = (None, 7, "..", "a/b", "", "a" * 300)
+
+
+@pytest.mark.parametrize(
+    "row", [7, None, {}, {"url": 7, "id": "a"}, *({"url": "http://h:1", "id": name} for name in BAD_IDS)]
+)
+def test_a_list_of_workers_that_cannot_be_is_refused_before_anything_is_removed(row: Any) -> None:
+    sent: list[str] = []
+
+    async def send(method: str, path: str, body: Any) -> Reply:
+        sent.append(method)
+        return Reply(200, json.dumps({"workers": [row]}).encode(), None)
+
+    workers = RouterWorkers("http://r:1", ["http://h:1"], None, send)
+    with pytest.raises(RuntimeError, match=r"the router \(http://r:1\) lists a worker without an address or an id"):
+        asyncio.run(workers.follow(frozenset()))
+    assert sent == ["GET"]
+
+
 def test_a_router_that_cannot_be_used_is_explained_at_the_start(pair: Pair, folder: Path) -> None:
     with rollouts([pair[0].url], folder) as made, RouterDouble([pair[0].url, pair[1].url]) as router:
         with pytest.raises(RuntimeError) as caught:
@@ -243,7 +267,7 @@ def test_a_router_that_cannot_be_used_is_explained_at_the_start(pair: Pair, fold
         assert "not this run's servers" in str(caught.value)
         with pytest.raises(RuntimeError, match=r"answers 404 to GET /workers.*smg"):
             made.fleet.route_through(pair[0].url)
-        with pytest.raises(ValueError, match=r"sglang\.router_url='localhost:1' must start with http"):
+        with pytest.raises(ValueError, match=r"sglang\.router_url: 'localhost:1' must start with http"):
             made.fleet.route_through("localhost:1")
         router.stop()
         with pytest.raises(RuntimeError, match=r"sglang\.router_url=.* does not answer: connection refused.*start"):

@@ -20,6 +20,7 @@ from aer_megatron.actor.weights import load_hf_weights
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_names
+from aer_megatron.convert.megatron_folder import MegatronFolder
 from aer_megatron.parallel.topology import Topology, destroy_topology, initialize_topology
 
 _PROMPT_LENGTH = 48
@@ -103,8 +104,13 @@ def gpt_logits(model: GPTModel, prompt: Sequence[int]) -> Tensor:
 def load_distributed(model: GPTModel, folder: Path) -> None:
     """Fills the model from a distributed checkpoint through Megatron-Core's own loader.
 
-    Raises RuntimeError or Megatron's CheckpointingException where names or shapes do not fit.
+    That loader unpickles ``.metadata`` with all that pickle can do, so it is given only what our own reader has passed:
+    a program without globals but those of a checkpoint's tables.
+
+    Raises ValueError for a folder that is no checkpoint; RuntimeError or Megatron's CheckpointingException where names
+    or shapes do not fit.
     """
+    MegatronFolder(folder)
     state = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
     model.load_state_dict(state, strict=True)
 

@@ -95,8 +95,11 @@ def read_tables(raw: bytes) -> CheckpointTables:
     Raises:
         ValueError: it is no such file, or names what does not belong there.
     """
+    machine = _Machine(raw)
     try:
-        root = _Machine(raw).load()
+        root = machine.load()
+        if max(machine.memo, default=0) > len(raw):  # type: ignore[attr-defined]
+            raise pickle.UnpicklingError("a memo number beyond the size of the file")  # other readers reserve that much
     except _BROKEN as error:
         raise ValueError(f"not the metadata of a checkpoint: {str(error)[:200] or type(error).__name__}") from None
     fields = _fields(root, "metadata")

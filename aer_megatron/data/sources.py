@@ -213,8 +213,8 @@ def _verifier(row: Mapping[str, Any], rules: _Rules) -> str:
     name = _text(row, "verifier")
     if name != rules.default_verifier and not rules.may_name(name):
         raise ValueError(
-            f'"verifier"={name[:80]!r} is neither built in (math, countdown, reasoning_gym:NAME) nor listed in '
-            "data.verifiers; a record cannot name code by itself: list the function there if it is yours"
+            f'"verifier"={name[:80]!r} is neither built in (math, math_verify, countdown, reasoning_gym:NAME) nor '
+            "listed in data.verifiers; a record cannot name code by itself: list the function there if it is yours"
         )
     return name
 

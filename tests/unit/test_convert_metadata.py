@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from aer_megatron.actor.conversion_check import load_distributed
 from aer_megatron.convert.megatron_folder import MegatronFolder
 from aer_megatron.convert.megatron_metadata import Chunk, Place, TensorEntry, read_tables
 
@@ -186,6 +187,22 @@ def test_a_damaged_file_is_read_or_refused(data: st.DataObject) -> None:
 def test_any_program_without_arguments_is_refused(opcodes: list[pickletools.OpcodeInfo]) -> None:
     with pytest.raises(ValueError):
         read_tables("".join(op.code for op in opcodes).encode("latin-1") + b".")
+
+
+def test_megatrons_own_loader_is_given_only_what_was_checked(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    marker = tmp_path / "ran"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata(planner_data=Call(Path.mkdir, marker))))
+    with pytest.raises(ValueError, match="does not belong into a checkpoint's metadata"):
+        load_distributed(None, tmp_path)  # type: ignore[arg-type]
+    assert not marker.exists()
+
+
+def test_a_memo_number_beyond_the_file_is_refused() -> None:
+    # other readers reserve memory for it
+    raw = pickle.dumps(metadata(), protocol=2)
+    with pytest.raises(ValueError, match="a memo number beyond the size of the file"):
+        read_tables(raw[:2] + b"Nr\xff\xff\xff\x7f0" + raw[2:])
 
 
 def test_the_folder_names_its_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -26,7 +27,7 @@ from typing import Any, Literal, Self, TypeVar
 import aiohttp
 
 from aer_megatron.rollout.addresses import check_resolves, server_url
-from aer_megatron.rollout.replies import Reply, describe, read_body
+from aer_megatron.rollout.replies import FinalAnswers, Reply, describe, read_body
 from aer_megatron.rollout.router import ANSWERED_BY, RouterWorkers
 
 _LOG = logging.getLogger(__name__)
@@ -376,8 +377,10 @@ class ServerFleet:
             if self.options.api_key:
                 headers["Authorization"] = f"Bearer {self.options.api_key}"
             # trust_env stays off: a proxy of the environment has no business between trainer and server
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
+            connector._factory = functools.partial(FinalAnswers, loop=self._loop)  # type: ignore[assignment]
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+                connector=connector,
                 headers=headers,
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),

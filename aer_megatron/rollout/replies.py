@@ -6,13 +6,16 @@ cannot be (too deep, too long a number) is a ``BadReply``, never another excepti
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 
+_MAX_INTERIM = 8
 _SHOWN_CHARACTERS = 500  # of a server's words in a message
 
 
@@ -71,6 +74,25 @@ def shown(value: Any) -> str:
 def printable(text: str) -> str:
     """Returns a server's words on one line and shortened, without control characters."""
     return "".join(mark if mark.isprintable() else " " for mark in text[:_SHOWN_CHARACTERS])
+
+
+class FinalAnswers(ResponseHandler):
+    """Connections to servers whose answers come after at most a few interim ones, which nobody asked for.
+
+    aiohttp skips interim answers (100 Continue) however many come, without giving anything else a turn.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._num_interim = 0
+
+    async def read(self) -> Any:
+        """Returns the head of the next answer; raises UnreadableReply after too many interim ones."""
+        message, payload = await super().read()
+        self._num_interim = self._num_interim + 1 if 100 <= message.code < 200 else 0
+        if self._num_interim > _MAX_INTERIM:
+            raise UnreadableReply(f"more than {_MAX_INTERIM} interim answers came and no other")
+        return message, payload
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:

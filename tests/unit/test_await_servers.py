@@ -4,48 +4,17 @@ from __future__ import annotations
 
 import runpy
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 
+from tests.support.raw_server import answering, repeats, says
 from tests.support.runs import ROOT
 
 SCRIPT = runpy.run_path(str(ROOT / "examples" / "multinode_torchrun" / "await_servers.py"))
 is_healthy: Callable[[str], bool] = SCRIPT["is_healthy"]
 main: Callable[[list[str]], int] = SCRIPT["main"]
-
-
-@contextmanager
-def answering(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") -> Iterator[str]:
-    """Yields the address of a server that answers every connection as ``talk`` does."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.bind((host, 0))
-        listener.listen()
-
-        def serve() -> None:
-            while True:
-                try:
-                    peer, _ = listener.accept()
-                except OSError:
-                    return
-                with peer:
-                    try:
-                        peer.recv(4096)
-                        talk(peer)
-                    except OSError:
-                        continue
-
-        threading.Thread(target=serve, daemon=True).start()
-        yield f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
-def says(text: bytes) -> Callable[[socket.socket], None]:
-    return lambda peer: peer.sendall(text)
 
 
 def test_a_healthy_server_is_healthy_whatever_proxy_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +59,7 @@ def test_a_redirect_is_not_followed() -> None:
 def test_an_answer_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(is_healthy.__globals__, "_CALL_S", 0.5)
 
-    def drip(peer: socket.socket) -> None:
-        for byte in b"HTTP/1.1 200 OK":
-            peer.sendall(bytes([byte]))
-            time.sleep(0.3)
-
-    with answering(drip) as url:
+    with answering(repeats(b"HTTP/1", b".", pause_s=0.3)) as url:
         began = time.monotonic()
         assert not is_healthy(url)
         assert time.monotonic() - began < 3

@@ -33,6 +33,7 @@ _BATCH = 5000
 _POLL_S = 0.1
 _WALL_FACTOR = 12  # a waiting input is a hang after so many times its limit: the machine may be busy
 _START_S = 300.0
+_CONFIRM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Worker:
             "memory": limits.memory_bytes,
         }  # fmt: skip
         self._limit_s = limits.seconds
+        self._suspect: tuple[int, float] | None = None  # an input that looked overdue, and when
         self._log = folder / "work" / f"{name}.log"
         with self._log.open("wb") as log:
             command = [sys.executable, "-m", "benchmarks.reliability.fuzz_worker", json.dumps(given)]
@@ -69,17 +71,27 @@ class Worker:
 
     def current(self) -> tuple[int, float, float]:
         """Returns the input under way (-1: none), the seconds since it began, and those of CPU it used."""
-        index, began, cpu_before = SHARED.unpack(self._shared.read_bytes())
+        raw = self._shared.read_bytes()
+        while raw != (raw := self._shared.read_bytes()):  # it was being written
+            pass
+        index, began, cpu_before = SHARED.unpack(raw)
         return index, time.monotonic() - began, _cpu_seconds(self.process.pid) - cpu_before
 
     def overdue(self) -> str:
-        """Returns why the input under way has gone on too long, "" where it has not."""
+        """Returns why the input under way has gone on too long, "" where it has not, or not for two looks."""
         index, waited, used = self.current()
+        reason = ""
         if index < 0:
-            return f"did not start within {_START_S:.0f} s" if waited > _START_S else ""
-        if used > 2 * self._limit_s:
-            return f"more than {used:.0f} s of CPU"
-        return f"{waited:.0f} s, {used:.0f} s of CPU" if waited > _WALL_FACTOR * self._limit_s else ""
+            reason = f"did not start within {_START_S:.0f} s" if waited > _START_S else ""
+        elif used > 2 * self._limit_s:
+            reason = f"more than {used:.0f} s of CPU"
+        elif waited > _WALL_FACTOR * self._limit_s:
+            reason = f"{waited:.0f} s, {used:.0f} s of CPU"
+        now = time.monotonic()
+        if not reason or self._suspect is None or self._suspect[0] != index:
+            self._suspect = (index, now) if reason else None
+            return ""
+        return reason if now - self._suspect[1] > _CONFIRM_S else ""
 
     def tail(self) -> str:
         return self._log.read_bytes()[-1500:].decode(errors="replace")

@@ -26,6 +26,7 @@ from aer_megatron.convert.disk_space import has_space, space_report
 from aer_megatron.convert.hf_folder import flush_to_disk
 
 _LOG = logging.getLogger(__name__)
+_SMALL_FILES_BYTES = 1 << 16  # manifest, headers and pages that are not full
 _STEP = re.compile(r"step_(\d{8,18})")
 _LEFTOVER = re.compile(r"step_\d{8,18}\.tmp-(new|old)(-[0-9a-f]{8})?")
 
@@ -61,6 +62,7 @@ class CheckpointFolder:
         self.remove_leftovers()
         self.path.mkdir(parents=True, exist_ok=True)
         fresh = self._free_name(step, "tmp-new")
+        num_bytes += _SMALL_FILES_BYTES
         if not has_space(fresh, num_bytes):
             raise OSError(errno.ENOSPC, f"{space_report(fresh, num_bytes)}; make room or lower run.keep_checkpoints")
         fresh.mkdir()

@@ -85,8 +85,12 @@ class SaveJob:
 
     def run(self) -> None:
         """Does the work in the caller's thread."""
+        answer: dict[str, Any] = {"failure": "an error of the program, see above"}
         try:
-            answers = self._tell(f"{self._plan.token}/files", self._answer(self._write))
+            try:
+                answer = self._answer(self._write)
+            finally:  # whatever it was: rank 0 waits for a word
+                answers = self._tell(f"{self._plan.token}/files", answer)
             outcome = self._answer(lambda: self._finish(answers)) if self._rank == 0 else {}
             outcome = self._mailbox.broadcast(
                 f"{self._plan.token}/outcome", outcome, cancelled=self._cancelled.is_set

@@ -11,7 +11,6 @@ from pathlib import Path
 
 # a full disk, a quota that is used up, a file beyond the limit of the process or of the file system
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_SLACK_BYTES = 1 << 24  # headers, tables and tokenizer files, generously
 
 
 def lacks_space(error: BaseException) -> bool:
@@ -30,8 +29,8 @@ def space_report(path: Path, num_bytes: int) -> str:
 
 
 def has_space(target: Path, num_bytes: int) -> bool:
-    """Returns whether ``num_bytes`` and small files beside them fit the disk of ``target``."""
-    return free_bytes(target.parent) >= num_bytes + _SLACK_BYTES
+    """Returns whether ``num_bytes`` fit the disk of ``target``, which need not exist."""
+    return free_bytes(target.parent) >= num_bytes
 
 
 def _existing(path: Path) -> Path:

@@ -29,6 +29,7 @@ from aer_megatron.convert.stream import write_megatron
 from aer_megatron.json_input import read_json_object
 
 Advance = Callable[[int], None]  # told how many bytes have been written since the last call
+_METADATA_BYTES = 1 << 24  # headers, tables and tokenizer files, generously
 
 
 def checked_hf_folder(path: Path, tp: int) -> tuple[HFFolder, ModelArchitecture]:
@@ -123,6 +124,7 @@ class HFConfig:
 
 def check_space(target: Path, num_bytes: int) -> None:
     """Returns nothing; raises ValueError where the disk of ``target`` has too little room for ``num_bytes``."""
+    num_bytes += _METADATA_BYTES
     if not has_space(target, num_bytes):
         raise ValueError(f"{space_report(target, num_bytes)}; choose another disk")
 

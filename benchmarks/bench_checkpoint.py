@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/bench_checkpoint.py                # 1 GB on the disk of --folder; some 4 GB of memory
     .venv/bin/python benchmarks/bench_checkpoint.py --device cuda
 
-One rank with a Qwen3-shaped model in fp32 of about `--gigabytes` of weights and AdamW moments. Every round, in turn:
+One rank, a Qwen3-shaped model in fp32, about `--gigabytes` of weights and moments. Every round, in changing order:
 
   in place           `begin(beside=False)`: write, SHA-256, fsync, manifest, rename; training waits for all of it
   beside             `begin(beside=True)`: what training waits for (the copy); then one update runs, then `wait()`
@@ -116,47 +116,63 @@ class Bench:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def round(self) -> dict[str, float]:
-        """Returns seconds that training waits for each form, and how long the one beside took to be on disk."""
+        """Returns seconds that training waits for each form, and how long the one beside took to be on disk.
+
+        The forms take turns in another order every round: a file that was just deleted leaves memory for the next one.
+        """
         self.step += 1
+        works = [self.in_place, self.beside, self.torch_save, self.safetensors, self.dcp]
+        place = self.step % len(works)
         times: dict[str, float] = {}
-        for name, store in self.stores.items():
-            beside = name == "beside"
-            begin = time.perf_counter()
-            save = partial(store.begin, self.actor, step=self.step, state={}, files={}, beside=beside)
-            times[name] = seconds(save)
-            if beside:
-                times["update beside"] = seconds(lambda: update(self.actor))
-            store.wait()
-            if beside:
-                times["beside, until on disk"] = time.perf_counter() - begin
-                times["update alone"] = seconds(lambda: update(self.actor))
-        return times | self.peers()
+        for work in works[place:] + works[:place]:
+            times |= work()
+        return times
 
-    def peers(self) -> dict[str, float]:
-        file, folder = self.folder / "peer", self.folder / "peer-dcp"
-        tensors = self.tensors()
+    def begin(self, name: str, *, beside: bool) -> float:
+        store = self.stores[name]
+        return seconds(partial(store.begin, self.actor, step=self.step, state={}, files={}, beside=beside))
 
-        def torch_save() -> None:
-            torch.save(tensors, file)
-            flush(file)
+    def in_place(self) -> dict[str, float]:
+        waited = self.begin("in place", beside=False)
+        self.stores["in place"].wait()
+        return {"in place": waited}
 
-        def safetensors() -> None:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
-            flush(file)
+    def beside(self) -> dict[str, float]:
+        start = time.perf_counter()
+        times = {"beside": self.begin("beside", beside=True), "update beside": seconds(lambda: update(self.actor))}
+        self.stores["beside"].wait()
+        times["beside, until on disk"] = time.perf_counter() - start
+        return times | {"update alone": seconds(lambda: update(self.actor))}
 
-        times = {"torch.save": seconds(torch_save)}
-        file.unlink()
-        times["safetensors"] = seconds(safetensors)
-        file.unlink()
+    def torch_save(self) -> dict[str, float]:
+        return {"torch.save": self.file(lambda path: torch.save(self.tensors(), path))}
+
+    def safetensors(self) -> dict[str, float]:
+        def write(path: Path) -> None:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}, path)
+
+        return {"safetensors": self.file(write)}
+
+    def file(self, write: Callable[[Path], None]) -> float:
+        """Returns the seconds of a write and its fsync; the file before is deleted after it, as by a store."""
+        fresh, final = self.folder / "peer.new", self.folder / "peer"
+
+        def work() -> None:
+            write(fresh)
+            flush(fresh)
+            fresh.replace(final)
+
+        return seconds(work)
+
+    def dcp(self) -> dict[str, float]:
+        folder = self.folder / "peer-dcp"
         pending: list[Any] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            times["DCP async_save"] = seconds(
-                lambda: pending.append(dcp.async_save(tensors, checkpoint_id=str(folder)))
-            )
+            waited = seconds(lambda: pending.append(dcp.async_save(self.tensors(), checkpoint_id=str(folder))))
             pending[0].result()
         shutil.rmtree(folder)
-        return times
+        return {"DCP async_save": waited}
 
 
 def table(rounds: list[dict[str, float]], first: dict[str, float]) -> list[str]:

@@ -81,7 +81,7 @@ def test_names_and_shapes_equal_a_saved_transformers_model(
 
 def test_qkv_rows_by_hand() -> None:
     """4 query heads, 2 groups, head_dim 1: whole matrix is q0 q1 k0 v0 | q2 q3 k1 v1."""
-    arch = _arch(head_dim=1, hidden_size=1)
+    arch = replace(_arch(hidden_size=1), head_dim=1)
     tensors = {
         "model.layers.1.self_attn.q_proj.weight": torch.tensor([[1.0], [2.0], [3.0], [4.0]]),
         "model.layers.1.self_attn.k_proj.weight": torch.tensor([[10.0], [20.0]]),
@@ -101,7 +101,9 @@ def test_qkv_rows_by_hand() -> None:
 
 def test_padded_groups_by_hand() -> None:
     """3 heads in 3 groups on 2 ranks: a fourth, zero group, and a zero column of the output projection."""
-    arch = pad_query_groups(_arch(num_attention_heads=3, num_key_value_heads=3, head_dim=1, hidden_size=1), 2)
+    arch = pad_query_groups(
+        replace(_arch(num_attention_heads=3, num_key_value_heads=3, hidden_size=1), head_dim=1), 2
+    )
     layer = "model.layers.0.self_attn."
     tensors = {f"{layer}{p}_proj.weight": torch.tensor([[1.0], [2.0], [3.0]]) * s for p, s in zip("qkv", (1, 10, 100))}
     tensors[f"{layer}o_proj.weight"] = torch.tensor([[5.0, 6.0, 7.0]])

@@ -266,7 +266,7 @@ def test_launched_servers_start_from_an_fp8_folder_that_is_made_once(folder: Pat
     sections: dict[str, Any] = {"run": {"output_dir": str(tmp_path / "out")}, "sglang": {"num_servers": 1}}
     config = run_config(str(folder), rollout=SERVERS, **sections)
     made = _served_folder(config)
-    assert _launch_options(config, str(made)).model_path == str(tmp_path / "out" / "fp8_model")
+    assert _launch_options(config, str(made), "").model_path == str(tmp_path / "out" / "fp8_model")
     weights = {name: tensor for file in made.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert {tensor.dtype for tensor in weights.values()} == {E4M3, torch.float32, torch.bfloat16}
     assert all((tensor.dtype == E4M3) == is_projection(name) for name, tensor in weights.items())

@@ -53,7 +53,7 @@ def test_the_run_files_of_a_dry_run_load(tmp_path: Path) -> None:
     from aer_megatron.config_loading import load_config
 
     printed = accept("--dry-run", SGLANG_PYTHON="/opt/python").stdout
-    commands = [line.partition("aer_megatron.train ")[2] for line in printed.splitlines()]
+    commands = [line.partition("aer_megatron.cli launch --nproc 1 ")[2] for line in printed.splitlines()]
     trained = [command.split() for command in commands if command]
     assert len(trained) == 4
     for run_file, *arguments in trained:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from aer_megatron.convert.safetensors_writer import TensorSpec, raw_bytes, safet
 
 _LOG = logging.getLogger(__name__)
 _ALIGNMENT = 64
+_COPY_BYTES, _COPY_THREADS = 1 << 24, 4
 _BLOCK_BYTES = 1 << 22  # hashed, then written while it is still in the cache
 
 
@@ -100,15 +103,21 @@ class HostBuffer:
         """Returns ``files`` as they are now, in this buffer; once it returns their tensors may change."""
         self.reserve(files)
         copies, start = {}, 0
+        on_host: list[tuple[Tensor, Tensor]] = []
         for name, file in files.items():
             end = start + file.num_bytes
             views = _views(self._flat[start:end], file.tensors)
             for key, view in views.items():
-                view.copy_(file.tensors[key], non_blocking=True)
+                tensor = file.tensors[key]
+                if tensor.device.type == "cpu" and tensor.is_contiguous():
+                    on_host.append((view, tensor))
+                else:
+                    view.copy_(tensor, non_blocking=True)
             copies[name] = TensorFile(file.part, views, raw_bytes(self._flat[start:end]))
             start += _aligned(file.num_bytes)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+        _copy_on_host(on_host)
         return copies
 
     def release(self) -> None:
@@ -132,6 +141,18 @@ def _views(region: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         views[name] = region[start:end].view(tensor.dtype).view(tensor.shape)
         start = end
     return views
+
+
+def _copy_on_host(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copies each (to, from) as bytes, on a few cores: faster than PyTorch's kernel, which reads what it overwrites."""
+    blocks = [
+        (to[start : start + _COPY_BYTES], source[start : start + _COPY_BYTES])
+        for to, source in ((raw_bytes(to), raw_bytes(source)) for to, source in pairs)
+        for start in range(0, len(to), _COPY_BYTES)
+    ]
+    with ThreadPoolExecutor(_COPY_THREADS, thread_name_prefix="checkpoint-copy") as pool:
+        for _ in pool.map(lambda block: np.copyto(np.asarray(block[0]), np.asarray(block[1])), blocks):
+            pass
 
 
 def _host_bytes(tensor: Tensor) -> memoryview:

@@ -256,8 +256,8 @@ class VerifierPool:
                 return
             worker.begin(queue[0], job, batch.prompt_text(queue[0]), self._timeout_s)
             queue.popleft()
-        except (EOFError, OSError, Garbage):  # it ended while idle: not this answer's fault, which stays in the queue
-            self._lose(worker, batch)
+        except (EOFError, OSError, Garbage) as error:  # while idle: not this answer's fault, which stays in the queue
+            self._lose(worker, batch, error)
 
     def _serve(self, batch: _Batch) -> None:
         """Waits until a worker says something, ends or runs out of time, and acts on it."""
@@ -275,8 +275,8 @@ class VerifierPool:
                     self._listen(worker, batch)
                 elif not ready and worker.has_ended:
                     raise EOFError
-            except (EOFError, OSError, Garbage):
-                self._lose(worker, batch)
+            except (EOFError, OSError, Garbage) as error:
+                self._lose(worker, batch, error)
                 continue
             if overdue and not worker.is_idle:
                 if worker.job is not None and not worker.has_ended:
@@ -284,7 +284,7 @@ class VerifierPool:
                     worker.job = None
                     self._remove(worker)
                 else:
-                    self._lose(worker, batch)
+                    self._lose(worker, batch, EOFError())
 
     def _listen(self, worker: _Worker, batch: _Batch) -> None:
         worker.channel.flush()
@@ -302,12 +302,14 @@ class VerifierPool:
             worker.job = None
             self._num_failed_starts = 0
 
-    def _lose(self, worker: _Worker, batch: _Batch) -> None:
+    def _lose(self, worker: _Worker, batch: _Batch, error: Exception) -> None:
         """Acts on a worker that ended by itself or said what is no message."""
         how = self._remove(worker)
+        if isinstance(error, Garbage):
+            how = f"a message that is none: {error}"
         if worker.job is not None:
             if batch.give_up(worker.job):
-                self._tell(batch.jobs[worker.job].verifier, "crashed", f"its process ended twice, at last with {how}")
+                self._tell(batch.jobs[worker.job].verifier, "crashed", f"two processes ended, the last with {how}")
             return
         if not worker.is_fresh:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import signal
 import socket
@@ -110,7 +111,9 @@ def recurse(text: str, prompt: Prompt) -> bool:
 
 
 def take_memory(text: str, prompt: Prompt) -> bool:
-    return bool(bytearray(64 << 30))
+    """Address space alone, which the kernel grants to anybody without a limit."""
+    no_reserve = 0x4000
+    return bool(mmap.mmap(-1, 64 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve))
 
 
 def odd_label(text: str, prompt: Prompt) -> Verdict:

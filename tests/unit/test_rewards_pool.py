@@ -69,7 +69,7 @@ def pool() -> Iterator[VerifierPool]:
         ("raise_interrupt", "x", Verdict(0.0, "verifier_error_keyboard_interrupt")),
         ("raise_speechless", "x", Verdict(0.0, "verifier_error_speechless")),
         ("recurse", "x", Verdict(0.0, "verifier_error_recursion_error")),
-        ("take_memory", "x", Verdict(0.0, "verifier_error_memory_error")),
+        ("take_memory", "x", Verdict(0.0, "verifier_error_os_error")),
         ("exit_python", "x", Verdict(0.0, "verifier_error_system_exit")),
         ("end_process", "die", Verdict(0.0, "crashed")),
         ("kill_self", "x", Verdict(0.0, "crashed")),
@@ -130,6 +130,21 @@ def test_what_a_verifier_left_behind_answers_no_later_job() -> None:
             assert [verdict.reward for verdict in pool.verify([job("exact", text) for text in answers])] == [
                 float(text == "x") for text in answers
             ]
+
+
+def test_a_child_that_a_verifier_left_running_costs_no_worker() -> None:
+    with VerifierPool(num_workers=1, timeout_s=10.0) as pool:
+        pool.verify([job("exact")])
+        pids = worker_pids(pool)
+        for _ in range(5):
+            assert pool.verify([job("fork_both")])[0].reason == "correct"
+            time.sleep(0.05)  # the child has come back from the verifier as well
+        assert worker_pids(pool) == pids
+
+
+def test_memory_is_bounded_beyond_what_is_loaded_and_only_if_asked() -> None:
+    with VerifierPool(num_workers=1, timeout_s=10.0, memory_mb=0) as pool:
+        assert pool.verify([job("take_memory")])[0].reason == "correct"
 
 
 def test_an_answer_whose_process_was_killed_is_tried_once_more(tmp_path: Path) -> None:
@@ -240,7 +255,7 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path, inherited: b
         "pool = VerifierPool(1, 600.0)\n"
         f"pool.verify([Job('{MODULE}:exact', 'x', Prompt(1, 'p', (1,), 'x', name))])\n"
         f"if {inherited} and os.fork() == 0:\n"
-        "    time.sleep(60)\n"
+        "    time.sleep(300)\n"
         "    os._exit(0)\n"
         f"pool.verify([Job(name, 'hang', Prompt(1, 'p', (1,), {str(notes)!r}, name))])\n",
         encoding="utf-8",

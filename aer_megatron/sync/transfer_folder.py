@@ -149,9 +149,12 @@ def _remove_version(folder: Path) -> None:
     """Removes the files that this program writes from a version's folder, and the folder unless more is in it."""
     if not _VERSION_FOLDER.fullmatch(folder.name) or not _is_folder(folder):
         return
-    for file in folder.iterdir():
-        if _OWN_FILES.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode):
-            file.unlink(missing_ok=True)
+    try:
+        for file in folder.iterdir():
+            if _OWN_FILES.fullmatch(file.name) and stat.S_ISREG(file.lstat().st_mode):
+                file.unlink()
+    except OSError as error:  # no reason to end a run: the next version has a folder of its own
+        _LOG.warning("%s stays: %s", folder, error)
     _remove_if_empty(folder)
 
 

@@ -78,6 +78,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     opened(shared, OTHER).close()
     folder.close()
     assert precious.read_text() == "mine"
+    assert (path / "model.safetensors").is_symlink() and (path.parent / "version-9").is_symlink()
     assert (tmp_path / "elsewhere" / DEAD / "version-3" / "config.json").exists()
 
 
@@ -101,6 +102,24 @@ def test_what_may_be_somebody_else_s_is_not_removed(tmp_path: Path) -> None:
     opened(tmp_path).close()
     for path in (alive.version_path(5), foreign / "version-3", damaged, unmarked, piped):
         assert path.exists()
+
+
+def test_an_old_version_that_cannot_be_deleted_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = opened(tmp_path)
+    publish(folder, 0)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        publish(folder, 1)
+    assert "version-0 stays" in caplog.text
+    publish(folder, 2)
+    folder.close()
+    assert tree(tmp_path) == []
 
 
 def test_folders_above_go_as_far_as_the_run_made_them(tmp_path: Path) -> None:

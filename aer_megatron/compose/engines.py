@@ -195,6 +195,7 @@ def _launch_options(config: Config, model: str, api_key: str) -> LaunchOptions:
         raise ValueError(f"sglang.launch.{name} is set by the run itself; use {_OWN_OPTIONS_AT[name]}")
     # a server is no rank of this job
     environment = {name: value for name, value in os.environ.items() if not name.startswith(TORCHRUN_VARIABLES)}
+    environment.pop(options.api_key_env, None)
     reached_at = options.trainer_address if options.host in _EVERY_ADDRESS else ""
     return LaunchOptions(
         python=options.python or sys.executable,

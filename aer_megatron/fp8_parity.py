@@ -32,7 +32,7 @@ from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.parallel import platform as platforms
 from aer_megatron.parallel.topology import Topology, destroy_topology
-from aer_megatron.parts import Parts, Progress
+from aer_megatron.parts import NoSaves, Parts, Progress
 from aer_megatron.report.fp8_picture import PrecisionCurves, draw_fp8_parity
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.timer import PhaseTimer
@@ -272,7 +272,7 @@ def _measure(
         "prompts": PromptCursor(data.train, config.run.seed),
         "policy": probe,
         "ledger": DifficultyLedger(config.algo.ledger.decay, len(data.train)),
-        "save": lambda progress: None,
+        "saves": NoSaves(),
         "flight": None,
         "reporter": trace,
         "timer": PhaseTimer(),

@@ -89,6 +89,18 @@ class Saves(Protocol):
     def finish(self) -> None: ...
 
 
+class NoSaves:
+    """Keeps nothing: for a loop that is only measured."""
+
+    num_failed = 0
+
+    def save(self, progress: Progress) -> None:
+        """Does nothing."""
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What train.py chose for this run."""

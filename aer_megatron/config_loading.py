@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,27 @@ def config_with_overrides(table: dict[str, Any], overrides: Sequence[str]) -> Co
     for override in overrides:
         _apply_override(table, override)
     return config_from_table(table)
+
+
+def refuse_misspelt(arguments: Sequence[str], flags: Sequence[str] = ()) -> None:
+    """Raises ValueError for an argument that is nearly ``--section.key=value``, with the right spelling.
+
+    ``flags`` are the command's own options, which are left to it.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        name, separator, _ = argument.partition("=")
+        if name in flags:
+            continue
+        if argument.startswith("--") and not separator:
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.7) if "." not in name else []
+            if near:
+                raise ValueError(f"{_shown(argument)} is not understood; did you mean {near[0]}?")
+            value = "VALUE" if following.startswith("--") else following
+            raise ValueError(
+                f"{_shown(argument)} and its value must be one argument: write {shlex.quote(f'{argument}={value}')}"
+            )
+        if separator and not argument.startswith("--") and name.lstrip("-").split(".")[0] in Config.model_fields:
+            raise ValueError(f"{_shown(argument)} is not understood: write {shlex.quote('--' + argument.lstrip('-'))}")
 
 
 def config_from_table(table: Mapping[str, Any]) -> Config:

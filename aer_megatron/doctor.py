@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import load_config
+from aer_megatron.config_loading import load_config, refuse_misspelt
 from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.train import quiet_libraries
 
@@ -65,6 +65,7 @@ def run(arguments: Sequence[str], edge: Edge) -> int:
 
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     """Returns the parsed arguments; raises ValueError for one that is not understood."""
+    refuse_misspelt(arguments, ("--reference",))
     run_file, reference, overrides = "", "auto", []
     for argument in arguments:
         if argument.startswith("--reference="):

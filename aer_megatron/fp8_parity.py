@@ -24,7 +24,8 @@ from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.algo import controller
 from aer_megatron.compose.common import build_actor, build_topology, check_model, checked_weights
-from aer_megatron.compose.rl import Data, load_data, rollout_parts
+from aer_megatron.compose.data import Data, load_data
+from aer_megatron.compose.rl import rollout_parts
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
 from aer_megatron.convert.fp8_weights import round_weight

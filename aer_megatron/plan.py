@@ -33,7 +33,7 @@ from aer_megatron.algo.memory_plan import (
 from aer_megatron.algo.model_size import Layout, Recompute, parameter_count
 from aer_megatron.algo.step_plan import Candidate, Workload, fits_kv, step_flops, step_time, step_traffic
 from aer_megatron.config import Config
-from aer_megatron.config_loading import load_config
+from aer_megatron.config_loading import load_config, refuse_misspelt
 from aer_megatron.convert.architecture import (
     ModelArchitecture,
     architecture_from_hf_config,
@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _setting(options: argparse.Namespace, overrides: Sequence[str]) -> Setting:
+    refuse_misspelt(overrides)
     config = load_config(options.run_file, overrides)
     if options.gpus < 1:
         raise ValueError(f"--gpus={options.gpus} must be at least 1")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import describe_options, load_config
+from aer_megatron.config_loading import describe_options, load_config, refuse_misspelt
 from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.parallel.stop import StopRequests, StopRun
 from aer_megatron.standard_streams import say
@@ -33,7 +32,8 @@ usage: python -m aer_megatron.train RUN.toml [--stage=rl|sft] [--dry-run] [--sec
   RUN.toml             run file; every option below can be set in it or overridden with --section.key=value
   --stage=rl           reinforcement learning (the default)
   --stage=sft          supervised stage: trains the model of sft.init and writes model.path
-  --dry-run            print the resolved configuration and the plan of one step, then stop
+  --dry-run            print the resolved configuration and the plan of one step; check model, tokenizer, data,
+                       verifiers, folders and server options, all at once and without weights; then stop
   --help               this text
 """
 
@@ -65,8 +65,7 @@ def run(arguments: Sequence[str], edge: Edge) -> int:
     config = load_config(command.run_file, command.overrides)
     edge.log_folder = Path(config.run.output_dir) / LOG_FOLDER
     if command.dry_run:
-        print(plan_text(config))
-        return 0
+        return _dry_run(config, command.stage)
     speaks = os.environ.get("RANK", "0") == "0"  # the ranks' own part needs seconds to be imported
     line = functools.partial(say, error=True) if speaks else None
     try:
@@ -82,6 +81,7 @@ def run(arguments: Sequence[str], edge: Edge) -> int:
 def parse_command_line(arguments: Sequence[str]) -> CommandLine:
     """Returns the parsed arguments; raises ValueError for one that is not understood."""
     run_file, stage, dry_run, overrides = None, "rl", False, []
+    refuse_misspelt(arguments, ("--dry-run", "--stage"))
     rest = iter(arguments)
     for argument in rest:
         if argument == "--dry-run":
@@ -107,41 +107,21 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def plan_text(config: Config) -> str:
-    """Returns the resolved configuration and the sizes of one step.
-
-    Raises:
-        ValueError: the parallel sizes do not fit the ranks or the model.
-    """
-    from aer_megatron.compose.common import architecture
+def _dry_run(config: Config, stage: str) -> int:
+    """Returns 0 after printing configuration and plan; raises ValueError with everything that is wrong."""
+    from aer_megatron.compose.dry_run import dry_run
     from aer_megatron.parallel.platform import read_ranks
-    from aer_megatron.report.masking import mask_table
 
-    _, world_size, _ = read_ranks()
-    model_parallel = config.parallel.tp * config.parallel.pp
-    num_ranks = world_size if world_size > 1 else model_parallel * config.parallel.ep
-    dp = config.check_world_size(num_ranks)
-    arch = architecture(config.model.path)
-    num_sequences = config.rollout.prompts_per_step * config.rollout.group_size
-    per_update = num_sequences // config.algo.num_minibatches
-    micro = -(-per_update // dp // config.parallel.micro_batch_size)
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    lines = [
-        json.dumps(mask_table(config.model_dump(mode="json")), indent=2, ensure_ascii=False),
-        "",
-        "plan of one step",
-        f"  ranks                {num_ranks} = tp {config.parallel.tp} x pp {config.parallel.pp} x dp {dp}",
-        f"  model                {arch.family}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
-        f"vocabulary {arch.vocab_size}",
-        f"  rollouts             {config.rollout.prompts_per_step} prompts x {config.rollout.group_size} = "
-        f"{num_sequences} sequences",
-        f"  response tokens      <= {num_sequences * config.rollout.max_new_tokens:,}",
-        f"  optimizer steps      {config.algo.num_minibatches} of {per_update} sequences",
-        f"  micro-batches        {micro} per optimizer step and rank, of <= {config.parallel.micro_batch_size} "
-        "sequences",
-        f"  tokens, micro-batch  <= {config.parallel.micro_batch_size * longest:,}",
-    ]
-    return "\n".join(lines)
+    text, found = dry_run(config, stage, read_ranks()[1])
+    say(text)
+    for note in found.notes:
+        say(note)
+    if len(found.problems) > 1:
+        raise ValueError("\n".join([f"{len(found.problems)} problems:", *(f"  - {text}" for text in found.problems)]))
+    if found.problems:
+        raise ValueError(found.problems[0])
+    say("no problem found")
+    return 0
 
 
 def _end_at_once(code: int) -> None:

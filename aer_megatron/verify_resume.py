@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from aer_megatron.compose.short_run import LAYOUT_OPTIONS, Plan, ShortRunRequest, layout_name, plan_of
 from aer_megatron.config import Config
-from aer_megatron.config_loading import load_config
+from aer_megatron.config_loading import load_config, refuse_misspelt
 from aer_megatron.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.resume_comparison import Row, compare_files, compare_lines, compare_tables, table_text
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_command_line(arguments: Sequence[str]) -> ShortRunRequest:
     """Returns the parsed arguments; raises ValueError for one that is not understood."""
+    refuse_misspelt(arguments, ("--nproc", "--steps", "--work", "--to", "--keep-engine"))
     found: dict[str, Any] = {"overrides": [], "to": []}
     rest = list(arguments)
     while rest:

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import secrets
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -164,6 +165,16 @@ def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context
         hf_config=read_json_object(Path(config.model.path) / "config.json"),
         max_shard_bytes=MAX_SHARD_BYTES,
     )
+
+
+def check_server_options(config: Config) -> None:
+    """Raises ValueError where an option of [sglang] is wrong, as far as that shows without asking any server."""
+    _check_release(config)
+    key = _api_key(config)
+    if config.sglang.num_servers:
+        launch = _launch_options(config, config.model.path, key or "")
+        if shutil.which(launch.python) is None:
+            raise ValueError(f"sglang.python={launch.python!r} is no program; give the interpreter that has SGLang")
 
 
 def _check_release(config: Config) -> None:

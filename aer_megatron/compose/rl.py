@@ -14,13 +14,12 @@ from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
 from aer_megatron.compose.common import Process, build_actor, checked_weights, held, open_reporter
+from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.saves import RunSaves
 from aer_megatron.config import Config
-from aer_megatron.data.prompts import PromptCursor, PromptSet
-from aer_megatron.data.sources import load_records
-from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
+from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
@@ -30,8 +29,7 @@ from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.report.writer import changed_options
-from aer_megatron.rewards.pool import VerifierPool, check_verifiers
-from aer_megatron.rewards.registry import is_built_in
+from aer_megatron.rewards.pool import VerifierPool
 from aer_megatron.rewards.scoring import reason_counts, score_groups
 from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
@@ -98,6 +96,8 @@ def _train(
         num_updates=config.run.num_steps * config.algo.num_minibatches,
     )
     data = load_data(config)
+    for note in data.notes:
+        process.say(note)
     cursor = PromptCursor(data.train, config.run.seed)
     ledger = DifficultyLedger(config.algo.ledger.decay, len(data.train))
     start = Progress(0, 0, controller.initial_state(config.algo.entropy), cursor.state_dict())
@@ -130,33 +130,6 @@ def _train(
         next_step = loop(Stages(config, Parts(**parts), start)).run()
         stops.end_steps()
     return next_step
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Data:
-    """Prompt sets and the tokenizer's functions."""
-
-    train: Any
-    evaluation: Sequence[Any]
-    decode: Callable[[Sequence[int]], str]
-    stop_ids: tuple[int, ...]
-
-
-def load_data(config: Config) -> Data:
-    tokenizer = load_tokenizer(config.model.path)
-    stop_ids = stop_token_ids(config.model.path, tokenizer)
-    read = functools.partial(
-        load_records,
-        on_bad_record=config.data.on_bad_record,
-        default_verifier=config.data.verifier,
-        may_name=lambda name: is_built_in(name) or name in config.data.verifiers,
-    )
-    train = PromptSet(read(config.data.train).records, tokenizer, config.data)
-    evaluation: Sequence[Any] = ()
-    if config.data.eval is not None:
-        evaluation = PromptSet(read(config.data.eval).records, tokenizer, config.data)[: config.eval.num_prompts]
-    check_verifiers(train.verifiers | {prompt.verifier for prompt in evaluation})
-    return Data(train, evaluation, make_decoder(tokenizer, stop_ids), stop_ids)
 
 
 def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:

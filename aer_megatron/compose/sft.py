@@ -15,6 +15,7 @@ from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
 from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
 from aer_megatron.convert.random_weights import random_hf_weights
+from aer_megatron.data.skipped import OnSkip, SkippedRecords
 from aer_megatron.data.supervised import SupervisedSource
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from aer_megatron.json_input import read_json_object
@@ -30,21 +31,28 @@ STAGE_FILE = "aer_stage.json"
 
 def run_sft(config: Config, process: Process, topology: Topology, arguments: Sequence[str]) -> None:
     """Returns when ``model.path`` is written, by this process or by another that was at it, or the stage is stopped."""
+    with held(supervised_locks(config), process.platform):
+        if not is_made(config):
+            _make(config, process, topology, arguments, Path(config.run.output_dir) / "sft")
+
+
+def supervised_locks(config: Config) -> dict[Path, str]:
+    """Returns the lock files of what the stage writes, with the options that they protect."""
     target, folder = Path(config.model.path), Path(config.run.output_dir) / "sft"
-    locks = {
+    return {
         # beside the folder, which is replaced as a whole
         target.with_name(f".{target.name}.{LOCK_FILE}"): f"model.path={config.model.path!r}",
         folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r} (its sft/)",
     }
-    with held(locks, process.platform):
-        if not is_made(config):
-            _make(config, process, topology, arguments, folder)
 
 
 def _make(config: Config, process: Process, topology: Topology, arguments: Sequence[str], folder: Path) -> None:
     """Trains from sft.init, or from where an earlier launch was stopped, and writes model.path at the end."""
     init, options, platform, stops = init_path(config), config.sft, process.platform, process.stops
-    source = _source(config, init, topology)
+    skipped = SkippedRecords()
+    source = supervised_source(config, init, dp=topology.dp, on_skip=skipped)
+    for note in skipped.lines("sft.source", source.num_records):
+        process.say(note)
     actor = build_actor(
         config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps
     )
@@ -80,14 +88,15 @@ def _make(config: Config, process: Process, topology: Topology, arguments: Seque
         shutil.rmtree(kept, ignore_errors=True)
 
 
-def _source(config: Config, init: str, topology: Topology) -> SupervisedSource:
+def supervised_source(config: Config, init: str, *, dp: int, on_skip: OnSkip) -> SupervisedSource:
+    """Returns the stage's batches; raises ValueError where it has none, or they do not fit ``dp`` replicas."""
     options = config.sft
     if options.source is None:
         raise ValueError("--stage=sft needs a [sft.source] table: a file with responses, or task = \"countdown\"")
-    if options.batch_size % topology.dp:
+    if options.batch_size % dp:
         raise ValueError(
-            f"sft.batch_size={options.batch_size} must be a multiple of the data-parallel size {topology.dp}; "
-            f"use {-(-options.batch_size // topology.dp) * topology.dp}"
+            f"sft.batch_size={options.batch_size} must be a multiple of the data-parallel size {dp}; "
+            f"use {-(-options.batch_size // dp) * dp}"
         )
     tokenizer = load_tokenizer(init)
     return SupervisedSource(
@@ -97,6 +106,7 @@ def _source(config: Config, init: str, topology: Topology) -> SupervisedSource:
         eos_id=stop_token_ids(init, tokenizer)[0],
         batch_size=options.batch_size,
         seed=config.run.seed,
+        on_skip=on_skip,
     )
 
 

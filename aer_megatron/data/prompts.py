@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from aer_megatron.config import DataSection
+from aer_megatron.data.skipped import OnSkip, ignore
 from aer_megatron.data.sources import Record
 from aer_megatron.types import Prompt
 
@@ -94,12 +95,16 @@ class PromptSet(Sequence[Prompt]):
     """
 
     def __init__(
-        self, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, data: DataSection
+        self,
+        records: Sequence[Record],
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSection,
+        on_skip: OnSkip = ignore,
     ) -> None:
         self._encoder = PromptEncoder(tokenizer, data)
         self._max_tokens = data.max_prompt_tokens
         self._prompts: dict[int, Prompt] = {}
-        self._records = self._drop_bad(records, skip=data.on_bad_record == "skip")
+        self._records = self._drop_bad(records, on_skip if data.on_bad_record == "skip" else None)
         self.num_skipped = len(records) - len(self._records)
         if not self._records:
             raise ValueError(
@@ -136,7 +141,7 @@ class PromptSet(Sequence[Prompt]):
         ids = np.fromiter((record.id for record in self._records), dtype=np.uint64, count=len(self))
         return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
-    def _drop_bad(self, records: Sequence[Record], *, skip: bool) -> tuple[Record, ...]:
+    def _drop_bad(self, records: Sequence[Record], on_skip: OnSkip | None) -> tuple[Record, ...]:
         doubtful = [
             i
             for i, record in enumerate(records)
@@ -150,9 +155,10 @@ class PromptSet(Sequence[Prompt]):
             if index in encoded:
                 try:
                     self._prompts[len(kept)] = self._to_prompt(record, encoded[index])
-                except ValueError:
-                    if not skip:
+                except ValueError as error:
+                    if on_skip is None:
                         raise
+                    on_skip(str(error))
                     continue
             kept.append(record)
         return tuple(kept)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from aer_megatron.config import SourceSection
 from aer_megatron.data import countdown, procedural
+from aer_megatron.data.skipped import OnSkip, ignore
 from aer_megatron.json_input import kind_of, parse_json
 
 _KNOWN_FIELDS = frozenset({"problem", "prompt", "answer", "verifier", "id", "response"})
@@ -66,19 +67,21 @@ def load_records(
     on_bad_record: Literal["error", "skip"],
     default_verifier: str,
     may_name: Callable[[str], bool],
+    on_skip: OnSkip = ignore,
 ) -> LoadedRecords:
     """Returns the records of ``source``, each with an answer, and how many bad ones were skipped.
 
     A file record is ``{"problem" | "prompt", "answer", optional "verifier", "id", "response"}``; other fields
     are kept as metadata. Records without a verifier get ``default_verifier``; procedural sets name their own. A name is
-    code to run, so a record may give one only if it is the default or ``may_name`` says so.
+    code to run, so a record may give one only if it is the default or ``may_name`` says so. ``on_skip`` is told of
+    every record that is skipped.
 
     Raises:
         ValueError: a malformed record (file, line and reason) with ``on_bad_record="error"``; a missing or
             empty file; an unknown procedural set or option.
     """
     if source.task is None:
-        return _load_file(source, on_bad_record, _Rules("answer", default_verifier, may_name))
+        return _load_file(source, on_bad_record, _Rules("answer", default_verifier, may_name), on_skip)
     if source.task == "countdown":
         texts = countdown.generate(size=source.size, seed=source.seed, options=source.options).texts()
         records = [
@@ -93,7 +96,7 @@ def load_records(
 
 
 def load_supervised_records(
-    source: SourceSection, *, on_bad_record: Literal["error", "skip"]
+    source: SourceSection, *, on_bad_record: Literal["error", "skip"], on_skip: OnSkip = ignore
 ) -> LoadedRecords:
     """Returns the records of a file in which every record has a "response"; "answer" may be absent there.
 
@@ -106,7 +109,8 @@ def load_supervised_records(
             f"file whose "
             f'records have a "response"'
         )
-    return _load_file(source, on_bad_record, _Rules("response", "", lambda name: True))  # none of them is called
+    rules = _Rules("response", "", lambda name: True)  # none of the verifiers is called
+    return _load_file(source, on_bad_record, rules, on_skip)
 
 
 def stable_id(*parts: str) -> int:
@@ -129,7 +133,9 @@ def _procedural_record(problem: str, answer: str, verifier: str, metadata: Mappi
     return Record(stable_id(problem, answer), problem, answer, verifier, None, metadata)
 
 
-def _load_file(source: SourceSection, on_bad_record: Literal["error", "skip"], rules: _Rules) -> LoadedRecords:
+def _load_file(
+    source: SourceSection, on_bad_record: Literal["error", "skip"], rules: _Rules, on_skip: OnSkip
+) -> LoadedRecords:
     path = Path(source.path or "")
     records: list[Record] = []
     owners: dict[int, tuple[str, Record]] = {}
@@ -145,6 +151,7 @@ def _load_file(source: SourceSection, on_bad_record: Literal["error", "skip"], r
                     f"{reason}; correct it, or set data.on_bad_record='skip' to count and skip"
                 ) from None
             first_reason, num_skipped = first_reason or reason, num_skipped + 1
+            on_skip(reason)
             continue
         records.append(record)
     if not records:

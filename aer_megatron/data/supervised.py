@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from aer_megatron.config import DataSection, SourceSection
 from aer_megatron.data import countdown
 from aer_megatron.data.prompts import PromptEncoder, PromptSet, epoch_order, seeded_generator
+from aer_megatron.data.skipped import OnSkip, ignore
 from aer_megatron.data.sources import load_supervised_records
 from aer_megatron.types import SupervisedBatch
 
@@ -50,6 +51,7 @@ class SupervisedSource:
         eos_id: int,
         batch_size: int,
         seed: int,
+        on_skip: OnSkip = ignore,
     ) -> None:
         encoder = PromptEncoder(tokenizer, data)
         self._pairs: _Pairs
@@ -61,7 +63,7 @@ class SupervisedSource:
             else:
                 self._pairs = _CountdownTextPairs(items, encoder, tokenizer, eos_id)
         else:
-            self._pairs = _FilePairs(source, data, tokenizer, eos_id)
+            self._pairs = _FilePairs(source, data, tokenizer, eos_id, on_skip)
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = -1
@@ -166,10 +168,15 @@ class _FilePairs:
     """Records with a response, tokenised on first use and kept."""
 
     def __init__(
-        self, source: SourceSection, data: DataSection, tokenizer: PreTrainedTokenizerBase, eos_id: int
+        self,
+        source: SourceSection,
+        data: DataSection,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_id: int,
+        on_skip: OnSkip,
     ) -> None:
-        records, num_bad = load_supervised_records(source, on_bad_record=data.on_bad_record)
-        self._prompts = PromptSet(records, tokenizer, data)
+        records, num_bad = load_supervised_records(source, on_bad_record=data.on_bad_record, on_skip=on_skip)
+        self._prompts = PromptSet(records, tokenizer, data, on_skip)
         self.num_skipped = num_bad + self._prompts.num_skipped
         self._tokenizer = tokenizer
         self._eos_id = eos_id

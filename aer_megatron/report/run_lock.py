@@ -83,6 +83,24 @@ class RunLock:
             )
 
 
+def held_by(path: Path) -> str | None:
+    """Returns who holds the lock on ``path``, None where nobody does; makes and changes nothing."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(file)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    finally:
+        os.close(file)
+    return None
+
+
 def _close_copy(lock: RunLock | None) -> None:
     """In a forked child: its copy of the descriptor would keep the lock beyond the end of the run."""
     if lock is not None:

@@ -1,0 +1,181 @@
+"""What ``--dry-run`` looks at: everything that can be wrong before the first step, and all of it at once.
+
+No weights are loaded (their files' headers are read), no server is asked and nothing is written. A verifier of the
+user's is loaded in a worker process, as for a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aer_megatron.actor.checkpoint_folder import CheckpointFolder
+from aer_megatron.actor.checkpoint_manifest import MANIFEST_NAME, manifest_from_json, read_manifest_text
+from aer_megatron.actor.checkpoint_manifest import check_model as check_manifest_model
+from aer_megatron.compose.common import architecture, check_model, checked_weights
+from aer_megatron.compose.data import prompt_set
+from aer_megatron.compose.engines import check_server_options
+from aer_megatron.compose.sft import init_path, is_made, supervised_locks, supervised_source
+from aer_megatron.config import Config
+from aer_megatron.data.skipped import SkippedRecords
+from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
+from aer_megatron.report.masking import mask_table
+from aer_megatron.report.run_lock import LOCK_FILE, held_by
+from aer_megatron.report.writer import changed_options
+from aer_megatron.rewards.pool import check_verifiers
+
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class Findings:
+    """``problems`` would end the run or make it do nothing; ``notes`` are worth knowing."""
+
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, check: Callable[[], Result]) -> Result | None:
+        """Returns what ``check`` returns; None, and a problem, where it raises."""
+        try:
+            return check()
+        except (ValueError, RuntimeError, OSError) as error:
+            if str(error) not in self.problems:
+                self.problems.append(str(error))
+            return None
+
+
+def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]:
+    """Returns the text to print, configuration and plan of one step, and what was found.
+
+    ``world_size`` is the number of ranks that a launcher gave; with 1 the fewest that the layout can have are assumed.
+    """
+    found = Findings()
+    parallel = config.parallel
+    fewest = parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
+    num_ranks = world_size if world_size > 1 else fewest
+    dp = found.attempt(lambda: config.check_world_size(num_ranks))
+    path = found.attempt(lambda: init_path(config)) if stage == "sft" else config.model.path
+    if path is not None and _is_folder(found, path, "sft.init" if stage == "sft" else "model.path"):
+        found.attempt(lambda: check_model(config, path))
+        if stage == "rl" or any(Path(path).glob("*.safetensors")):
+            found.attempt(lambda: checked_weights(path))
+        if stage == "sft":
+            _look_at_supervised_data(found, config, path, dp or 1)
+        else:
+            _look_at_data(found, config)
+    _look_at_folders(found, config, stage)
+    if stage == "rl" and config.rollout.engine == "sglang":
+        found.attempt(lambda: check_server_options(config))
+    text = json.dumps(mask_table(config.model_dump(mode="json")), indent=2, ensure_ascii=False)
+    plan = None if dp is None else found.attempt(lambda: plan_text(config, num_ranks, dp))
+    return (text if plan is None else f"{text}\n\n{plan}"), found
+
+
+def plan_text(config: Config, num_ranks: int, dp: int) -> str:
+    """Returns the sizes of one step; raises ValueError where the model folder is not readable."""
+    arch, parallel = architecture(config.model.path), config.parallel
+    num_sequences = config.rollout.prompts_per_step * config.rollout.group_size
+    per_update = num_sequences // config.algo.num_minibatches
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    micro = -(-per_update // dp // parallel.micro_batch_size)
+    batches = (
+        f"{micro} per optimizer step and rank, of <= {parallel.micro_batch_size} sequences"
+        f" (<= {parallel.micro_batch_size * longest:,} tokens)"
+    )
+    if parallel.tokens_per_micro_batch:
+        most = -(-per_update // dp // (parallel.tokens_per_micro_batch // longest))
+        batches = (
+            f"packed, of <= {parallel.tokens_per_micro_batch:,} tokens: at most {most} per optimizer step and rank"
+        )
+    cp = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    lines = [
+        "plan of one step",
+        f"  ranks                {num_ranks} = tp {parallel.tp} x pp {parallel.pp}{cp} x dp {dp}",
+        f"  model                {arch.family}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
+        f"vocabulary {arch.vocab_size}",
+        f"  rollouts             {config.rollout.prompts_per_step} prompts x {config.rollout.group_size} = "
+        f"{num_sequences} sequences",
+        f"  response tokens      <= {num_sequences * config.rollout.max_new_tokens:,}",
+        f"  optimizer steps      {config.algo.num_minibatches} of {per_update} sequences",
+        f"  micro-batches        {batches}",
+    ]
+    return "\n".join(lines)
+
+
+def _is_folder(found: Findings, path: str, option: str) -> bool:
+    if Path(path).is_dir():
+        return True
+    found.problems.append(f"{option}={path!r} is not a folder; give a Hugging Face folder with config.json")
+    return False
+
+
+def _look_at_data(found: Findings, config: Config) -> None:
+    tokenizer: Any = found.attempt(lambda: load_tokenizer(config.model.path))
+    if tokenizer is None:
+        return  # what is left are the records, which need it
+    found.attempt(lambda: stop_token_ids(config.model.path, tokenizer))
+    for option, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if source is None:
+            continue
+        result = found.attempt(lambda: prompt_set(config, option, source, tokenizer))  # noqa: B023
+        if result is not None:
+            found.notes.extend(result[1])
+            for verifier in sorted(result[0].verifiers):
+                found.attempt(lambda: check_verifiers([verifier]))  # noqa: B023
+
+
+def _look_at_supervised_data(found: Findings, config: Config, init: str, dp: int) -> None:
+    skipped = SkippedRecords()
+    source = found.attempt(lambda: supervised_source(config, init, dp=dp, on_skip=skipped))
+    if source is not None:
+        found.notes.extend(skipped.lines("sft.source", source.num_records))
+    if config.sft.source is not None and found.attempt(lambda: is_made(config)):
+        found.notes.append(f"{config.model.path}: made earlier by the same configuration; nothing would be done")
+
+
+def _look_at_folders(found: Findings, config: Config, stage: str) -> None:
+    folder, option = Path(config.run.output_dir), f"run.output_dir={config.run.output_dir!r}"
+    locks = supervised_locks(config) if stage == "sft" else {folder / LOCK_FILE: option}
+    for path, protects in locks.items():
+        found.attempt(lambda: _check_writable(path.parent, protects))  # noqa: B023
+        holder = found.attempt(lambda: held_by(path))  # noqa: B023
+        if holder:
+            found.problems.append(f"{protects} is in use by another run ({holder})")
+    if stage == "rl":
+        found.attempt(lambda: _look_at_checkpoints(found, config, folder / "checkpoints"))
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    """Raises ValueError unless ``folder`` is there, or can be made, and takes files; makes nothing."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ValueError(f"{option}: {nearest} is no folder; choose another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: {nearest} cannot be written to; choose another one, or change its mode")
+
+
+def _look_at_checkpoints(found: Findings, config: Config, folder: Path) -> None:
+    finished = CheckpointFolder(folder, keep=1).finished()
+    if not finished:
+        return
+    newest = finished[max(finished)]
+    manifest = manifest_from_json(read_manifest_text(newest), newest / MANIFEST_NAME)
+    arch = architecture(config.model.path, tp=config.parallel.tp)
+    found.attempt(lambda: check_manifest_model(manifest, asdict(arch), config.model.dtype, newest))
+    changes = ", ".join(changed_options(config.run.output_dir, config))
+    if not config.run.resume:
+        found.problems.append(f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds {newest}")
+    elif manifest.step < config.run.num_steps:
+        found.notes.append(f"would resume at step {manifest.step} of {newest}; changed: {changes or 'nothing'}")
+    elif changes:
+        found.problems.append(
+            f"{config.run.output_dir} is finished ({newest}) and nothing would be trained; its configuration "
+            f"differs: {changes}; choose another run.output_dir, or raise run.num_steps"
+        )
+    else:
+        found.notes.append(f"{config.run.output_dir} is finished ({newest}); nothing would be trained")

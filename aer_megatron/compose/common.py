@@ -120,10 +120,22 @@ def architecture(path: str, tp: int = 1) -> ModelArchitecture:
 
 def check_model(config: Config, path: str) -> None:
     """Raises ValueError unless layout and rollout engine fit the model and the longest sequence its positions."""
+    for check in model_checks(config, path):
+        check()
+
+
+def model_checks(config: Config, path: str) -> list[Callable[[], None]]:
+    """Returns the checks of ``check_model``; raises ValueError where the model's config.json is not readable."""
     parallel = config.parallel
     arch = architecture(path, tp=parallel.tp)
-    check_parallel(arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
-    check_quantization(config, arch)
+    return [
+        functools.partial(check_parallel, arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep),
+        functools.partial(check_quantization, config, arch),
+        functools.partial(_check_positions, config, arch),
+    ]
+
+
+def _check_positions(config: Config, arch: ModelArchitecture) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > arch.max_positions:
         raise ValueError(

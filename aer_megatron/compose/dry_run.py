@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from aer_megatron.actor.checkpoint_folder import CheckpointFolder
 from aer_megatron.actor.checkpoint_manifest import MANIFEST_NAME, manifest_from_json, read_manifest_text
 from aer_megatron.actor.checkpoint_manifest import check_model as check_manifest_model
-from aer_megatron.compose.common import architecture, check_model, checked_weights
+from aer_megatron.compose.common import architecture, checked_weights, model_checks
 from aer_megatron.compose.data import prompt_set
 from aer_megatron.compose.engines import check_server_options
 from aer_megatron.compose.sft import init_path, is_made, supervised_locks, supervised_source
@@ -60,8 +60,12 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
     num_ranks = world_size if world_size > 1 else fewest
     dp = found.attempt(lambda: config.check_world_size(num_ranks))
     path = found.attempt(lambda: init_path(config)) if stage == "sft" else config.model.path
+    plan: str | None = None
     if path is not None and _is_folder(found, path, "sft.init" if stage == "sft" else "model.path"):
-        found.attempt(lambda: check_model(config, path))
+        for check in found.attempt(lambda: model_checks(config, path)) or ():
+            found.attempt(check)
+        if dp is not None:
+            plan = found.attempt(lambda: plan_text(config, path, num_ranks, dp))
         if stage == "rl" or any(Path(path).glob("*.safetensors")):
             found.attempt(lambda: checked_weights(path))
         if stage == "sft":
@@ -72,13 +76,12 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
     if stage == "rl" and config.rollout.engine == "sglang":
         found.attempt(lambda: check_server_options(config))
     text = json.dumps(mask_table(config.model_dump(mode="json")), indent=2, ensure_ascii=False)
-    plan = None if dp is None else found.attempt(lambda: plan_text(config, num_ranks, dp))
-    return (text if plan is None else f"{text}\n\n{plan}"), found
+    return (f"{text}\n\n{plan}" if plan else text), found
 
 
-def plan_text(config: Config, num_ranks: int, dp: int) -> str:
-    """Returns the sizes of one step; raises ValueError where the model folder is not readable."""
-    arch, parallel = architecture(config.model.path), config.parallel
+def plan_text(config: Config, path: str, num_ranks: int, dp: int) -> str:
+    """Returns the sizes of one step of the model in ``path``; raises ValueError where that is not readable."""
+    arch, parallel = architecture(path), config.parallel
     num_sequences = config.rollout.prompts_per_step * config.rollout.group_size
     per_update = num_sequences // config.algo.num_minibatches
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens

@@ -28,7 +28,7 @@ from aer_megatron.parts import Parts, PendingBatch, Progress
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
-from aer_megatron.report.writer import changed_options
+from aer_megatron.report.writer import METRICS_FILE, changed_options, split_lines
 from aer_megatron.rewards.pool import VerifierPool
 from aer_megatron.rewards.scoring import reason_counts, score_groups
 from aer_megatron.rollout.collect import RolloutCollector
@@ -51,6 +51,9 @@ def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequ
             folder / "checkpoints", topology=topology, device=platform.device, keep=config.run.keep_checkpoints
         )
         checkpoint = store.latest()
+        lost = 0 if checkpoint is not None else sum(1 for _ in split_lines(folder / METRICS_FILE))
+        if lost:
+            process.say(f"{folder} has no checkpoint: its {lost} steps are dropped, the run begins anew at step 0")
         if checkpoint is not None and not config.run.resume:
             raise ValueError(
                 f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds checkpoints up to step "
@@ -62,6 +65,16 @@ def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequ
         if checkpoint is None or checkpoint.step < config.run.num_steps:
             next_step = _train(config, process, topology, arguments, (store, checkpoint))
             process.say_stopped(f"saved {folder}/checkpoints/step_{next_step:08d}", next_step)
+            if next_step == config.run.num_steps:
+                process.say(f"done: {next_step} steps; see {', '.join(map(str, _results(config)))}")
+
+
+def _results(config: Config) -> list[Path]:
+    """Returns what the user will want to look at."""
+    from aer_megatron.report.picture import PICTURE_FILE  # needs matplotlib
+
+    names = ([PICTURE_FILE] if config.report.picture else []) + [METRICS_FILE]
+    return [Path(config.run.output_dir) / name for name in names]
 
 
 def _what_it_finds(config: Config, checkpoint: Checkpoint) -> str:

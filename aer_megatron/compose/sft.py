@@ -13,7 +13,7 @@ from aer_megatron.actor.checkpoint import CheckpointStore
 from aer_megatron.compose.common import MAX_SHARD_BYTES, Process, build_actor, checked_weights, held, open_reporter
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
-from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
+from aer_megatron.convert.hf_folder import HFFolder, copy_extra_files, fill_hf_folder, new_folder
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.data.skipped import OnSkip, SkippedRecords
 from aer_megatron.data.supervised import SupervisedSource
@@ -127,22 +127,26 @@ def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -
     weights: Iterator[tuple[str, Any]] = actor.hf_weights()
     if platform.rank == 0:
         if (target / STAGE_FILE).is_file():
-            shutil.rmtree(target)
+            _remove(target)
         hf_config = read_json_object(Path(init) / "config.json")
-        write_hf_folder(
-            target,
-            weights,
-            config=hf_config,
-            extra_files_from=init,
-            max_shard_bytes=MAX_SHARD_BYTES,
-            dtype=None,
-        )
+        with new_folder(target) as work:
+            fill_hf_folder(work, weights, config=hf_config, max_shard_bytes=MAX_SHARD_BYTES, dtype=None)
+            copy_extra_files(Path(init), work)
+            # part of the folder from its first moment: one without it is taken for somebody else's
+            (work / STAGE_FILE).write_text(json.dumps({"digest": _stage_digest(config)}) + "\n", encoding="utf-8")
         HFFolder(target)  # reads back what was written
-        (target / STAGE_FILE).write_text(json.dumps({"digest": _stage_digest(config)}) + "\n", encoding="utf-8")
     else:
         for _ in weights:
             pass
     barrier()
+
+
+def _remove(folder: Path) -> None:
+    """Takes the folder out of sight in one rename: half deleted it would be taken for somebody else's."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def init_path(config: Config) -> str:

@@ -87,7 +87,7 @@ def held_by(path: Path) -> str | None:
     """Returns who holds the lock on ``path``, None where nobody does; makes and changes nothing."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -12,7 +12,8 @@ launch() {
     "$python" -m aer_megatron.cli launch --nproc 2 "$run" "$@"
 }
 
+echo "quickstart: two stages, some 10 minutes on two quiet cores; Ctrl-C saves, and the same command goes on"
 echo "quickstart: warm start (skipped when its result is there)"
 launch --stage=sft --parallel.tp=1
-echo "quickstart: GRPO + AER, two tensor-parallel ranks"
+echo "quickstart: GRPO + AER, two tensor-parallel ranks; the report will be runs/quickstart/report.png"
 launch "$@"

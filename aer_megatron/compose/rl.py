@@ -59,11 +59,12 @@ def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequ
                 f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds checkpoints up to step "
                 f"{checkpoint.step}; remove them, choose another run.output_dir, or set run.resume=true"
             )
+        data = load_data(config)  # also of a finished run: what is wrong is said
         if checkpoint is not None:
             line = on_first_rank(lambda: _what_it_finds(config, checkpoint), rank=platform.rank, device=platform.device)
             process.say(line)
         if checkpoint is None or checkpoint.step < config.run.num_steps:
-            next_step = _train(config, process, topology, arguments, (store, checkpoint))
+            next_step = _train(config, process, topology, arguments, data, (store, checkpoint))
             process.say_stopped(f"saved {folder}/checkpoints/step_{next_step:08d}", next_step)
             if next_step == config.run.num_steps:
                 process.say(f"done: {next_step} steps; see {', '.join(map(str, _results(config)))}")
@@ -96,6 +97,7 @@ def _train(
     process: Process,
     topology: Topology,
     arguments: Sequence[str],
+    data: Data,
     found: tuple[CheckpointStore, Checkpoint | None],
 ) -> int:
     """Returns the next step, after training from what was ``found``."""
@@ -108,7 +110,6 @@ def _train(
         optimizer=config.optimizer,
         num_updates=config.run.num_steps * config.algo.num_minibatches,
     )
-    data = load_data(config)
     for note in data.notes:
         process.say(note)
     cursor = PromptCursor(data.train, config.run.seed)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.double_runs import random_base
-from tests.support.runs import metric_lines, run_command, train, write_run_file
+from tests.support.runs import metric_lines, run_command, write_run_file
 
 STEPS = 4
 
@@ -39,13 +39,17 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS = [f"--run.num_steps={STEPS}", "--run.checkpoint_every=1", "--algo.divide_by_std=false"]
 
 
+def _train(run_file: Path, *arguments: str) -> Any:
+    return run_command([sys.executable, "-m", "tests.support.giant_rewards", str(run_file), *OPTIONS, *arguments])
+
+
 def _replay(folder: Path, *arguments: str) -> Any:
     return run_command([sys.executable, "-m", "aer_megatron.replay_batch", str(folder), *arguments])
 
 
 def test_the_run_stops_names_the_sample_and_keeps_what_is_replayed(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "stop"
-    done = train(run_file, *OPTIONS, f"--run.output_dir={out}")
+    done = _train(run_file, f"--run.output_dir={out}")
     assert done.returncode == 1, done.stdout + done.stderr
     kept = sorted((out / "nonfinite").iterdir())
     assert len(kept) == 1
@@ -70,7 +74,7 @@ def test_the_run_stops_names_the_sample_and_keeps_what_is_replayed(run_file: Pat
 
 def test_the_run_skips_counts_and_goes_on(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "skip"
-    done = train(run_file, *OPTIONS, f"--run.output_dir={out}", "--run.on_nonfinite=skip", "--run.record_batch=0")
+    done = _train(run_file, f"--run.output_dir={out}", "--run.on_nonfinite=skip", "--run.record_batch=0")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = metric_lines(out)
     skipped = [line["train/updates_skipped"] for line in lines]

@@ -94,7 +94,7 @@ def context_ranks_add_first() -> Iterator[None]:
         dist.all_reduce(added, group=parallel_state.get_context_parallel_group())
         return all_sum(added.numpy(), **options)
 
-    with mock.patch("aer_megatron.actor.actor.all_sum", twice):
+    with mock.patch("aer_megatron.actor.updates.all_sum", twice):
         yield
 
 

@@ -90,7 +90,7 @@ class StopRequests:
         self._since = 0.0
         self._agreed = Cause.NONE
         self._state = "loading"
-        self._place = "the first step"
+        self._place = "the first step, then saving"
         self._leaving = False
         self._lines: list[threading.Thread] = []
         self._agree: Callable[[int], int] = int
@@ -154,7 +154,7 @@ class StopRequests:
     def enter_phase(self, phase: str, step: int | None) -> None:
         """Says what the rank is doing, for the line that answers a signal."""
         if step is not None:
-            self._place = "the checkpoint" if phase == "checkpoint" else f"step {step}"
+            self._place = "the checkpoint" if phase == "checkpoint" else f"step {step}, then saving"
 
     def begin_steps(self) -> None:
         """From here on a signal is a request; every rank calls it.
@@ -224,7 +224,7 @@ class StopRequests:
             self._tell(f"{cause.text} while loading: {_NOTHING}")
             self._set(cause)
         elif self._state == "steps":
-            self._tell(f"{cause.text}: finishing {self._place}, then saving; {again}")
+            self._tell(f"{cause.text}: finishing {self._place}; {again}")
         else:
             self._tell(f"{cause.text}: the last step is done, the run is closing; {again}")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.flight import read_flight
 from tests.support.runs import MODEL, metric_lines, train, write_run_file
 from tests.support.sglang_double import SGLangDouble
+from tests.support.signalled_runs import num_lines, started
 
 pytestmark = pytest.mark.integration
 NUM_STEPS, NUM_SEQUENCES = 6, 8 * 4
@@ -41,21 +44,23 @@ def servers(base: Path) -> Iterator[list[SGLangDouble]]:
         assert first.running == {} and second.running == {}  # no request is leaked
 
 
-def run(
-    base: Path, output: Path, servers: list[SGLangDouble], *arguments: str, ranks: int = 1
-) -> list[dict[str, float]]:
-    """Returns the metrics of a run, whose tokens are made up: neither gate nor controller can like them."""
-    done = train(
-        base / "run.toml",
+def options(output: Path, servers: list[SGLangDouble]) -> list[str]:
+    """Returns the options of a run whose tokens are made up: neither gate nor controller can like them."""
+    return [
         f"--run.output_dir={output}",
         "--run.eval_every=3",
         "--rollout.engine=sglang",
         f"--sglang.urls={json.dumps([server.url for server in servers])}",
         "--rollout.logprob_gate=0",
         "--algo.tis_clip=2",
-        *arguments,
-        ranks=ranks,
-    )
+    ]
+
+
+def run(
+    base: Path, output: Path, servers: list[SGLangDouble], *arguments: str, ranks: int = 1
+) -> list[dict[str, float]]:
+    """Returns the metrics of a run to its end."""
+    done = train(base / "run.toml", *options(output, servers), *arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
     lines = metric_lines(output)
     assert [line["step"] for line in lines] == list(range(len(lines)))
@@ -95,12 +100,34 @@ def test_stale_rollouts_stay_within_the_bound_and_a_resume_counts_nothing_twice(
     assert attempts(resumed) == attempts(straight)  # prompt by prompt
 
 
+def test_a_stopped_run_leaves_no_request_behind_and_goes_on_with_what_it_had_drawn(
+    base: Path, servers: list[SGLangDouble], tmp_path: Path
+) -> None:
+    stale = ("--rollout.staleness=2", "--rollout.max_new_tokens=30", "--run.checkpoint_every=0")
+    out = tmp_path / "out"
+    with started(tmp_path, base / "run.toml", *options(out, servers), *stale) as (rank,):
+        rank.until(lambda: num_lines(out / "metrics.jsonl") >= 2)
+        rank.send(signal.SIGTERM)
+        assert rank.wait() == 143, rank.said
+    done = num_lines(out / "metrics.jsonl")
+    assert done < NUM_STEPS
+    assert f"the same command goes on at step {done}\n" in rank.said
+    assert "Traceback" not in rank.said
+    deadline = time.monotonic() + 60
+    while any(server.running for server in servers) and time.monotonic() < deadline:  # aborted as the run ends
+        time.sleep(0.05)
+    assert [server.running for server in servers] == [{}, {}]
+    lines = run(base, out, servers, *stale)
+    assert len(lines) == NUM_STEPS
+    assert sum(attempts(out).values()) == NUM_STEPS * NUM_SEQUENCES
+
+
 def test_over_sampling_aborts_stragglers_and_counts_whole_groups_alone(
     base: Path, servers: list[SGLangDouble], tmp_path: Path
 ) -> None:
     # two ranks: each has its share of the race and of what a publication interrupts
-    options = ("--rollout.staleness=1", "--rollout.oversample=1.5", "--run.num_steps=3", "--run.eval_every=0")
-    lines = run(base, tmp_path / "out", servers, "--parallel.tp=2", *options, ranks=2)
+    raced = ("--rollout.staleness=1", "--rollout.oversample=1.5", "--run.num_steps=3", "--run.eval_every=0")
+    lines = run(base, tmp_path / "out", servers, "--parallel.tp=2", *raced, ranks=2)
     assert [line["rollout/groups_aborted"] for line in lines] == [4, 4, 4]  # 12 launched, 8 trained on
     assert max(line["rollout/staleness_max"] for line in lines) <= 1
     counted = attempts(tmp_path / "out")

@@ -9,6 +9,7 @@ import codecs
 import datetime
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -62,7 +63,7 @@ def refuse_misspelt(arguments: Sequence[str], flags: Sequence[str] = ()) -> None
 
     ``flags`` are the command's own options, which are left to it.
     """
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in itertools.pairwise([*arguments, "--"]):
         name, separator, _ = argument.partition("=")
         if name in flags:
             continue

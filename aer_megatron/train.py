@@ -112,7 +112,10 @@ def _dry_run(config: Config, stage: str) -> int:
     from aer_megatron.compose.dry_run import dry_run
     from aer_megatron.parallel.platform import read_ranks
 
-    text, found = dry_run(config, stage, read_ranks()[1])
+    rank, world_size, _ = read_ranks()
+    if rank:
+        return 0  # one look is enough
+    text, found = dry_run(config, stage, world_size)
     say(text)
     for note in found.notes:
         say(note)

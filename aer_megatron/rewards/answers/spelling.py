@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from aer_megatron.rewards.answers.words import FUNCTIONS, UNITS, word_set
+from aer_megatron.rewards.answers.alphabet import (
+    ALIASES,
+    ALPHABETS,
+    SCRIPTS,
+    SINGLE,
+    SPACES,
+    STYLES,
+    TABLE,
+    TEXTS,
+    WRAPPERS,
+)
+from aer_megatron.rewards.answers.words import FUNCTIONS, UNITS
 
 MAX_LENGTH = 4000  # characters of an answer; longer ones are compared as texts only
 
@@ -34,126 +45,6 @@ class Token:
     number: Fraction | None = None
     space: bool = False
 
-
-_UNICODE = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\cdot ", "⋅": r"\cdot ", "·": r"\cdot ",
-    "∙": r"\cdot ", "✕": r"\cdot ", "∗": r"\cdot ", "÷": r"\div ", "∕": "/", "√": r"\sqrt ", "∛": r"\sqrt[3]",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
-    "≡": r"\equiv ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ", "∅": r"\emptyset ", "∈": r"\in ",
-    "∨": r"\vee ", "∧": r"\wedge ", "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "′": "'", "’": "'",
-    "…": r"\ldots ", "⋯": r"\ldots ", "→": r"\to ", "∠": r"\angle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "∣": r"\mid ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "‰": r"\permil ", "。": ".", "、": ", ", "，": ", ",
-    "；": ";", "：": ":", "（": "(", "）": ")", "∶": ":", "€": r"\text{euro}", "£": r"\text{pound}",
-    "¢": r"\text{cents}", "ℵ": r"\aleph ", "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ", "ℓ": r"\ell ",
-}  # fmt: skip
-_GREEK = dict(
-    pair.split(":")
-    for pair in [
-        "α:alpha",
-        "β:beta",
-        "γ:gamma",
-        "δ:delta",
-        "ε:epsilon",
-        "ζ:zeta",
-        "η:eta",
-        "θ:theta",
-        "ι:iota",
-        "κ:kappa",
-        "λ:lambda",
-        "μ:mu",
-        "ν:nu",
-        "ξ:xi",
-        "π:pi",
-        "ρ:rho",
-        "σ:sigma",
-        "τ:tau",
-        "φ:phi",
-        "χ:chi",
-        "ψ:psi",
-        "ω:omega",
-        "Γ:Gamma",
-        "Δ:Delta",
-        "Θ:Theta",
-        "Λ:Lambda",
-        "Π:Pi",
-        "Σ:Sigma",
-        "Φ:Phi",
-        "Ψ:Psi",
-        "Ω:Omega",
-    ]
-)
-_VULGAR = {
-    "½": (1, 2), "⅓": (1, 3), "⅔": (2, 3), "¼": (1, 4), "¾": (3, 4), "⅕": (1, 5), "⅖": (2, 5), "⅗": (3, 5),
-    "⅘": (4, 5), "⅙": (1, 6), "⅚": (5, 6), "⅛": (1, 8), "⅜": (3, 8), "⅝": (5, 8), "⅞": (7, 8),
-}  # fmt: skip
-_TABLE = str.maketrans(
-    _UNICODE
-    | {letter: f"\\{name} " for letter, name in _GREEK.items()}
-    | {sign: f"\\frac{{{up}}}{{{down}}}" for sign, (up, down) in _VULGAR.items()}
-)
-_SUPERSCRIPT = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ", "0123456789+-ni", strict=True))
-_SUBSCRIPT = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n", strict=True))
-_SCRIPTS = (("^", _SUPERSCRIPT), ("_", _SUBSCRIPT))
-
-# one name for what LaTeX spells in several ways, in front of them
-_SPELLINGS = """
-    frac dfrac tfrac cfrac nicefrac
-    binom dbinom tbinom
-    cdot times ast bullet
-    le leq leqslant leqq
-    ge geq geqslant geqq
-    ne neq
-    < lt
-    > gt
-    vee lor
-    wedge land
-    emptyset varnothing
-    setminus backslash smallsetminus
-    ldots dots cdots dotsc dotsb vdots ddots
-    : colon
-    | vert lvert rvert
-    [ lbrack
-    ] rbrack
-    to rightarrow longrightarrow implies Rightarrow
-    epsilon varepsilon
-    phi varphi
-    theta vartheta
-    circ degree degrees textdegree
-    tan tg
-    cot ctg
-    cup bigcup
-    cap bigcap
-    bmod mod
-    permil perthousand textperthousand
-    overline bar
-    infty infin
-    neg lnot
-"""
-_ALIASES = {
-    spelling: name for name, *spellings in map(str.split, _SPELLINGS.strip().splitlines()) for spelling in spellings
-}
-_SINGLE = {
-    "{": "lbrace",
-    "}": "rbrace",
-    "$": "dollar",
-    "%": "percent",
-    "&": "ampersand",
-    "#": "number",
-    "_": "underscore",
-}
-_SPACES = {",", ";", ":", " ", ">", "quad", "qquad", "thinspace", "medspace", "enspace", "newline", "\n", "\t"}
-_STYLES = word_set(
-    """displaystyle textstyle scriptstyle large Large LARGE huge Huge small normalsize left right middle big
-    Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr limits nolimits rm bf it ! boldmath mathstrut
-    strut nonumber notag displaylimits"""
-)
-_WRAPPERS = word_set(
-    """mathrm mathbf mathit mathsf mathnormal boldsymbol bm pmb mathop underline ensuremath fbox boxed phantom
-    mathtt bold"""
-)
-_TEXTS = word_set("""text mbox textrm textbf textit textsf texttt textnormal hbox textup emph mathtext""")
-_ALPHABETS = {"mathbb": "bb", "mathcal": "cal", "mathfrak": "frak", "mathscr": "cal", "Bbb": "bb"}
 
 # digits in groups of three, each group cut off in the same way: 1,234  1{,}234  1,\!234  1\,234  1 234
 _GROUPED = re.compile(
@@ -205,10 +96,10 @@ def spelled(tokens: list[Token]) -> str:
 
 
 def _one_alphabet(text: str) -> str:
-    for mark, table in _SCRIPTS:
+    for mark, table in SCRIPTS:
         signs = "".join(table)
         text = re.sub(f"[{signs}]+", lambda run, m=mark, t=table: f"{m}{{{''.join(t[c] for c in run.group())}}}", text)  # type: ignore[misc]
-    return unicodedata.normalize("NFKC", text.translate(_TABLE)).replace("{:}", ":")
+    return unicodedata.normalize("NFKC", text.translate(TABLE)).replace("{:}", ":")
 
 
 class _Scanner:
@@ -293,12 +184,7 @@ class _Scanner:
         if match is None:  # a backslash at the end
             return len(self._text)
         name, end = match.group(1), match.end()
-        if (
-            name in _TEXTS
-            or name in _WRAPPERS
-            or name in _ALPHABETS
-            or name in ("operatorname", "hspace", "vspace", "mathrm")
-        ):
+        if name in TEXTS or name in WRAPPERS or name in ALPHABETS or name in ("operatorname", "hspace", "vspace"):
             if name == "operatorname" and self._text[end : end + 1] == "*":
                 end += 1
             content, end = self._argument(end)
@@ -312,7 +198,7 @@ class _Scanner:
             content, end = self._argument(end)
             self._add("command", "bmod")
             self._inline(content)
-        elif name in _SPACES:
+        elif name in SPACES:
             self._space = True
         elif name in ("begin", "end"):
             content, end = self._argument(end)
@@ -325,7 +211,7 @@ class _Scanner:
                 self._tokens.append(token)
             self._tokens.extend(_Scanner(content, *self._options).run())
             self._add("mark", ")")
-        elif name in _STYLES:
+        elif name in STYLES:
             if name in ("left", "right") and self._text[end : end + 1] == ".":
                 end += 1
         else:
@@ -333,7 +219,7 @@ class _Scanner:
         return end
 
     def _named(self, name: str) -> None:
-        name = _SINGLE.get(name, _ALIASES.get(name, name))
+        name = SINGLE.get(name, ALIASES.get(name, name))
         if name == "number" or name == "ampersand":
             return
         if len(name) == 1:
@@ -365,12 +251,12 @@ class _Scanner:
     def _wrapped(self, name: str, content: str) -> None:
         if name in ("hspace", "vspace", "phantom"):
             self._space = True
-        elif name in _ALPHABETS:
-            self._add("name", _ALPHABETS[name] + content.strip())
+        elif name in ALPHABETS:
+            self._add("name", ALPHABETS[name] + content.strip())
         elif name == "operatorname":
             inner = content.strip()
-            self._add("command", _ALIASES.get(inner, inner)) if inner.isalpha() else self._inline(content)
-        elif name in _TEXTS:
+            self._add("command", ALIASES.get(inner, inner)) if inner.isalpha() else self._inline(content)
+        elif name in TEXTS:
             self._words(content)
         elif content.strip().isalpha() and len(content.strip()) > 1 and content.strip() not in FUNCTIONS:
             self._space = self._space or content[:1] == " "

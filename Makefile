@@ -55,8 +55,9 @@ test-multinode: install ## two nodes on this machine, one of them lost (network 
 test-gpu: install ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu
 
-lint: install ## ruff, mypy, import layers
+lint: install ## ruff (rules and format), mypy, import layers
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "lint: run $(BIN)/ruff format ." >&2; exit 1; }
 	@$(BIN)/mypy
 	@$(if $(IMPORT_LAYER_TEST),$(PYTEST) $(IMPORT_LAYER_TEST))
 

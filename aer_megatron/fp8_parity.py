@@ -261,9 +261,7 @@ def _measure(
     """Returns one precision's first scores and its run over the recorded batches."""
     platform, topology = place
     updates = config.run.num_steps * config.algo.num_minibatches
-    actor = build_actor(
-        config, config.model.path, platform, topology, optimizer=config.optimizer, num_updates=updates
-    )
+    actor = build_actor(config, config.model.path, platform, topology, optimizer=config.optimizer, num_updates=updates)
     get = checked_weights(config.model.path)
     actor.load_hf_weights(_rounded(get, TORCH_DTYPES[config.model.dtype]) if round_weights else get)
     if config.algo.kl_coefficient:

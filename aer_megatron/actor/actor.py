@@ -75,9 +75,7 @@ class Actor:
         megatron_config = self.chunks[0].config  # the chunks' common one
         megatron_config.finalize_model_grads_func = _finalize_without_scaling
         megatron_config.grad_scale_func = self.optimizer.scale_loss if config.model.dtype == "bf16" else None
-        self._runner = MicroBatchRunner(
-            self.ddp, arch=arch, options=config.parallel, topology=topology, device=device
-        )
+        self._runner = MicroBatchRunner(self.ddp, arch=arch, options=config.parallel, topology=topology, device=device)
         schedule = functools.partial(learning_rate, num_steps=num_updates_planned, options=optimizer)
         self._updates = Updates(
             self.ddp, self.optimizer, self._runner, schedule, arch=arch, topology=topology, device=device
@@ -196,9 +194,7 @@ class Actor:
             micros, loss = self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
             yield Update(index, micros, loss, bad)
 
-    def _select_tokens(
-        self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool
-    ) -> BoolArray | None:
+    def _select_tokens(self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool) -> BoolArray | None:
         """Returns bool [T], the tokens of a mini-batch that its covariance rule picks, or None without such a rule.
 
         The rule needs the whole mini-batch's log-probabilities before the first micro-batch has a gradient: a forward

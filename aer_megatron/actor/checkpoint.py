@@ -187,9 +187,7 @@ class CheckpointStore:
             newest = max(finished, default=0)
             for step, path in self._folder.unfinished().items():
                 if step > newest:
-                    _LOG.warning(
-                        "%s has no %s: not finished, going on from step %d", path.name, MANIFEST_NAME, newest
-                    )
+                    _LOG.warning("%s has no %s: not finished, going on from step %d", path.name, MANIFEST_NAME, newest)
             return {"name": finished[newest].name, "text": read_manifest_text(finished[newest])} if finished else {}
 
         found = self._together(look, action=f"read {self._folder.path}")[0]

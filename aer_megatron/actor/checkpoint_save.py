@@ -92,9 +92,7 @@ class SaveJob:
             finally:  # whatever it was: rank 0 waits for a word
                 answers = self._tell(f"{self._plan.token}/files", answer)
             outcome = self._answer(lambda: self._finish(answers)) if self._rank == 0 else {}
-            outcome = self._mailbox.broadcast(
-                f"{self._plan.token}/outcome", outcome, cancelled=self._cancelled.is_set
-            )
+            outcome = self._mailbox.broadcast(f"{self._plan.token}/outcome", outcome, cancelled=self._cancelled.is_set)
             self._failure = outcome.get("failure")
         except RuntimeError as error:  # the store is gone: the launcher ends this run
             self._failure = f"{error}"

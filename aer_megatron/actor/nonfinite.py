@@ -212,9 +212,7 @@ class Probe:
         parameter: bool = False,
     ) -> Finding:
         names = tuple(hf_tensors_of(self._arch, tensor)) if parameter else ()
-        return Finding(
-            kind, tensor, value, count, self._owner, _layer(tensor), micro_batch, also_known_as=names
-        )
+        return Finding(kind, tensor, value, count, self._owner, _layer(tensor), micro_batch, also_known_as=names)
 
     def _keep(self, place: tuple[int, int], finding: Finding) -> None:
         self._found.setdefault(finding.kind, (place, finding))

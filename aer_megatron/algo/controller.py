@@ -73,9 +73,7 @@ class Decision:
 def initial_state(config: EntropySection) -> ControllerState:
     """Returns the state before the first rollout batch: alpha_0 = 0, or the constant of ``fixed``."""
     alpha = config.coefficient if config.kind == "fixed" else 0.0
-    return ControllerState(
-        step=0, alpha=alpha, integral=0.0, initial_entropy=None, held_steps=0, frozen_steps=0
-    )
+    return ControllerState(step=0, alpha=alpha, integral=0.0, initial_entropy=None, held_steps=0, frozen_steps=0)
 
 
 def anchor(state: ControllerState, config: EntropySection, observation: Observation) -> ControllerState:
@@ -114,9 +112,7 @@ def update(state: ControllerState, config: EntropySection, observation: Observat
     problem = _unusable(config, observation, entropy, target)
     if entropy is None or problem is not None:
         held = replace(state, step=state.step + 1, held_steps=state.held_steps + 1)
-        return Decision(
-            held, _with_shadow(config, f"alpha {state.alpha:.4g} held: {problem}"), None, True, False
-        )
+        return Decision(held, _with_shadow(config, f"alpha {state.alpha:.4g} held: {problem}"), None, True, False)
 
     frozen = config.kind == "aer" and observation.difficulty_mean < config.difficulty_floor
     proposed, integral = _propose(state, config, target - entropy, frozen)
@@ -178,9 +174,7 @@ def state_from_dict(table: Mapping[str, object]) -> ControllerState:
     if missing := sorted(known - table.keys()):
         raise ValueError(f"controller state lacks {', '.join(missing)}; it is not from a complete checkpoint")
     if unknown := sorted(table.keys() - known):
-        raise ValueError(
-            f"controller state has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"controller state has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     initial_entropy = table["initial_entropy"]
     return ControllerState(
         step=_count(table, "step"),
@@ -207,9 +201,7 @@ def _mismatched(config: EntropySection, observation: Observation) -> bool:
     return config.mismatch_bound > 0 and not observation.mismatch_kl <= config.mismatch_bound
 
 
-def _unusable(
-    config: EntropySection, observation: Observation, entropy: float | None, target: float
-) -> str | None:
+def _unusable(config: EntropySection, observation: Observation, entropy: float | None, target: float) -> str | None:
     """Returns why ``update`` must hold alpha, or None."""
     if entropy is None:
         total, count = observation.entropy_sum, observation.token_count
@@ -290,9 +282,7 @@ def _alarm(state: ControllerState, config: EntropySection, entropy: float, targe
         return f"entropy collapse {where}; H is below {config.alarm_low:.4g} of the target"
     initial = state.initial_entropy
     if config.alarm_high > 0 and initial is not None and entropy > config.alarm_high * initial:
-        return (
-            f"entropy explosion {where}; H is above {config.alarm_high:.4g} times the initial {initial:.4g}"
-        )
+        return f"entropy explosion {where}; H is above {config.alarm_high:.4g} times the initial {initial:.4g}"
     return None
 
 

@@ -377,9 +377,7 @@ _WORDS: Mapping[FindingKind, str] = {
 }
 
 
-def _separating_axes(
-    wrong: set[str], right: set[str], axes: Mapping[str, frozenset[str]]
-) -> frozenset[str]:
+def _separating_axes(wrong: set[str], right: set[str], axes: Mapping[str, frozenset[str]]) -> frozenset[str]:
     """Returns the axes that every wrong layout has and no right one."""
     common = frozenset.intersection(*(axes.get(subject, frozenset()) for subject in wrong))
     return common - frozenset().union(*(axes.get(subject, frozenset()) for subject in right))

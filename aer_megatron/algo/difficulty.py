@@ -68,9 +68,7 @@ def normalize_difficulty(d_P: Float64Array, *, mode: Literal["none", "mean"], fl
     return d_P / divisor if divisor > _NO_DIFFICULTY else d_P
 
 
-def group_token_entropy(
-    experience: Experience, token_entropy_T: Float32Array
-) -> tuple[Float64Array, Int64Array]:
+def group_token_entropy(experience: Experience, token_entropy_T: Float32Array) -> tuple[Float64Array, Int64Array]:
     """Returns (entropy_sum_P in nats, float64 [P]; token_count_P, int64 [P]) over each prompt's responses.
 
     A token whose entropy is not finite is in neither: the ledger lives longer than the fault that made it.
@@ -102,9 +100,7 @@ def update_ledger(
     step: int,
 ) -> None:
     """Returns nothing; adds the evidence of one rollout batch to ``ledger``, in place and in one call."""
-    ledger.update(
-        result.prompt_id_P, result.counts_P, result.successes_P, entropy_sum_P, token_count_P, step=step
-    )
+    ledger.update(result.prompt_id_P, result.counts_P, result.successes_P, entropy_sum_P, token_count_P, step=step)
 
 
 def difficulty_accuracy(

@@ -189,9 +189,7 @@ def position_bins(position_T: NDArray[np.int64]) -> Int64Array:
     return np.frexp(position_T + 1)[1].astype(np.int64) - 1
 
 
-def entropy_histogram_rows(
-    entropy_T: Float32Array, row_T: NDArray[np.int64], *, num_rows: int
-) -> Int64Array:
+def entropy_histogram_rows(entropy_T: Float32Array, row_T: NDArray[np.int64], *, num_rows: int) -> Int64Array:
     """Returns how many tokens of each row fall into each bin of ``ENTROPY_EDGES``, int64 [num_rows, K].
 
     Entropies outside the edges are counted in the nearest bin (rounding may leave one a little below 0), NaN in the
@@ -225,9 +223,7 @@ def gradient_geometry(
     return GradientGeometry(policy_norm=policy, entropy_norm=entropy, cosine=cosine)
 
 
-def replay(
-    records: Sequence[FlightRecord], options: EntropySection, *, recorded: EntropySection
-) -> list[ReplayedStep]:
+def replay(records: Sequence[FlightRecord], options: EntropySection, *, recorded: EntropySection) -> list[ReplayedStep]:
     """Returns what a controller with ``options`` would have done at every step. OPEN LOOP: H stays the recorded one.
 
     With ``options`` equal to the run's own the recorded states come back bit for bit. A recording that begins after

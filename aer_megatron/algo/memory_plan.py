@@ -244,9 +244,7 @@ def stage_memory(
 def _core_attention(model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm) -> int:
     """Returns what selective recomputation brings back for the layer at hand."""
     whole, part = replace(layout, recompute="none"), replace(layout, recompute="selective")
-    return (
-        layer_activations(model, whole, batch, form).total - layer_activations(model, part, batch, form).total
-    )
+    return layer_activations(model, whole, batch, form).total - layer_activations(model, part, batch, form).total
 
 
 def _layer_working(model: ModelSizes, layout: Layout, batch: BatchShape, form: TrainingForm) -> int:

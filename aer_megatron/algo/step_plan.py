@@ -183,9 +183,7 @@ def step_time(
     )
 
 
-def _rollout_time(
-    model: ModelSizes, work: Workload, form: TrainingForm, gpu: Gpu, *, ranks: int, batch: int
-) -> float:
+def _rollout_time(model: ModelSizes, work: Workload, form: TrainingForm, gpu: Gpu, *, ranks: int, batch: int) -> float:
     """Token steps one after the other: each launches every layer and reads the weights and half of a full cache."""
     mine = math.ceil(work.sequences / ranks)
     rounds = math.ceil(mine / batch)

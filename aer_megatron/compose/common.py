@@ -163,9 +163,7 @@ def open_reporter(config: Config, platform: Platform, start_step: int, arguments
         num_ranks=platform.world_size,
         first_step=start_step,
     )
-    return Reporter.open(
-        config, folder=config.run.output_dir, num_steps=config.run.num_steps, start_step=start_step
-    )
+    return Reporter.open(config, folder=config.run.output_dir, num_steps=config.run.num_steps, start_step=start_step)
 
 
 @contextmanager

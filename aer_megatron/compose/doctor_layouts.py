@@ -1,6 +1,6 @@
 """The layouts that the doctor measures on the ranks at hand, and the measurement of one of them.
 
-    run configuration --doctor_config--> the same with a plain loss and a linear step --variants--> one per layout
+run configuration --doctor_config--> the same with a plain loss and a linear step --variants--> one per layout
 """
 
 from __future__ import annotations

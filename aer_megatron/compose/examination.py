@@ -272,9 +272,7 @@ class Examiner:
 
         def conclude() -> bool:
             clues = self._compare(batch, why_not)
-            self._notes.checks.extend(
-                diagnosis.skipped("layouts", "all", name, reason) for name, reason in left_out
-            )
+            self._notes.checks.extend(diagnosis.skipped("layouts", "all", name, reason) for name, reason in left_out)
             causes.extend(diagnosis.diagnose(self._notes.checks, clues))
             return not any(check.status == "fail" for check in self._notes.checks)
 
@@ -293,8 +291,7 @@ class Examiner:
             reference = self._reference()
             truth = reference.truth(batch)
             rows = [
-                replace(row, subject=diagnosis.TRAINING)
-                for row in compare_with_truth(own, truth, self._tolerances)
+                replace(row, subject=diagnosis.TRAINING) for row in compare_with_truth(own, truth, self._tolerances)
             ]
             profiles[diagnosis.TRAINING] = position_profile(self._probe, own.logprob_T, truth.logprob_T)
             if any(row.status == "fail" and row.measure not in diagnosis.GRADIENT_MEASURES for row in rows):

@@ -53,9 +53,7 @@ def _make(config: Config, process: Process, topology: Topology, arguments: Seque
     source = supervised_source(config, init, dp=topology.dp, on_skip=skipped)
     for note in skipped.lines("sft.source", source.num_records):
         process.say(note)
-    actor = build_actor(
-        config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps
-    )
+    actor = build_actor(config, init, platform, topology, optimizer=options.optimizer, num_updates=options.num_steps)
     # of this configuration and no other; written where the stage is stopped, removed at its end
     kept = folder / f"stopped-{_stage_digest(config)}"
     store = CheckpointStore(kept, topology=topology, device=platform.device, keep=1)
@@ -65,9 +63,7 @@ def _make(config: Config, process: Process, topology: Topology, arguments: Seque
         store.load(stopped, actor)
         process.say(f"resumed at step {first_step} of {stopped.folder}")
     else:
-        actor.load_hf_weights(
-            checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed)
-        )
+        actor.load_hf_weights(checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed))
     with open_reporter(_reported(config, folder), platform, first_step, arguments) as reporter:
         stops.begin_steps()
         next_step = run_supervised(
@@ -92,7 +88,7 @@ def supervised_source(config: Config, init: str, *, dp: int, on_skip: OnSkip) ->
     """Returns the stage's batches; raises ValueError where it has none, or they do not fit ``dp`` replicas."""
     options = config.sft
     if options.source is None:
-        raise ValueError("--stage=sft needs a [sft.source] table: a file with responses, or task = \"countdown\"")
+        raise ValueError('--stage=sft needs a [sft.source] table: a file with responses, or task = "countdown"')
     if options.batch_size % dp:
         raise ValueError(
             f"sft.batch_size={options.batch_size} must be a multiple of the data-parallel size {dp}; "

@@ -32,9 +32,7 @@ _EVAL_ONE_IN = 16  # share of (multiset, target) pairs held out for evaluation
 _OPERATORS = "+-*"
 _ORDERS = np.array(list(permutations(range(_NUM_NUMBERS))), dtype=np.int64)
 _OPERATOR_TRIPLES = np.array(list(product(range(3), repeat=_NUM_NUMBERS - 1)), dtype=np.int64)
-_MULTISETS = np.array(
-    list(combinations_with_replacement(range(1, _MAX_NUMBER + 1), _NUM_NUMBERS)), dtype=np.int64
-)
+_MULTISETS = np.array(list(combinations_with_replacement(range(1, _MAX_NUMBER + 1), _NUM_NUMBERS)), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +55,7 @@ class CountdownItems:
         """Returns the problem texts and the answers (the targets, as text)."""
         targets = [str(t) for t in self.target_N.tolist()]
         problems = [
-            f"{a},{b},{c},{d}={target}>"
-            for (a, b, c, d), target in zip(self.number_N4.tolist(), targets, strict=True)
+            f"{a},{b},{c},{d}={target}>" for (a, b, c, d), target in zip(self.number_N4.tolist(), targets, strict=True)
         ]
         return problems, targets
 
@@ -87,8 +84,7 @@ def generate(*, size: int, seed: int, options: Mapping[str, Any]) -> CountdownIt
     tuple_index, target = np.nonzero((reachable_MT & (_is_eval() == (split == "eval")))[row])
     if size > target.shape[0]:
         raise ValueError(
-            f"size={size} is more than the {target.shape[0]} problems of task='countdown', split={split!r}; "
-            f"lower it"
+            f"size={size} is more than the {target.shape[0]} problems of task='countdown', split={split!r}; lower it"
         )
     keys = np.random.default_rng(seed).exponential(size=target.shape[0]) / weight[row[tuple_index]]
     chosen = np.argsort(keys, kind="stable")[:size]
@@ -104,9 +100,7 @@ def random_solution(items: CountdownItems, index: int, rng: np.random.Generator)
     return bytes(random_solutions(items, np.array([index]), rng)[0].tolist()).decode()
 
 
-def random_solutions(
-    items: CountdownItems, index_B: Int64Array, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+def random_solutions(items: CountdownItems, index_B: Int64Array, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Returns one random solution per item as ASCII codes, uint8 [B, 7].
 
     Uniform among the different solution texts: equal numbers make several table columns spell one text, but

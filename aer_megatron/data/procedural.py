@@ -52,8 +52,6 @@ def _to_item(item: Mapping[str, Any], options: Mapping[str, Any]) -> ProceduralI
 
 def _check_scorer(dataset: Any, item: Mapping[str, Any], task: str) -> None:
     if not isinstance(item["answer"], str) or dataset.score_answer(item["answer"], item) < 1.0:
-        raise ValueError(
-            f"task={task!r} cannot be a reward: it does not score its own answer as 1; use another task"
-        )
+        raise ValueError(f"task={task!r} cannot be a reward: it does not score its own answer as 1; use another task")
     if dataset.score_answer("no such answer", item) >= 1.0:
         raise ValueError(f"task={task!r} cannot be a reward: it scores any text as 1; use another task")

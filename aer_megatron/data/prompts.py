@@ -39,9 +39,7 @@ class PromptEncoder:
                 "use data.template='plain'"
             )
         if data.template == "plain" and data.system is not None:
-            raise ValueError(
-                "data.system belongs to data.template='chat'; put the text into data.instruction"
-            )
+            raise ValueError("data.system belongs to data.template='chat'; put the text into data.instruction")
         self._tokenizer = tokenizer
         self._data = data
         self._num_template_tokens: int | None = None
@@ -143,13 +141,9 @@ class PromptSet(Sequence[Prompt]):
 
     def _drop_bad(self, records: Sequence[Record], on_skip: OnSkip | None) -> tuple[Record, ...]:
         doubtful = [
-            i
-            for i, record in enumerate(records)
-            if self._encoder.max_tokens(record.problem) > self._max_tokens
+            i for i, record in enumerate(records) if self._encoder.max_tokens(record.problem) > self._max_tokens
         ]
-        encoded = dict(
-            zip(doubtful, self._encoder.encode_many([records[i].problem for i in doubtful]), strict=True)
-        )
+        encoded = dict(zip(doubtful, self._encoder.encode_many([records[i].problem for i in doubtful]), strict=True))
         kept: list[Record] = []
         for index, record in enumerate(records):
             if index in encoded:

@@ -84,14 +84,9 @@ def load_records(
         return _load_file(source, on_bad_record, _Rules("answer", default_verifier, may_name), on_skip)
     if source.task == "countdown":
         texts = countdown.generate(size=source.size, seed=source.seed, options=source.options).texts()
-        records = [
-            _procedural_record(problem, answer, "countdown", {})
-            for problem, answer in zip(*texts, strict=True)
-        ]
+        records = [_procedural_record(problem, answer, "countdown", {}) for problem, answer in zip(*texts, strict=True)]
     else:
-        records = [
-            _procedural_record(*item[:2], source.task, item.metadata) for item in procedural.generate(source)
-        ]
+        records = [_procedural_record(*item[:2], source.task, item.metadata) for item in procedural.generate(source)]
     return LoadedRecords(tuple(records), 0)
 
 
@@ -147,17 +142,13 @@ def _load_file(
         except ValueError as error:
             reason = f"{path}, {where}: {error}"
             if on_bad_record == "error":
-                raise ValueError(
-                    f"{reason}; correct it, or set data.on_bad_record='skip' to count and skip"
-                ) from None
+                raise ValueError(f"{reason}; correct it, or set data.on_bad_record='skip' to count and skip") from None
             first_reason, num_skipped = first_reason or reason, num_skipped + 1
             on_skip(reason)
             continue
         records.append(record)
     if not records:
-        detail = (
-            f"all {num_skipped} are bad, the first: {first_reason}" if num_skipped else "the file is empty"
-        )
+        detail = f"all {num_skipped} are bad, the first: {first_reason}" if num_skipped else "the file is empty"
         raise ValueError(f"path={str(path)!r} holds no records ({detail}); give a file with at least one")
     return LoadedRecords(tuple(records), num_skipped)
 
@@ -196,9 +187,7 @@ def _read_parquet(path: Path) -> Iterator[_Row]:
                     yield _Row(f"row {number}", lambda row=row: row)  # type: ignore[misc]
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"path={str(path)!r} is not a readable Parquet file: {reason}; write it again"
-        ) from None
+        raise ValueError(f"path={str(path)!r} is not a readable Parquet file: {reason}; write it again") from None
 
 
 def _parse(row: Any, rules: _Rules) -> Record:
@@ -268,6 +257,4 @@ def _parse_id(value: Any, content_id: int) -> int:
 def _check_owner(owner: tuple[str, Record], record: Record) -> None:
     where, first = owner
     if (first.problem, first.answer) != (record.problem, record.answer):
-        raise ValueError(
-            f'"id" is already that of another problem at {where}; the difficulty ledger is keyed by it'
-        )
+        raise ValueError(f'"id" is already that of another problem at {where}; the difficulty ledger is keyed by it')

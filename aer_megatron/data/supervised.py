@@ -112,9 +112,7 @@ class _CharacterPairs:
     def batch(self, index_B: Int64Array, rng: np.random.Generator) -> SupervisedBatch:
         solution = countdown.random_solutions(self._items, index_B, rng).astype(np.int64)
         target = self._items.target_N[index_B]
-        codes = np.zeros(
-            (len(index_B), 11 + solution.shape[1] + 1), dtype=np.int64
-        )  # "a,b,c,d=" "tt" ">" ... eos
+        codes = np.zeros((len(index_B), 11 + solution.shape[1] + 1), dtype=np.int64)  # "a,b,c,d=" "tt" ">" ... eos
         codes[:, 0:8:2] = self._items.number_N4[index_B] + ord("0")
         codes[:, 1:7:2] = ord(",")
         codes[:, 7] = ord("=")
@@ -155,9 +153,7 @@ class _CountdownTextPairs:
         return len(self._items)
 
     def batch(self, index_B: Int64Array, rng: np.random.Generator) -> SupervisedBatch:
-        solutions = [
-            bytes(row).decode() for row in countdown.random_solutions(self._items, index_B, rng).tolist()
-        ]
+        solutions = [bytes(row).decode() for row in countdown.random_solutions(self._items, index_B, rng).tolist()]
         return _pack(
             [self._encoder.encode(self._problems[i]) for i in index_B.tolist()],
             [_encode_response(self._tokenizer, text, self._eos_id) for text in solutions],

@@ -70,9 +70,7 @@ def stop_token_ids(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> tupl
     return stops
 
 
-def make_decoder(
-    tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]
-) -> Callable[[Sequence[int]], str]:
+def make_decoder(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int]) -> Callable[[Sequence[int]], str]:
     """Returns a function from a completion's token ids to the text a verifier reads.
 
     The stop token at the end is dropped; any other special token stays visible, so that an answer with a pad

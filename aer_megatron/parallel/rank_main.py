@@ -1,7 +1,7 @@
 """The main program of a rank of ``aer launch``: ends with its launcher, then runs a module or a script.
 
-    python -m aer_megatron.parallel.rank_main LAUNCHER_PID -m MODULE [ARGUMENTS]
-    python -m aer_megatron.parallel.rank_main LAUNCHER_PID SCRIPT.py [ARGUMENTS]
+python -m aer_megatron.parallel.rank_main LAUNCHER_PID -m MODULE [ARGUMENTS]
+python -m aer_megatron.parallel.rank_main LAUNCHER_PID SCRIPT.py [ARGUMENTS]
 """
 
 from __future__ import annotations

@@ -49,9 +49,7 @@ def draw_fp8_parity(curves: Sequence[PrecisionCurves], output: str | Path, *, ti
     _draw_trace(_panel(figure, grid[1, 0], "Token entropy and H* (nats), replayed run"), curves, colors, alpha=False)
     _draw_trace(_panel(figure, grid[1, 1], r"Coefficient $\alpha$, replayed run"), curves, colors, alpha=True)
     lines = [Line2D([], [], color=color, linewidth=3) for color in colors.values()]
-    figure.legend(
-        lines, list(colors), loc="outside lower left", ncols=6, frameon=False, fontsize=9.5, labelcolor=_INK
-    )
+    figure.legend(lines, list(colors), loc="outside lower left", ncols=6, frameon=False, fontsize=9.5, labelcolor=_INK)
     figure.savefig(output)
     return Path(output)
 

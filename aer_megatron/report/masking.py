@@ -76,9 +76,7 @@ def mask_text(text: str) -> str:
 
 def _masked(value: Any, *, secret: bool) -> Any:
     if isinstance(value, Mapping):
-        return {
-            str(name): _masked(entry, secret=secret or is_secret_name(str(name))) for name, entry in value.items()
-        }
+        return {str(name): _masked(entry, secret=secret or is_secret_name(str(name))) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_masked(entry, secret=True) for entry in value] if secret else mask_arguments(value)
     if value is None or isinstance(value, bool) or value == "":

@@ -124,9 +124,7 @@ def _facts(manifest: dict[str, object]) -> str:
     entropy = config["algo"]["entropy"]
     match entropy["kind"]:
         case "aer":
-            facts = (
-                f"AER, {entropy['update']} update, $\\tau$ = {entropy['tau']:g}, $\\eta$ = {entropy['eta']:g}"
-            )
+            facts = f"AER, {entropy['update']} update, $\\tau$ = {entropy['tau']:g}, $\\eta$ = {entropy['eta']:g}"
             if entropy["update"] == "pi":
                 facts += f", $k_p$ = {entropy['k_p']:g}"
             return facts + (", shadow" if entropy["shadow"] else "")
@@ -147,9 +145,7 @@ def _title(figure: Figure, runs: Sequence[RunCurves]) -> None:
     lines = [Line2D([], [], color=color, linewidth=3) for color in _colors(runs)]
     names = [f"{run.label}: {run.facts}" if run.facts else run.label for run in runs]
     columns = 2 if max(map(len, names)) < 70 else 1
-    figure.legend(
-        lines, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9.5, labelcolor=_INK
-    )
+    figure.legend(lines, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9.5, labelcolor=_INK)
 
 
 def _panel(figure: Figure, place: SubplotSpec, title: str, *, share: Axes | None = None) -> Axes:
@@ -190,9 +186,7 @@ def _draw_pass(axes: Axes, runs: Sequence[RunCurves]) -> None:
             else:
                 shade, style = color, _PASS_STYLES[index % len(_PASS_STYLES)]
             label = f"pass@{pass_k(name)}"
-            axes.plot(
-                steps, values, style, color=shade, marker="o", markersize=3.5, linewidth=1.8, label=label
-            )
+            axes.plot(steps, values, style, color=shade, marker="o", markersize=3.5, linewidth=1.8, label=label)
     if axes.lines:
         axes.set_ylim(0, 1.02)
     _finish(axes, absent="no evaluation in this run")
@@ -209,9 +203,7 @@ def _draw_entropy(axes: Axes, runs: Sequence[RunCurves]) -> None:
         at_alarm = np.isin(steps, [float(step or 0) for step in alarms])
         if at_alarm.any():
             label = "alarm" if single else None
-            axes.plot(
-                steps[at_alarm], entropy[at_alarm], "x", color=_ALARM, markersize=6, label=label, zorder=4
-            )
+            axes.plot(steps[at_alarm], entropy[at_alarm], "x", color=_ALARM, markersize=6, label=label, zorder=4)
     _start_at_zero(axes)
     _finish(axes)
     if single:
@@ -227,9 +219,7 @@ def _draw_anchors(axes: Axes, run: RunCurves, color: str, *, single: bool) -> No
         label = f"$H^*$ = {target:.3g}, ±{TARGET_BAND:.0%}" if single else None
         axes.axhline(target, color=_INK if single else color, linewidth=1.2, linestyle="--", label=label)
         if single:
-            axes.axhspan(
-                target * (1 - TARGET_BAND), target * (1 + TARGET_BAND), color=color, alpha=0.09, linewidth=0
-            )
+            axes.axhspan(target * (1 - TARGET_BAND), target * (1 + TARGET_BAND), color=color, alpha=0.09, linewidth=0)
     if initials.size and single:
         initial = float(initials[-1])
         axes.axhline(initial, color=_MUTED, linewidth=1.2, linestyle=":", label=f"$H_0$ = {initial:.3g}")
@@ -254,9 +244,7 @@ def _draw_coefficient(figure: Figure, place: SubplotSpec, runs: Sequence[RunCurv
     _finish(bottom)
 
 
-def _draw_noisy(
-    axes: Axes, steps: Float64Array, values: Float64Array, color: str, label: str | None = None
-) -> None:
+def _draw_noisy(axes: Axes, steps: Float64Array, values: Float64Array, color: str, label: str | None = None) -> None:
     """Draws the values thin and their moving average over 5 % of the run bold."""
     if not values.size:
         return
@@ -268,18 +256,14 @@ def _draw_noisy(
 
 
 def _start_at_zero(axes: Axes) -> None:
-    largest = max(
-        (float(np.max(line.get_ydata())) for line in axes.lines if np.size(line.get_ydata())), default=0.0
-    )
+    largest = max((float(np.max(line.get_ydata())) for line in axes.lines if np.size(line.get_ydata())), default=0.0)
     top = 1.08 * largest if largest > 0 else 1e-3
     axes.set_ylim(-0.02 * top, top)  # a curve that stays at 0 must not hide behind the axis
 
 
 def _finish(axes: Axes, *, absent: str = "not recorded", label_steps: bool = True) -> None:
     if not any(np.size(line.get_xdata()) for line in axes.lines):
-        axes.text(
-            0.5, 0.5, absent, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=_MUTED
-        )
+        axes.text(0.5, 0.5, absent, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=_MUTED)
         axes.set_yticks([])
     if label_steps:
         axes.set_xlabel("step", fontsize=9, color=_MUTED, loc="right")

@@ -56,9 +56,7 @@ class MathVerifyVerifier:
 
     def _parse_boxed(self, text: str) -> list[Any]:
         boxed = "\\boxed{" + text + "}"
-        parsed: list[Any] = self._parse(
-            boxed, self._config, parsing_timeout=self._alarm_s, raise_on_error=True
-        )
+        parsed: list[Any] = self._parse(boxed, self._config, parsing_timeout=self._alarm_s, raise_on_error=True)
         return parsed
 
 

@@ -61,9 +61,7 @@ class ReasoningGymVerifier:
         if not answer:
             return Verdict(0.0, "no_answer")
         if "item" not in prompt.metadata:
-            raise ValueError(
-                f"a prompt of verifier reasoning_gym:{self._name} must carry its item in metadata"
-            )
+            raise ValueError(f"a prompt of verifier reasoning_gym:{self._name} must carry its item in metadata")
         item = prompt.metadata["item"]
         score = self._dataset(prompt.metadata.get("options", {})).score_answer(answer, item)
         right = score >= 1.0 and not is_other_number(answer, str(item["answer"]))

@@ -105,9 +105,7 @@ class RolloutCollector:
         assert isinstance(self._engine, RacingEngine)  # the configuration refuses over-sampling with another one
         return self._engine.generate_first(requests_PG, self._options, wanted=wanted.stop - wanted.start)
 
-    def _request(
-        self, prompt: Prompt, step: int, refill: int, occurrence: int, sample: int
-    ) -> GenerateRequest:
+    def _request(self, prompt: Prompt, step: int, refill: int, occurrence: int, sample: int) -> GenerateRequest:
         seed = derive_seed(self._stream_seed, step, refill, prompt.id, occurrence, sample)
         return GenerateRequest(prompt.token_ids, seed, self._max_new_tokens)
 

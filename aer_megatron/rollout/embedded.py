@@ -58,9 +58,7 @@ class EmbeddedEngine:
         self._model: Any = _build_model(hf_config, dtype, device)
         self._parameters, self._aliases = _parameters_and_aliases(self._model)
         self._owners = {
-            tensor: name
-            for name, parameter in self._parameters.items()
-            for tensor in checkpoint_views(name, parameter)
+            tensor: name for name, parameter in self._parameters.items() for tensor in checkpoint_views(name, parameter)
         }
         self._max_positions: int | None = getattr(hf_config, "max_position_embeddings", None)
         self._vocab_size: int = hf_config.vocab_size
@@ -185,9 +183,7 @@ class EmbeddedEngine:
     def _check(self, requests: Sequence[GenerateRequest], options: SamplingOptions) -> None:
         outside = [token for token in options.stop_token_ids if not 0 <= token < self._vocab_size]
         if outside:
-            raise ValueError(
-                f"stop token {outside[0]} must lie in the vocabulary 0..{self._vocab_size - 1}; drop it"
-            )
+            raise ValueError(f"stop token {outside[0]} must lie in the vocabulary 0..{self._vocab_size - 1}; drop it")
         for index, request in enumerate(requests):
             if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocab_size:
                 raise ValueError(

@@ -41,9 +41,7 @@ class GenerateRequest:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError(
-                "prompt_ids is empty: a prompt needs at least one token; add a BOS or an instruction"
-            )
+            raise ValueError("prompt_ids is empty: a prompt needs at least one token; add a BOS or an instruction")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1; raise it")
         if not 0 <= self.seed < 1 << 64:

@@ -38,9 +38,7 @@ def main(command: list[str]) -> int:
         key_file.touch(0o600)
         key_file.write_text(secret, encoding="ascii")
         command = [str(key_file) if word == KEY_FILE else word for word in command]
-    child = subprocess.Popen(
-        ["env", f"TMPDIR={folder}", *command], stdin=subprocess.DEVNULL, start_new_session=True
-    )
+    child = subprocess.Popen(["env", f"TMPDIR={folder}", *command], stdin=subprocess.DEVNULL, start_new_session=True)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: end_group(child))
     mapped: set[str] = set()

@@ -133,4 +133,3 @@ def is_ours(error: BaseException) -> bool:
     """Returns whether a connection failed for want of file descriptors here, which says nothing of the server."""
     inner = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     return isinstance(inner, OSError) and inner.errno in (errno.EMFILE, errno.ENFILE)
-

@@ -34,9 +34,7 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, options: SamplingOptions
     num_rows = max(1, _SLICE_ELEMENTS // logits_BV.shape[1])
     parts = [
         _sample_slice(logits, uniform, options)
-        for logits, uniform in zip(
-            torch.split(logits_BV, num_rows), torch.split(uniform_B, num_rows), strict=True
-        )
+        for logits, uniform in zip(torch.split(logits_BV, num_rows), torch.split(uniform_B, num_rows), strict=True)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -65,12 +63,8 @@ def _sample_slice(logits_BV: Tensor, uniform_B: Tensor, options: SamplingOptions
     cdf_BV = prob_BV.cumsum(dim=-1, dtype=torch.float64)
     total_B1 = cdf_BV[:, -1:].contiguous()
     if not bool(torch.isfinite(total_B1).all()):
-        raise RuntimeError(
-            "the model's logits are not finite: the policy has diverged or its weights are damaged"
-        )
+        raise RuntimeError("the model's logits are not finite: the policy has diverged or its weights are damaged")
     # Rounding may lift uniform * total up to the total itself, beyond the last token.
-    target_B1 = torch.minimum(
-        uniform_B.unsqueeze(1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    )
+    target_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
     return token_B1.squeeze(1), logprob_BV.gather(1, token_B1).squeeze(1)

@@ -53,9 +53,7 @@ class DistributedSync(SessionSync):
         bucket_bytes: of one broadcast (a larger tensor travels alone).
     """
 
-    def __init__(
-        self, fleet: Fleet, context: SyncContext, *, backend: str, address: str, bucket_bytes: int
-    ) -> None:
+    def __init__(self, fleet: Fleet, context: SyncContext, *, backend: str, address: str, bucket_bytes: int) -> None:
         super().__init__(fleet, context)
         self._backend = backend
         self._address = address

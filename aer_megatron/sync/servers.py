@@ -246,9 +246,7 @@ class ServerSync:
         level = logging.WARNING
         while True:
             distrusted = {
-                i: "it answered garbage and was not restarted"
-                for i in self._all()
-                if not self._fleet.may_transfer(i)
+                i: "it answered garbage and was not restarted" for i in self._all() if not self._fleet.may_transfer(i)
             }
             indices = [i for i in self._all() if i not in distrusted]
             refused = distrusted | self._in_parallel(action, indices, level=level)

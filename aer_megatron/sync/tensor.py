@@ -79,9 +79,7 @@ def serialize(bucket: Bucket) -> str:
     sizes = (prod(shape) * dtype.itemsize for shape, dtype in zip(bucket.shapes, bucket.dtypes, strict=True))
     ends = list(accumulate(sizes, initial=0))
     metadata = [
-        SimpleNamespace(
-            name=name, shape=tuple(shape), dtype=dtype, start_idx=start, end_idx=end, numel=end - start
-        )
+        SimpleNamespace(name=name, shape=tuple(shape), dtype=dtype, start_idx=start, end_idx=end, numel=end - start)
         for name, shape, dtype, (start, end) in zip(
             bucket.names, bucket.shapes, bucket.dtypes, pairwise(ends), strict=True
         )

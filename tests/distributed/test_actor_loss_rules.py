@@ -77,9 +77,7 @@ def _batch(actor: Any, options: dict[str, Any]) -> Any:
     )
 
 
-def _train(
-    layout: Layout, topology: Any, options: dict[str, Any], *, per_micro_batch: bool = False
-) -> dict[str, Any]:
+def _train(layout: Layout, topology: Any, options: dict[str, Any], *, per_micro_batch: bool = False) -> dict[str, Any]:
     actor = build_actor(_config(layout, options), topology=topology)
     batch = _batch(actor, options)
     selections = _record_selections(actor, per_micro_batch)

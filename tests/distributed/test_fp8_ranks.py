@@ -72,9 +72,7 @@ def _resume(folder: Path) -> list[str]:
 def _mean_ratio(seed: int | None) -> float:
     """Returns the mean probability ratio of two updates that move nothing, under scores that were cut by ``seed``."""
     still = {"lr": 1e-30, "weight_decay": 0.0}  # the smallest step: no fp32 weight moves
-    actor = build_actor(
-        policy_config(megatron=RECIPES["tensorwise"], optimizer=still, algo={"num_minibatches": 2})
-    )
+    actor = build_actor(policy_config(megatron=RECIPES["tensorwise"], optimizer=still, algo={"num_minibatches": 2}))
     batch = fixed_batch()
     scored = dataclasses.replace(batch, old_logprob_T=actor.score(batch.experience, seed=seed).logprob_T)
     total, count = actor.train(scored, seed=3, entropy_gradient=True).sums["ratio"]
@@ -125,9 +123,7 @@ def _together(rank: int, world_size: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    result: dict[str, Any] = run_distributed(
-        _alone, 1, tmp_path_factory.mktemp("checkpoints"), timeout_s=300
-    )[0]
+    result: dict[str, Any] = run_distributed(_alone, 1, tmp_path_factory.mktemp("checkpoints"), timeout_s=300)[0]
     return result
 
 

@@ -62,9 +62,7 @@ def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[st
             )
             table = json.loads((Path(folder) / "config.json").read_text())
             shared = Path(folder).parent / "shared"
-            sync = DiskSync(
-                fleet, context, folder=shared, owner=str(shared), hf_config=table, max_shard_bytes=10**6
-            )
+            sync = DiskSync(fleet, context, folder=shared, owner=str(shared), hf_config=table, max_shard_bytes=10**6)
             sync.publish(stream(), 4)
             assert fleet.in_service() == [0]
             sync.close()

@@ -41,9 +41,7 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
             fp8=False,
         )
         shared = Path(folder).parent / "shared"
-        sync = DiskSync(
-            fleet, context, folder=shared, owner=str(shared), hf_config=hf_config, max_shard_bytes=10**6
-        )
+        sync = DiskSync(fleet, context, folder=shared, owner=str(shared), hf_config=hf_config, max_shard_bytes=10**6)
         if rank == 1 and distrusts is not None:
             fleet.servers[distrusts].comeback = "restart"
         read = 0

@@ -53,9 +53,7 @@ def test_default_epsilon_and_dr_grpo():
     # Rewards 1 0: mean 1/2, unbiased std sqrt(1/2).
     pair = experience([1, 0], [0, 0], [3, 3])
     expected = 0.5 / (math.sqrt(0.5) + 1e-6)
-    np.testing.assert_allclose(
-        group_advantages(pair, AlgoSection()).advantage_B, [expected, -expected], rtol=1e-14
-    )
+    np.testing.assert_allclose(group_advantages(pair, AlgoSection()).advantage_B, [expected, -expected], rtol=1e-14)
     plain = group_advantages(pair, AlgoSection(divide_by_std=False)).advantage_B
     assert plain.tolist() == [0.5, -0.5]
 

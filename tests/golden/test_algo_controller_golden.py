@@ -22,9 +22,7 @@ from aer_megatron.algo.controller import (
 from aer_megatron.config_algo import EntropySection
 
 
-def state_with(
-    alpha: float, *, initial_entropy: float | None = 0.9, integral: float = 0.0
-) -> ControllerState:
+def state_with(alpha: float, *, initial_entropy: float | None = 0.9, integral: float = 0.0) -> ControllerState:
     return ControllerState(
         step=7, alpha=alpha, integral=integral, initial_entropy=initial_entropy, held_steps=0, frozen_steps=0
     )
@@ -76,9 +74,7 @@ def test_sign():
     assert update(state_with(0.0030), config, seen(0.35)).state.alpha == pytest.approx(0.0040, rel=1e-12)
     assert update(state_with(0.0030), config, seen(0.80)).state.alpha == pytest.approx(0.0020, rel=1e-12)
     # Exactly at the target (0.5 * 0.5 = 0.25, all exact in binary): no move.
-    at_target = update(
-        state_with(0.0030, initial_entropy=0.5), EntropySection(update="sign", tau=0.5), seen(0.25)
-    )
+    at_target = update(state_with(0.0030, initial_entropy=0.5), EntropySection(update="sign", tau=0.5), seen(0.25))
     assert at_target.state.alpha == 0.0030
 
 
@@ -121,10 +117,7 @@ def test_rate_limit():
     # proposed 0.0031 + 0.006 * 0.05 = 0.0034, moved at most 0.0001 from 0.0031.
     decision = update(state_with(0.0031), EntropySection(eta=0.006, max_change=0.0001), seen(0.31))
     assert decision.state.alpha == pytest.approx(0.0032, rel=1e-12)
-    assert (
-        decision.reason
-        == "alpha 0.0031 -> 0.0032: H 0.31 below target 0.36; 0.0034 limited to a change of 0.0001"
-    )
+    assert decision.reason == "alpha 0.0031 -> 0.0032: H 0.31 below target 0.36; 0.0034 limited to a change of 0.0001"
     # down: 0.003 - 0.006 * 0.3 = 0.0012, moved at most 0.0001.
     down = update(state_with(0.003), EntropySection(eta=0.006, max_change=0.0001), seen(0.66))
     assert down.state.alpha == pytest.approx(0.0029, rel=1e-12)
@@ -156,9 +149,7 @@ def test_alarms_name_step_entropy_target_and_alpha():
     low = update(state_with(0.001), config, seen(0.25)).alarm
     assert low == "entropy collapse at step 8: H 0.25, H* 0.36, alpha 0.001; H is below 0.7 of the target"
     high = update(state_with(0.001), config, seen(1.4)).alarm
-    assert high == (
-        "entropy explosion at step 8: H 1.4, H* 0.36, alpha 0.001; H is above 1.5 times the initial 0.9"
-    )
+    assert high == ("entropy explosion at step 8: H 1.4, H* 0.36, alpha 0.001; H is above 1.5 times the initial 0.9")
     assert update(state_with(0.001), config, seen(0.26)).alarm is None
     assert update(state_with(0.001), config, seen(1.34)).alarm is None
     silent = EntropySection(kind="fixed", alarm_low=0, alarm_high=0)

@@ -109,9 +109,7 @@ def test_staleness_counts_every_token() -> None:
     # 4 tokens: 3 of version 5 and 1 of version 7; 2 tokens of version 8. Trained at 8: (3 * 3 + 1 + 0) / 6
     spans = [(VersionSpan(5, 0, 3), VersionSpan(7, 3, 4)), (VersionSpan(8, 0, 2),)]
     prompt = Prompt(1, "", (1,), "", "math")
-    completions = tuple(
-        Completion((1,) * row[-1].end, (0.0,) * row[-1].end, "stop", row) for row in spans
-    )
+    completions = tuple(Completion((1,) * row[-1].end, (0.0,) * row[-1].end, "stop", row) for row in spans)
     experience = pack_groups([ScoredGroup(RolloutGroup(prompt, completions), (Verdict(0.0, "wrong"),) * 2)])
     assert experience.policy_version_B.tolist() == [5, 8]
     result = staleness(experience, policy_version=8)

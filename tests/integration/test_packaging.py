@@ -144,9 +144,7 @@ def test_metadata_asks_for_what_it_should_and_never_for_apex(unpacked: Path) -> 
     assert "License-Expression: Apache-2.0" in lines
     assert "License-File: LICENSE" in lines
     assert (unpacked / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    requirements = [
-        line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")
-    ]
+    requirements = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     assert any(r.startswith("megatron-core<0.20,>=0.16.1") for r in requirements)
     assert not any(r.startswith("apex") for r in requirements)
 

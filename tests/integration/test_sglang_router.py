@@ -61,9 +61,7 @@ def _arguments(kind: str, folder: Path) -> list[str]:
     return ["--rollout.engine=sglang", f"--sglang.python={double}", "--rollout.logprob_gate=0"]  # it has no model
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_kills", "num_ranks"), [("double", 4, 2), pytest.param("real", 2, 1, marks=REAL)]
-)
+@pytest.mark.parametrize(("kind", "num_kills", "num_ranks"), [("double", 4, 2), pytest.param("real", 2, 1, marks=REAL)])
 def test_servers_killed_behind_a_router_cost_no_sample(
     kind: str, num_kills: int, num_ranks: int, tmp_path: Path
 ) -> None:

@@ -139,9 +139,7 @@ def test_a_truncated_checkpoint_is_named(base: Path, tmp_path: Path) -> None:
     newest = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1]
     victim = max((f for f in newest.rglob("*") if f.is_file()), key=lambda file: file.stat().st_size)
     victim.write_bytes(victim.read_bytes()[:-7])
-    done = train(
-        base / "run.toml", "--parallel.tp=2", f"--run.output_dir={tmp_path}/out", "--run.num_steps=8", ranks=2
-    )
+    done = train(base / "run.toml", "--parallel.tp=2", f"--run.output_dir={tmp_path}/out", "--run.num_steps=8", ranks=2)
     assert done.returncode != 0
     assert victim.name in done.stderr
 

@@ -57,4 +57,4 @@ def test_a_verifier_that_fails_in_every_way_does_not_end_the_run(tmp_path: Path)
         assert MAX_LABELS <= len(counts) <= MAX_LABELS + 1  # a label for every text, the rest under "other"
     seen = {name.removeprefix(prefix) for line in lines for name in line}
     assert seen >= set(EXPECTED)
-    assert f"verifier {VERIFIER}: \"KeyError" in done.stderr
+    assert f'verifier {VERIFIER}: "KeyError' in done.stderr

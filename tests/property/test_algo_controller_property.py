@@ -103,9 +103,7 @@ def test_alpha_never_falls_when_the_gap_grows(data, one, other):
     config = data.draw(configs())
     state = data.draw(states(config))
     low, high = sorted((one, other))
-    assert (
-        update(state, config, observed(low)).state.alpha >= update(state, config, observed(high)).state.alpha
-    )
+    assert update(state, config, observed(low)).state.alpha >= update(state, config, observed(high)).state.alpha
 
 
 @given(st.data(), nats, updates)

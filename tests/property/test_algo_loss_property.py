@@ -73,9 +73,7 @@ def test_loss_and_gradient_do_not_depend_on_the_split(dtype, tolerance, seed, nu
     counts = dict.fromkeys(whole.sums, 0.0)
     for start, end in pairwise(bounds):
         part = part_of(tokens, start, end)
-        output = policy_loss(
-            logprob[start:end], entropy[start:end], tokens=part, normalizer=normalizer, config=chosen
-        )
+        output = policy_loss(logprob[start:end], entropy[start:end], tokens=part, normalizer=normalizer, config=chosen)
         output.loss.backward()
         total += output.loss.detach()
         for name, (value, count) in output.sums.items():

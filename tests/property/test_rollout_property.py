@@ -34,9 +34,7 @@ def test_every_draw_is_a_kept_token_with_its_own_logprob(
 
 @settings(max_examples=200, deadline=None)
 @given(row=logit_rows, top_p=st.floats(1e-3, 1), top_k=st.integers(0, 12))
-def test_truncation_keeps_a_smallest_set_that_reaches_top_p(
-    row: list[float], top_p: float, top_k: int
-) -> None:
+def test_truncation_keeps_a_smallest_set_that_reaches_top_p(row: list[float], top_p: float, top_k: int) -> None:
     probability = torch.tensor([row], dtype=torch.float64).softmax(-1)
     kept = truncate(probability, top_p=top_p, top_k=top_k)[0]
     values = kept[kept > 0]
@@ -48,9 +46,7 @@ def test_truncation_keeps_a_smallest_set_that_reaches_top_p(
 
 @given(num_items=st.integers(0, 500), world_size=st.integers(1, 70))
 def test_shares_partition_the_items_evenly(num_items: int, world_size: int) -> None:
-    parts = [
-        range(num_items)[share(num_items, rank=rank, world_size=world_size)] for rank in range(world_size)
-    ]
+    parts = [range(num_items)[share(num_items, rank=rank, world_size=world_size)] for rank in range(world_size)]
     assert [item for part in parts for item in part] == list(range(num_items))
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1

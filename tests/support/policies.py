@@ -90,9 +90,7 @@ def build_topology(config: Config) -> Any:
 
     leave_layout()
     parallel = config.parallel
-    return initialize_topology(
-        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, cp=parallel.cp, ep=parallel.ep, seed=1
-    )
+    return initialize_topology(tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, cp=parallel.cp, ep=parallel.ep, seed=1)
 
 
 def build_actor(config: Config, *, tied: bool = True, topology: Any = None, model: Any = None) -> Any:

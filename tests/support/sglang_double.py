@@ -171,9 +171,7 @@ class SGLangDouble(HttpDouble):
                 return web.json_response({"error": {"message": "internal"}}, status=500)
             reply = await self._complete(body, running, fault)
             reply["meta_info"]["weight_version"] = version
-            reply["meta_info"]["weight_versions"] = [
-                {"version": version, "start": 0, "end": len(reply["output_ids"])}
-            ]
+            reply["meta_info"]["weight_versions"] = [{"version": version, "start": 0, "end": len(reply["output_ids"])}]
         finally:
             del self.running[rid]
         self.num_completed += 1

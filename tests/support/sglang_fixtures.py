@@ -114,6 +114,4 @@ def _transport(
         return DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=BUCKET_BYTES)
     if name == "tensor":
         return TensorSync(fleet, context, bucket_bytes=BUCKET_BYTES)
-    return DiskSync(
-        fleet, context, folder=folder, owner=str(folder), hf_config=hf_config, max_shard_bytes=BUCKET_BYTES
-    )
+    return DiskSync(fleet, context, folder=folder, owner=str(folder), hf_config=hf_config, max_shard_bytes=BUCKET_BYTES)

@@ -114,9 +114,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path: Path, key: 
 
 
 def test_an_unknown_key_like_no_other_lists_what_is_known(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown option report\.zzzzzzzz: known here: .*report\.tensorboard"
-    ):
+    with pytest.raises(ValueError, match=r"unknown option report\.zzzzzzzz: known here: .*report\.tensorboard"):
         load_config(write_run(tmp_path), ["--report.zzzzzzzz=1"])
 
 
@@ -195,9 +193,7 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
 
 
 @pytest.mark.parametrize(("sections", "words"), CROSS_CHECKS)
-def test_options_that_do_not_fit_together_are_an_error(
-    sections: dict[str, dict[str, Any]], words: list[str]
-) -> None:
+def test_options_that_do_not_fit_together_are_an_error(sections: dict[str, dict[str, Any]], words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         build(**sections)
     for word in words:
@@ -228,9 +224,7 @@ def test_the_data_parallel_size_is_what_tp_and_pp_leave() -> None:
 
 
 def test_ranks_that_tp_and_pp_do_not_divide_are_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"parallel\.tp=2 \* parallel\.pp=3 = 6 must divide .* 8; launch a multiple"
-    ):
+    with pytest.raises(ValueError, match=r"parallel\.tp=2 \* parallel\.pp=3 = 6 must divide .* 8; launch a multiple"):
         build(parallel={"tp": 2, "pp": 3}).check_world_size(8)
 
 
@@ -269,9 +263,7 @@ def test_the_digest_changes_with_any_value_and_not_with_the_process() -> None:
         f"print(config_digest(config_from_table({MINIMAL!r}).model_dump(mode='json')))"
     )
     root = str(Path(__file__).resolve().parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == digest
 
 

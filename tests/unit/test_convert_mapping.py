@@ -101,9 +101,7 @@ def test_qkv_rows_by_hand() -> None:
 
 def test_padded_groups_by_hand() -> None:
     """3 heads in 3 groups on 2 ranks: a fourth, zero group, and a zero column of the output projection."""
-    arch = pad_query_groups(
-        replace(_arch(num_attention_heads=3, num_key_value_heads=3, hidden_size=1), head_dim=1), 2
-    )
+    arch = pad_query_groups(replace(_arch(num_attention_heads=3, num_key_value_heads=3, hidden_size=1), head_dim=1), 2)
     layer = "model.layers.0.self_attn."
     tensors = {f"{layer}{p}_proj.weight": torch.tensor([[1.0], [2.0], [3.0]]) * s for p, s in zip("qkv", (1, 10, 100))}
     tensors[f"{layer}o_proj.weight"] = torch.tensor([[5.0, 6.0, 7.0]])

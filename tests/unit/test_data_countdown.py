@@ -82,9 +82,7 @@ def test_random_solutions_are_all_solutions_equally_often() -> None:
     rng = np.random.default_rng(0)
     # equal numbers make several table columns spell one solution: they must not count double
     index = next(
-        i
-        for i, p in enumerate(problems)
-        if len(set(p[:8:2])) == 2 and 3 <= len(solutions_by_brute_force(p)) <= 8
+        i for i, p in enumerate(problems) if len(set(p[:8:2])) == 2 and 3 <= len(solutions_by_brute_force(p)) <= 8
     )
     expected = solutions_by_brute_force(problems[index])
     draws = countdown.random_solutions(items, np.full(4000, index), rng)
@@ -100,9 +98,7 @@ def test_random_solution_of_one_item_verifies() -> None:
     rng = np.random.default_rng(0)
     for index, problem in enumerate(problems):
         prompt = Prompt(1, problem, (1,), answers[index], "countdown")
-        assert verify_countdown(countdown.random_solution(items, index, rng), prompt) == Verdict(
-            1.0, "correct"
-        )
+        assert verify_countdown(countdown.random_solution(items, index, rng), prompt) == Verdict(1.0, "correct")
 
 
 def test_fifty_thousand_records_load_fast() -> None:

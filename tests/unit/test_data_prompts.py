@@ -50,9 +50,7 @@ def test_decoder_drops_the_final_stop_only(tokenizer: PreTrainedTokenizerBase) -
     assert decode((1,)) == "" == decode(())
 
 
-def test_stop_ids_are_the_union_of_all_three_places(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_stop_ids_are_the_union_of_all_three_places(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert stop_token_ids(MODEL, tokenizer) == (1,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 1]}', encoding="utf-8")
     (tmp_path / "config.json").write_text('{"eos_token_id": 4}', encoding="utf-8")
@@ -103,9 +101,7 @@ def test_long_prompts_are_bad_records_at_the_start(tokenizer: PreTrainedTokenize
     limit = 40 if template == "plain" else 43
     with pytest.raises(ValueError, match=rf"record id 2 .*has {limit + 1} tokens.*max_prompt_tokens={limit}"):
         PromptSet(given, tokenizer, data(template=template, max_prompt_tokens=limit))
-    prompts = PromptSet(
-        given, tokenizer, data(template=template, max_prompt_tokens=limit, on_bad_record="skip")
-    )
+    prompts = PromptSet(given, tokenizer, data(template=template, max_prompt_tokens=limit, on_bad_record="skip"))
     assert [prompt.id for prompt in prompts] == [0, 1, 3]
     assert prompts.num_skipped == 1
     assert [record.id for record in prompts.records] == [0, 1, 3]

@@ -142,16 +142,12 @@ def test_a_number_as_answer_is_spelled_in_digits(tmp_path: Path, number: str, di
 
 
 def test_one_id_for_two_problems_is_bad(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, ['{"problem": "a", "answer": "1", "id": 5}', '{"problem": "b", "answer": "1", "id": 5}']
-    )
+    path = write(tmp_path, ['{"problem": "a", "answer": "1", "id": 5}', '{"problem": "b", "answer": "1", "id": 5}'])
     with pytest.raises(ValueError, match=r"line 2: .*another problem at line 1"):
         load(path)
 
 
-@pytest.mark.parametrize(
-    ("lines", "detail"), [([], "empty"), (["", " "], "empty"), (["{", "{"], "all 2 are bad")]
-)
+@pytest.mark.parametrize(("lines", "detail"), [([], "empty"), (["", " "], "empty"), (["{", "{"], "all 2 are bad")])
 def test_empty_data(tmp_path: Path, lines: list[str], detail: str) -> None:
     with pytest.raises(ValueError, match=rf"set\.jsonl.*no records.*{detail}"):
         load(write(tmp_path, lines), "skip")

@@ -77,9 +77,7 @@ def test_batches_depend_on_seed_and_step_only(tokenizer: PreTrainedTokenizerBase
         in_order[0],
         in_order[3],
     ]
-    assert (
-        texts(countdown_source(tokenizer, size=100, batch_size=64, seed=1).batch(0), tokenizer) != in_order[0]
-    )
+    assert texts(countdown_source(tokenizer, size=100, batch_size=64, seed=1).batch(0), tokenizer) != in_order[0]
 
 
 def test_epochs_show_every_problem_once_with_fresh_solutions(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,9 +108,7 @@ def test_256_solutions_take_milliseconds(tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def test_file_records(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{"problem": f"{i}=>", "response": f"{i}+0"} for i in range(5)] + [
-        {"problem": "9" * 30, "response": "9"}
-    ]
+    rows = [{"problem": f"{i}=>", "response": f"{i}+0"} for i in range(5)] + [{"problem": "9" * 30, "response": "9"}]
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     source = SourceSection(path=str(path))

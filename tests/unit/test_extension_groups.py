@@ -45,9 +45,7 @@ def test_matches_numpy_on_ragged_interleaved_groups(divide_by_std: bool) -> None
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e9 + 0.1])
 def test_equal_rewards_have_exactly_no_advantage(reward: float) -> None:
-    out = group_statistics(
-        np.zeros(7, dtype=np.int64), np.full(7, reward), std_epsilon=0.0, divide_by_std=True
-    )
+    out = group_statistics(np.zeros(7, dtype=np.int64), np.full(7, reward), std_epsilon=0.0, divide_by_std=True)
     assert out.std.tolist() == [0.0]
     assert out.advantage.tolist() == [0.0] * 7
 

@@ -22,14 +22,10 @@ def nats(*values: float) -> np.ndarray:
 
 
 def add(ledger: DifficultyLedger, prompt: int, attempts: int, successes: int, step: int) -> None:
-    ledger.update(
-        ids(prompt), ints(attempts), ints(successes), nats(0.5 * attempts), ints(10 * attempts), step=step
-    )
+    ledger.update(ids(prompt), ints(attempts), ints(successes), nats(0.5 * attempts), ints(10 * attempts), step=step)
 
 
-def random_ledger(
-    seed: int, num_prompts: int, decay: float = 0.9
-) -> tuple[DifficultyLedger, ReferenceLedger]:
+def random_ledger(seed: int, num_prompts: int, decay: float = 0.9) -> tuple[DifficultyLedger, ReferenceLedger]:
     rng = np.random.default_rng(seed)
     ledger, reference = DifficultyLedger(decay, 0), ReferenceLedger(decay)
     known = rng.integers(0, 2**64, num_prompts, dtype=np.uint64)
@@ -130,9 +126,7 @@ def test_a_step_back_is_refused_and_named_and_changes_nothing() -> None:
 def test_a_bad_entry_refuses_the_whole_batch(attempts, successes, entropy, tokens, step, text) -> None:
     ledger = DifficultyLedger(0.9, 0)
     with pytest.raises(ValueError, match=text):
-        ledger.update(
-            ids(3, 9), ints(1, attempts), ints(1, successes), nats(1, entropy), ints(1, tokens), step=step
-        )
+        ledger.update(ids(3, 9), ints(1, attempts), ints(1, successes), nats(1, entropy), ints(1, tokens), step=step)
     assert len(ledger) == 0
 
 

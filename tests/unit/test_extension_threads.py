@@ -62,9 +62,7 @@ def test_python_runs_while_the_extension_works() -> None:
     ledger = DifficultyLedger(0.9, 0)
     prompts = np.random.default_rng(0).integers(0, 2**63, 1_500_000, dtype=np.uint64)
     ones = np.ones(len(prompts), dtype=np.int64)
-    worker = threading.Thread(
-        target=ledger.update, args=(prompts, ones, ones, ones * 1.0, ones), kwargs={"step": 0}
-    )
+    worker = threading.Thread(target=ledger.update, args=(prompts, ones, ones, ones * 1.0, ones), kwargs={"step": 0})
     worker.start()
     ticks = 0
     while worker.is_alive():

@@ -138,9 +138,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         def size(self) -> int:
             return 1
 
-    monkeypatch.setattr(
-        "aer_megatron.actor.fp8_emulation.parallel_state.get_amax_reduction_group", lambda **_: Alone()
-    )
+    monkeypatch.setattr("aer_megatron.actor.fp8_emulation.parallel_state.get_amax_reduction_group", lambda **_: Alone())
 
 
 @pytest.mark.usefixtures("one_rank")

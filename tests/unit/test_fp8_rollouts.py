@@ -118,9 +118,7 @@ def test_an_unknown_form_is_an_error() -> None:
         ({"intermediate_size": 400}, 1, "gate_proj.weight [400, 256]"),
     ],
 )
-def test_blocks_that_a_server_would_have_to_split_are_found(
-    changes: dict[str, Any], tp_size: int, named: str
-) -> None:
+def test_blocks_that_a_server_would_have_to_split_are_found(changes: dict[str, Any], tp_size: int, named: str) -> None:
     table = fp8_model(0).config.to_dict() | changes
     found = split_blocks(architecture_from_hf_config(table), tp_size)
     assert (named in found) if named else found == ""

@@ -67,7 +67,12 @@ THIRD_PARTY = {
 }
 TORCH_FREE = {"trainer.py", "trainer_async.py", "trainer_sft.py", "stages.py", "parts.py"}
 ENVIRONMENT_READERS = {
-    "compose/engines.py", "train.py", "launch.py", "failures.py", "config.py", "parallel/platform.py"
+    "compose/engines.py",
+    "train.py",
+    "launch.py",
+    "failures.py",
+    "config.py",
+    "parallel/platform.py",
 }
 COMMAND_LINES = {
     "cli.py", "launch.py", "train.py", "doctor.py", "fp8_parity.py", "replay.py", "plan.py", "replay_batch.py",
@@ -201,9 +206,7 @@ def _broad_handlers(tree: ast.Module, *, translates: bool = False) -> list[int]:
 def _is_metric_name(value: object) -> bool:
     if not isinstance(value, str):
         return False
-    return ("/" in value and value in set(Metric)) or value.startswith(
-        tuple(family.prefix for family in FAMILIES)
-    )
+    return ("/" in value and value in set(Metric)) or value.startswith(tuple(family.prefix for family in FAMILIES))
 
 
 def _metric_name_violations(path: str, tree: ast.Module) -> Iterator[str]:

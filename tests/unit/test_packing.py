@@ -34,9 +34,7 @@ def plan(length_B: np.ndarray, ranks: int, budget: int, *, multiple: int = 1, cu
     cost_B = length_B * length_B
     everyone = np.arange(len(length_B))
     return [
-        pack_micro_batches(
-            everyone, length_B, cost_B, ranks=(rank, ranks), budget=budget, multiple=multiple, cut=cut
-        )
+        pack_micro_batches(everyone, length_B, cost_B, ranks=(rank, ranks), budget=budget, multiple=multiple, cut=cut)
         for rank in range(ranks)
     ]
 

@@ -149,9 +149,7 @@ def test_a_run_without_recording_or_manifest_says_what_to_do(
     assert "run.json" in capsys.readouterr().err
 
 
-def test_options_that_changed_during_the_run_are_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_changed_during_the_run_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path, OPTIONS)
     manifest = json.loads((run / "run.json").read_text())
     manifest["config"]["algo"]["entropy"]["tau"] = 0.99

@@ -65,9 +65,7 @@ def test_every_float_survives_and_the_file_is_plain_json(tmp_path: Path, value: 
 
 @pytest.mark.parametrize("tail", ["", '{"step":7,"observation":{"entr', "{"])
 @pytest.mark.parametrize("resume_step", [0, 3, 7, 9])
-def test_a_resumed_recording_equals_the_one_of_a_run_never_killed(
-    tmp_path: Path, tail: str, resume_step: int
-) -> None:
+def test_a_resumed_recording_equals_the_one_of_a_run_never_killed(tmp_path: Path, tail: str, resume_step: int) -> None:
     records = flight_records(OPTIONS, 10)
     write(tmp_path / "straight", records)
     write(tmp_path / "killed", records[:7])

@@ -15,9 +15,7 @@ from aer_megatron.report.picture import draw_comparison, draw_report, load_runs,
 from aer_megatron.report.writer import MetricsWriter, write_run_manifest
 
 
-def make_run(
-    folder: Path, num_steps: int, *, eval_every: int = 0, name: str = "demo", **entropy: Any
-) -> Path:
+def make_run(folder: Path, num_steps: int, *, eval_every: int = 0, name: str = "demo", **entropy: Any) -> Path:
     table = {
         "run": {"name": name},
         "model": {"path": "base"},
@@ -102,9 +100,7 @@ def test_smoothing_is_the_mean_of_what_the_window_covers() -> None:
     np.testing.assert_array_equal(smooth(values, 1), values)
 
 
-def test_the_command_draws_one_run_and_names_the_picture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_draws_one_run_and_names_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", 3)
     assert main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.png'}\n"

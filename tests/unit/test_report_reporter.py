@@ -20,9 +20,7 @@ from aer_megatron.report.writer import read_metrics
 
 
 def config(**report: bool) -> Config:
-    return config_from_table(
-        {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": report}
-    )
+    return config_from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": report})
 
 
 def open_reporter(folder: Path, start_step: int, **report: bool) -> Reporter:
@@ -99,9 +97,7 @@ def test_the_silent_reporter_does_nothing_with_the_same_interface(tmp_path: Path
     assert {name for name in dir(StepReporter) if not name.startswith("_")} <= set(dir(real))
 
 
-def test_a_missing_tensorboard_is_named_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_tensorboard_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RuntimeError, match=r"pip install tensorboard, or set report\.tensorboard=false"):
         TensorBoardWriter(tmp_path, start_step=0)

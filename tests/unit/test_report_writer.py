@@ -43,14 +43,11 @@ def test_a_line_is_ordered_step_first_and_time_last(tmp_path: Path) -> None:
         }
     )
     assert lines(tmp_path) == (
-        b'{"step": 3, "aer/alarm": null, "aer/held": false, "reward/mean": 0.25, "train/lr": 0.5, '
-        b'"time/step_s": 2.0}\n'
+        b'{"step": 3, "aer/alarm": null, "aer/held": false, "reward/mean": 0.25, "train/lr": 0.5, "time/step_s": 2.0}\n'
     )
 
 
-@pytest.mark.parametrize(
-    "value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e16, 123456789.123456789]
-)
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, 1e16, 123456789.123456789])
 def test_floats_come_back_with_the_same_bits(tmp_path: Path, value: float) -> None:
     MetricsWriter(tmp_path).write({"step": 0, "reward/mean": value})
     found = read_metrics(tmp_path / "metrics.jsonl")[0]["reward/mean"]
@@ -91,9 +88,7 @@ def test_numpy_scalars_are_written_as_numbers(tmp_path: Path) -> None:
         ({"step": -1}, "must be an integer above -1"),
     ],
 )
-def test_what_is_no_metric_is_refused_and_leaves_no_line(
-    tmp_path: Path, metrics: dict[str, Any], message: str
-) -> None:
+def test_what_is_no_metric_is_refused_and_leaves_no_line(tmp_path: Path, metrics: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         MetricsWriter(tmp_path).write(metrics)
     assert message in str(caught.value)
@@ -115,9 +110,7 @@ def record(step: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 7, "aer/reason": "\xe2\x86', b'{"step": 7', b"{", b'"'])
 @pytest.mark.parametrize("resume_step", [0, 1, 4, 7, 9])
-def test_a_resumed_file_equals_the_one_of_a_run_never_killed(
-    tmp_path: Path, tail: bytes, resume_step: int
-) -> None:
+def test_a_resumed_file_equals_the_one_of_a_run_never_killed(tmp_path: Path, tail: bytes, resume_step: int) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for folder, end in ((straight, 10), (killed, 7)):
         writer = MetricsWriter(folder)
@@ -191,9 +184,7 @@ def test_a_line_outlives_the_process_that_is_killed_after_it(tmp_path: Path) -> 
     assert lines(tmp_path) == b'{"step": 0}\n'
 
 
-CONFIG = config_from_table(
-    {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "run": {"name": "n"}}
-)
+CONFIG = config_from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "run": {"name": "n"}})
 
 
 def test_the_manifest_holds_what_repeats_the_run(tmp_path: Path) -> None:

@@ -207,7 +207,8 @@ def test_to_verdict(result: object, verdict: Verdict) -> None:
 
 
 @pytest.mark.parametrize(
-    "result", ["1", b"1", [1], {}, None, 1j, Verdict("1", "x"), Verdict(None, "x")]  # type: ignore[arg-type]
+    "result",
+    ["1", b"1", [1], {}, None, 1j, Verdict("1", "x"), Verdict(None, "x")],  # type: ignore[arg-type]
 )
 def test_to_verdict_refuses_what_is_no_number(result: object) -> None:
     with pytest.raises(TypeError, match="must return"):

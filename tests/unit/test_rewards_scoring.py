@@ -11,8 +11,7 @@ from aer_megatron.types import Completion, Prompt, RolloutGroup, Verdict, Versio
 
 def group(problem: str, answer: str, verifier: str, texts: Sequence[str]) -> RolloutGroup:
     completions = tuple(
-        Completion(tuple(map(ord, text)), (0.0,) * len(text), "stop", (VersionSpan(0, 0, len(text)),))
-        for text in texts
+        Completion(tuple(map(ord, text)), (0.0,) * len(text), "stop", (VersionSpan(0, 0, len(text)),)) for text in texts
     )
     return RolloutGroup(Prompt(1, problem, (1,), answer, verifier), completions)
 

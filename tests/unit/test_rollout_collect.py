@@ -29,9 +29,7 @@ class EchoEngine:
         answers = [(*r.prompt_ids, r.seed >> 32, r.seed & 0xFFFFFFFF) for r in requests]
         return [Completion(ids, (0.0,) * len(ids), "stop", (VersionSpan(0, 0, len(ids)),)) for ids in answers]
 
-    def update_weights(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
-    ) -> Mapping[str, int]: ...
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Mapping[str, int]: ...
 
     def close(self) -> None: ...
 

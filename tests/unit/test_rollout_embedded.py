@@ -94,9 +94,7 @@ def test_logprobs_equal_an_unpadded_uncached_forward(name: str) -> None:
     model, engine = loaded(name)
     options = SamplingOptions(temperature=0.8, top_p=1.0, top_k=0, stop_token_ids=frozenset({5, 6}))
     requests = random_requests(40, seed=1)
-    requests += [
-        GenerateRequest(requests[0].prompt_ids, seed, 12) for seed in range(8)
-    ]  # rollouts of one prompt
+    requests += [GenerateRequest(requests[0].prompt_ids, seed, 12) for seed in range(8)]  # rollouts of one prompt
     completions = engine.generate(requests, options)
     reasons = {completion.finish_reason for completion in completions}
     assert reasons == {"stop", "length"}

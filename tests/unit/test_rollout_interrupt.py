@@ -114,9 +114,7 @@ def test_a_transfer_interrupts_and_every_request_goes_on_under_the_new_weights(
     assert len({body["rid"] for body in bodies}) == len(bodies)
 
 
-def test_a_generation_that_begins_during_a_transfer_waits_for_it(
-    pair: tuple[Watched, Watched], folder: Path
-) -> None:
+def test_a_generation_that_begins_during_a_transfer_waits_for_it(pair: tuple[Watched, Watched], folder: Path) -> None:
     with rollouts([pair[0].url], folder, recovery_timeout_s=0.05) as made:
         made.sync.publish(iter(weights(0).items()), 0)
         made.fleet.withdraw("a transfer that takes longer than recovery_timeout_s")

@@ -45,9 +45,7 @@ def test_truncated_tokens_are_never_drawn_and_the_rest_is_renormalised() -> None
 
 def test_the_logprob_is_that_of_the_tempered_untruncated_distribution() -> None:
     logits = torch.tensor([[2.0, 0.0, 1.0]])
-    tokens, logprobs = sample_tokens(
-        logits, torch.zeros(1, dtype=torch.float64), options(temperature=2.0, top_k=1)
-    )
+    tokens, logprobs = sample_tokens(logits, torch.zeros(1, dtype=torch.float64), options(temperature=2.0, top_k=1))
     assert tokens.tolist() == [0]
     expected = 1.0 - math.log(math.e + 1.0 + math.sqrt(math.e))  # log softmax of (1, 0, 1/2)
     assert logprobs.dtype == torch.float32

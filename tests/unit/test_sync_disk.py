@@ -38,9 +38,7 @@ def opened(stack: ExitStack, pair: tuple[SGLangDouble, SGLangDouble], folder: Pa
     return made
 
 
-def test_the_servers_hold_what_was_published_bit_for_bit(
-    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
-) -> None:
+def test_the_servers_hold_what_was_published_bit_for_bit(pair: tuple[SGLangDouble, SGLangDouble], folder: Path) -> None:
     with ExitStack() as stack:
         made = opened(stack, pair, folder)
         sent = weights(1)
@@ -83,9 +81,7 @@ def test_a_server_that_does_not_take_the_weights_does_not_serve(
         assert made.fleet.in_service() == [0, 1]
 
 
-def test_no_server_left_is_an_error_and_nothing_serves(
-    pair: tuple[SGLangDouble, SGLangDouble], folder: Path
-) -> None:
+def test_no_server_left_is_an_error_and_nothing_serves(pair: tuple[SGLangDouble, SGLangDouble], folder: Path) -> None:
     with ExitStack() as stack:
         made = opened(stack, pair, folder)
         for server in pair:

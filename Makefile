@@ -14,7 +14,7 @@ CPP_SOURCES := $(wildcard cpp/src/*.cpp)
 CPP_HEADERS := $(wildcard cpp/include/aer/*.hpp)
 CPP_TESTS := $(wildcard cpp/tests/*.cpp)
 BINDINGS := $(wildcard cpp/bindings/*.cpp cpp/bindings/*.hpp)
-IMPORT_LAYER_TEST := $(wildcard tests/unit/test_import_layers.py)
+IMPORT_LAYER_TEST := $(wildcard tests/project/test_import_layers.py)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 

@@ -12,13 +12,19 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from aer_megatron.failures import print_message
+from aer_megatron.console.failures import print_message
 
 COMMANDS = {
-    "launch": ("aer_megatron.launch", "start the ranks of a run, or of another module, on this machine or several"),
+    "launch": (
+        "aer_megatron.launch.command",
+        "start the ranks of a run, or of another module, on this machine or several",
+    ),
     "train": ("aer_megatron.train", "train in this process alone; what every rank of a launch runs"),
-    "verify-resume": ("aer_megatron.verify_resume", "show that a run goes on from its checkpoint as if never stopped"),
-    "replay-batch": ("aer_megatron.replay_batch", "compute a kept batch of a run again, with its seed"),
+    "verify-resume": (
+        "aer_megatron.verify_resume.command",
+        "show that a run goes on from its checkpoint as if never stopped",
+    ),
+    "replay-batch": ("aer_megatron.replay.batch", "compute a kept batch of a run again, with its seed"),
 }
 
 USAGE = "usage: aer COMMAND [arguments]        aer COMMAND --help"

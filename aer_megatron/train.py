@@ -21,9 +21,9 @@ from pathlib import Path
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import describe_options, load_config, refuse_misspelt
-from aer_megatron.failures import LOG_FOLDER, Edge, run_command
+from aer_megatron.console.failures import LOG_FOLDER, Edge, run_command
+from aer_megatron.console.standard_streams import say
 from aer_megatron.parallel.stop import StopRequests, StopRun
-from aer_megatron.standard_streams import say
 
 USAGE = """\
 usage: python -m aer_megatron.train RUN.toml [--stage=rl|sft] [--dry-run] [--section.key=value ...]

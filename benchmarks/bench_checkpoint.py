@@ -38,8 +38,8 @@ from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.actor.checkpoint import CheckpointStore
-from aer_megatron.actor.checkpoint_tensors import own_files
+from aer_megatron.checkpoint.store import CheckpointStore
+from aer_megatron.checkpoint.tensors import own_files
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.random_weights import random_hf_weights

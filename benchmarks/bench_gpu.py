@@ -6,7 +6,7 @@
 
 Runs on whatever device the trainer would take; without CUDA the sizes have to be small and peaks are not measured.
 `head`: hidden states [N, H] and a weight [V, H] to log-probability, entropy and both gradients. `update`: Actor.train
-on random weights and tokens, one optimizer step per call. MFU is 6 N D + attention (algo/step_plan.py) over time and
+on random weights and tokens, one optimizer step per call. MFU is 6 N D + attention (costs/step.py) over time and
 the data-sheet peak in bf16, recomputation not counted. Times are medians of --repeats after --warmup, synchronised.
 """
 
@@ -28,19 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_megatron import plan
 from aer_megatron.actor.actor import Actor
-from aer_megatron.algo.hardware import gpu_named
-from aer_megatron.algo.memory_plan import TrainingForm
-from aer_megatron.algo.model_size import Layout
-from aer_megatron.algo.step_plan import Workload, step_flops
 from aer_megatron.config_loading import load_config
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.folders import hf_specs
 from aer_megatron.convert.mapping import hf_names
+from aer_megatron.costs.hardware import gpu_named
+from aer_megatron.costs.memory import TrainingForm
+from aer_megatron.costs.model_size import Layout
+from aer_megatron.costs.step import Workload, step_flops
 from aer_megatron.parallel.fused_head import fused_linear_logprob_entropy
 from aer_megatron.parallel.platform import Platform, initialize_process_group, install_platform
 from aer_megatron.parallel.topology import destroy_topology, initialize_topology
+from aer_megatron.plan import command as plan
 from tests.support.updates import uniform_batch
 
 RUN_FILE = """\

@@ -10,7 +10,7 @@ parallelism over tp 4 (so that sequences are padded to multiples of 4, micro-bat
   long tail   prompts as above; responses log-normal with median 700 and shape 1.1, at most 16384: most short, few huge
 
 **Forms.** All keep to the token budget; sequences longer than it have a micro-batch to themselves.
-  ours                 ranks by FLOPs, micro-batches by tokens, both by the C++ partition (algo/packing.py)
+  ours                 ranks by FLOPs, micro-batches by tokens, both by the C++ partition (actor/packing.py)
   Karmarkar-Karp       largest differencing by token counts over ranks, then over each rank's micro-batches
   first-fit            bins of the budget in the order given, dealt to the ranks in turn
   first-fit-decreasing the same, longest first
@@ -20,7 +20,7 @@ parallelism over tp 4 (so that sequences are padded to multiples of 4, micro-bat
 over the mean, minus 1, for the step (with padding) and where ranks wait for one another after every micro-batch.
 Micro-batches are those of the rank with most. Medians and the worst over steps.
 
-This file does NOT judge the figures; tests/unit/test_packing.py does for ours.
+This file does NOT judge the figures; tests/actor/test_packing.py does for ours.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 
 import numpy as np
 
-from aer_megatron.algo.batching import micro_batch_indices
-from aer_megatron.algo.packing import TokenCut, pack_micro_batches, padded_lengths, sequence_costs
+from aer_megatron.actor.batching import micro_batch_indices
+from aer_megatron.actor.packing import TokenCut, pack_micro_batches, padded_lengths, sequence_costs
 from aer_megatron.convert.architecture import architecture_from_hf_config
 
 RANKS, PROMPTS, GROUP, BUDGET = 8, 64, 8, 16_384
@@ -68,7 +68,7 @@ def draw_lengths(kind: str, rng: np.random.Generator, gsm8k: Path) -> np.ndarray
 
 
 def ours(length_B: np.ndarray) -> Plan:
-    """Returns the plan of algo/packing.py."""
+    """Returns the plan of actor/packing.py."""
     cost_B, everyone = sequence_costs(length_B, MODEL), np.arange(len(length_B))
     return [
         pack_micro_batches(everyone, length_B, cost_B, ranks=(rank, RANKS), budget=BUDGET, multiple=1, cut=CUT)
@@ -120,7 +120,7 @@ def first_fit_decreasing(length_B: np.ndarray) -> Plan:
 
 
 def padded(length_B: np.ndarray) -> Plan:
-    """Returns the rectangles of algo/batching.py."""
+    """Returns the rectangles of actor/batching.py."""
     everyone = np.arange(len(length_B))
     return [
         micro_batch_indices(everyone, length_B, dp_rank=rank, dp_size=RANKS, micro_batch_size=PADDED_ROWS)

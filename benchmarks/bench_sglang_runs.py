@@ -24,7 +24,7 @@ import numpy as np
 
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.writer import read_metrics
-from aer_megatron.rollout.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup, command_line
 from tests.support.real_servers import export_last_checkpoint, real_server_options, served, served_difference
 from tests.support.runs import ROOT, environment, train_command
 

@@ -37,12 +37,12 @@ from transformers import Qwen3Config
 
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
-from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.server import LaunchOptions, ServerGroup
-from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
-from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.distributed import DistributedSync
-from aer_megatron.sync.servers import ServerSync, SyncContext
+from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.sglang.distributed import DistributedSync
+from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.protocol import WeightLabels, new_run_id
+from aer_megatron.sglang.server import LaunchOptions, ServerGroup
+from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
 from tests.support.runs import ROOT
 
 NUM_SERVERS = 2

@@ -43,7 +43,7 @@ def main() -> None:
 
 def open_source(checkpoint: Path, hf: Path) -> Source:
     """Returns the checkpoint, checked against config.json. Raises ValueError naming what does not fit."""
-    from aer_megatron.actor.checkpoint_weights import RunCheckpoint, is_run_checkpoint
+    from aer_megatron.checkpoint.weights import RunCheckpoint, is_run_checkpoint
     from aer_megatron.convert.architecture import architecture_from_hf_config
     from aer_megatron.convert.folders import HFConfig
     from aer_megatron.convert.megatron_folder import MegatronFolder

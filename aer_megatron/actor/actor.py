@@ -22,17 +22,17 @@ from megatron.core.distributed import finalize_model_grads
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aer_megatron.actor.batching import MicroBatch, PackedSequences, minibatch_indices
 from aer_megatron.actor.forward import MicroBatchRunner
 from aer_megatron.actor.fp8_emulation import has_fresh_scales
 from aer_megatron.actor.model import build_chunks
+from aer_megatron.actor.nonfinite_findings import nonfinite_inputs
 from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_distributed
 from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.updates import POLICY_STATISTICS, LossFunction, Report, Update, Updates, stop
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
-from aer_megatron.algo.batching import MicroBatch, PackedSequences, minibatch_indices
 from aer_megatron.algo.covariance import BoolArray, select_tokens
 from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
-from aer_megatron.algo.nonfinite import nonfinite_inputs
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.exchange import all_sum_disjoint

@@ -2,7 +2,7 @@
 
     Experience --cut--> MicroBatch --Megatron schedule--> scores [K, t] --finish--> loss and sums, or collected rows
 
-Padded and packed micro-batches differ here and in algo/batching.py, nowhere else. This file does NOT know losses,
+Padded and packed micro-batches differ here and in actor/batching.py, nowhere else. This file does NOT know losses,
 optimizers or what becomes of the scores.
 """
 
@@ -18,15 +18,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from aer_megatron.actor.layers import token_multiple
-from aer_megatron.algo.batching import (
+from aer_megatron.actor.batching import (
     MicroBatch,
     PackedSequences,
     micro_batch_indices,
     packed_micro_batches,
     padded_micro_batches,
 )
-from aer_megatron.algo.packing import TokenCut, pack_micro_batches, sequence_costs
+from aer_megatron.actor.layers import token_multiple
+from aer_megatron.actor.packing import TokenCut, pack_micro_batches, sequence_costs
 from aer_megatron.config import ParallelSection
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.topology import Topology

@@ -5,9 +5,10 @@
               dW = Q(dY)^T Q(X)
 
 Recipes and settings are Megatron-Core's (fp8, fp8_recipe, fp8_margin, ...); what is rounded, along which axis and with
-which scale follows TransformerEngine's modules (algo/fp8.py has the arithmetic). THE MATRIX PRODUCT ITSELF RUNS IN FP32
-on the dequantised values: the rounding of the operands is that of the hardware, its accumulation is not. Embedding,
-language-model head, norms, router, attention product and everything about entropy stay in the model's precision.
+which scale follows TransformerEngine's modules (arithmetic: convert/fp8_quantize.py). THE MATRIX PRODUCT ITSELF RUNS IN
+FP32 on the dequantised values: the rounding of the operands is that of the hardware, its accumulation is not.
+Embedding, language-model head, norms, router, attention product and everything about entropy stay in the model's
+precision.
 
 Tensor parallelism: a scale is that of the rank's own shard, except that delayed scaling takes the largest amax over its
 reduction group (tensor x data x context parallel), so that shards round like the whole. Under sequence parallelism the
@@ -36,7 +37,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from aer_megatron.algo.fp8 import (
+from aer_megatron.convert.fp8_quantize import (
     E4M3,
     E5M2,
     ScaleRule,

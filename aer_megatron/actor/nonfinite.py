@@ -22,10 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aer_megatron.actor.batching import MicroBatch, PackedSequences
 from aer_megatron.actor.model import PolicyModel, global_name, named_weights
-from aer_megatron.algo.batching import MicroBatch, PackedSequences
-from aer_megatron.algo.loss import LossOutput
-from aer_megatron.algo.nonfinite import (
+from aer_megatron.actor.nonfinite_findings import (
     MAX_SHOWN,
     Finding,
     Owner,
@@ -36,6 +35,7 @@ from aer_megatron.algo.nonfinite import (
     places_of_tokens,
     spell,
 )
+from aer_megatron.algo.loss import LossOutput
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_tensors_of
 from aer_megatron.parallel.agreement import exchange_json

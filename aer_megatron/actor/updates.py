@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aer_megatron.actor.batching import MicroBatch, PackedSequences
 from aer_megatron.actor.forward import MicroBatchRunner
 from aer_megatron.actor.nonfinite import Probe, uncounted_gradients
+from aer_megatron.actor.nonfinite_findings import Diagnosis, Finding, nonfinite_sums, ordered
 from aer_megatron.actor.optimizer import apply_gradients, gradient_norm
-from aer_megatron.algo.batching import MicroBatch, PackedSequences
 from aer_megatron.algo.loss import LossOutput
-from aer_megatron.algo.nonfinite import Diagnosis, Finding, nonfinite_sums, ordered
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.exchange import all_sum
 from aer_megatron.parallel.topology import Topology

@@ -8,7 +8,7 @@ the entropy bonus. Evidence fades by ``algo.ledger.decay`` per step of age, so t
 itself; with a decay that forgets within an epoch nothing is ever skipped.
 
 Shape suffix: P prompts. Pure functions: the same ledger, seed and step give the same answer on every rank and after a
-resume. This file does NOT know the cursor that asks (data/prompts.py) or when it asks (trainer.py).
+resume. This file does NOT know the cursor that asks (data/prompts.py) or when it asks (loop/synchronous.py).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 from aer_megatron.actor.actor import Actor
 from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.config import Config, OptimizerSection
+from aer_megatron.console.standard_streams import say
 from aer_megatron.convert.architecture import (
     ModelArchitecture,
     architecture_from_hf_config,
@@ -23,16 +24,15 @@ from aer_megatron.convert.architecture import (
 )
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.mapping import check_hf_tensors
-from aer_megatron.json_input import read_json_object
+from aer_megatron.files.json_input import read_json_object
+from aer_megatron.files.run_lock import RunLock
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, job_id, set_collective_timeout
 from aer_megatron.parallel.stop import StopRequests
 from aer_megatron.parallel.topology import Topology, initialize_topology
 from aer_megatron.parallel.watchdog import Watchdog, distributed_store
 from aer_megatron.report.reporter import NullReporter, Reporter
-from aer_megatron.report.run_lock import RunLock
 from aer_megatron.report.writer import package_versions, write_run_manifest
-from aer_megatron.standard_streams import say
 
 MAX_SHARD_BYTES = 5 * 10**9
 # torch's own limit for one collective counts the time in which a whole job is suspended; the watchdog's does not

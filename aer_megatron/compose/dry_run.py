@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aer_megatron.actor.checkpoint_folder import CheckpointFolder
-from aer_megatron.actor.checkpoint_manifest import MANIFEST_NAME, manifest_from_json, read_manifest_text
-from aer_megatron.actor.checkpoint_manifest import check_model as check_manifest_model
+from aer_megatron.checkpoint.folder import CheckpointFolder
+from aer_megatron.checkpoint.manifest import MANIFEST_NAME, manifest_from_json, read_manifest_text
+from aer_megatron.checkpoint.manifest import check_model as check_manifest_model
 from aer_megatron.compose.common import architecture, checked_weights, model_checks
 from aer_megatron.compose.data import prompt_set
 from aer_megatron.compose.engines import check_server_options
@@ -24,8 +24,8 @@ from aer_megatron.compose.sft import init_path, is_made, supervised_locks, super
 from aer_megatron.config import Config
 from aer_megatron.data.skipped import SkippedRecords
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
+from aer_megatron.files.run_lock import LOCK_FILE, held_by
 from aer_megatron.report.masking import mask_table
-from aer_megatron.report.run_lock import LOCK_FILE, held_by
 from aer_megatron.report.writer import changed_options
 from aer_megatron.rewards.pool import check_verifiers
 

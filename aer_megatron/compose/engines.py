@@ -18,24 +18,24 @@ from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
 from aer_megatron.compose.quantization import fp8_checkpoint
 from aer_megatron.config import Config
-from aer_megatron.json_input import read_json_object
+from aer_megatron.files.json_input import read_json_object
+from aer_megatron.loop.parts import WeightSync
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.parallel.platform import Platform
-from aer_megatron.parts import WeightSync
-from aer_megatron.rollout.addresses import allow_open_files, is_loopback, without_proxies
-from aer_megatron.rollout.calls import RequestLimits
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import RolloutEngine
-from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
-from aer_megatron.rollout.sglang import SGLangEngine
-from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
-from aer_megatron.sync.checksum import tensor_checksum
-from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.distributed import DistributedSync
-from aer_megatron.sync.in_process import InProcessSync
-from aer_megatron.sync.servers import ServerSync, SyncContext
-from aer_megatron.sync.tensor import TensorSync
+from aer_megatron.rollout.in_process import InProcessSync
+from aer_megatron.sglang.addresses import allow_open_files, is_loopback, without_proxies
+from aer_megatron.sglang.calls import RequestLimits
+from aer_megatron.sglang.checksum import tensor_checksum
+from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.sglang.distributed import DistributedSync
+from aer_megatron.sglang.engine import SGLangEngine
+from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.protocol import WeightLabels, new_run_id
+from aer_megatron.sglang.server import LaunchOptions, ServerGroup, command_line
+from aer_megatron.sglang.tensor import TensorSync
+from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
 
 _LOG = logging.getLogger(__name__)
 _KEY_BYTES = 32

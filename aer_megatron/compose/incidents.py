@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.algo.model_size import parameter_count
-from aer_megatron.algo.nonfinite import Diagnosis
+from aer_megatron.actor.nonfinite_findings import Diagnosis
 from aer_megatron.compose.common import MAX_SHARD_BYTES
 from aer_megatron.config import Config
 from aer_megatron.convert.hf_folder import write_hf_folder
+from aer_megatron.costs.model_size import parameter_count
 from aer_megatron.parallel.agreement import exchange_json
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.report.reproducer import (
@@ -59,7 +59,7 @@ class GuardedPolicy:
             RuntimeError: on every rank with one message, where an update is not finite and ``run.on_nonfinite`` is
                 "stop", or more than ``run.max_skipped_updates`` in a row were skipped.
         """
-        step = seed - self._config.run.seed  # stages.py seeds a step so
+        step = seed - self._config.run.seed  # loop/stages.py seeds a step so
         update = KeptUpdate(step, seed, None, self._actor.num_updates, entropy_gradient, batch)
         if step == self._config.run.record_batch:
             self._say(self._keep(update, "recorded", {"diagnosis": None}))

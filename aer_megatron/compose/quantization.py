@@ -11,7 +11,7 @@ from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.fp8_folder import fp8_folder_config, write_fp8_folder
 from aer_megatron.convert.fp8_weights import split_blocks
-from aer_megatron.json_input import read_json_object
+from aer_megatron.files.json_input import read_json_object
 
 _TP_FLAGS = ("tp_size", "tp", "tensor_parallel_size")  # SGLang's spellings
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.actor import Actor
-from aer_megatron.actor.checkpoint import Checkpoint, CheckpointStore
 from aer_megatron.algo import controller
+from aer_megatron.checkpoint.store import Checkpoint, CheckpointStore
 from aer_megatron.compose.common import Process, build_actor, checked_weights, held, open_reporter
 from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
@@ -20,13 +20,16 @@ from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.saves import RunSaves
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor
+from aer_megatron.files.run_lock import LOCK_FILE
+from aer_megatron.loop.asynchronous import AsyncTrainer
+from aer_megatron.loop.parts import Parts, PendingBatch, Progress
+from aer_megatron.loop.stages import Stages
+from aer_megatron.loop.synchronous import Trainer
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.parts import Parts, PendingBatch, Progress
 from aer_megatron.report.flight import FlightWriter
-from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.report.writer import METRICS_FILE, changed_options, split_lines
 from aer_megatron.rewards.pool import VerifierPool
@@ -34,9 +37,6 @@ from aer_megatron.rewards.scoring import reason_counts, score_groups
 from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.engine import SamplingOptions
 from aer_megatron.rollout.seeds import stream_seed
-from aer_megatron.stages import Stages
-from aer_megatron.trainer import Trainer
-from aer_megatron.trainer_async import AsyncTrainer
 
 
 def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequence[str]) -> None:

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.actor.checkpoint import CheckpointStore, SaveError
-from aer_megatron.actor.checkpoint_save import Writer
-from aer_megatron.parts import Progress
+from aer_megatron.checkpoint.save import Writer
+from aer_megatron.checkpoint.store import CheckpointStore, SaveError
+from aer_megatron.loop.parts import Progress
 
 _LOG = logging.getLogger(__name__)
 _LAST_CHANCE_S = 60.0  # for a save that is under way when the run ends in an error

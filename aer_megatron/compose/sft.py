@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.actor.checkpoint import CheckpointStore
+from aer_megatron.checkpoint.store import CheckpointStore
 from aer_megatron.compose.common import MAX_SHARD_BYTES, Process, build_actor, checked_weights, held, open_reporter
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
@@ -18,13 +18,13 @@ from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.data.skipped import OnSkip, SkippedRecords
 from aer_megatron.data.supervised import SupervisedSource
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
-from aer_megatron.json_input import read_json_object
+from aer_megatron.files.json_input import read_json_object
+from aer_megatron.files.run_lock import LOCK_FILE
+from aer_megatron.loop.supervised import run_supervised
 from aer_megatron.parallel.exchange import barrier
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.report.run_lock import LOCK_FILE
 from aer_megatron.report.timer import PhaseTimer
-from aer_megatron.trainer_sft import run_supervised
 
 STAGE_FILE = "aer_stage.json"
 

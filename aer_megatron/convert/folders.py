@@ -20,13 +20,13 @@ from aer_megatron.convert.architecture import (
     check_parallel,
     pad_query_groups,
 )
-from aer_megatron.convert.disk_space import has_space, space_report
 from aer_megatron.convert.hf_folder import HFFolder, config_with_dtype, copy_extra_files, new_folder
 from aer_megatron.convert.mapping import check_hf_tensors, hf_names
 from aer_megatron.convert.megatron_folder import MegatronWriter
 from aer_megatron.convert.safetensors_writer import TORCH_DTYPE_OF, SafetensorsWriter, TensorSpec
 from aer_megatron.convert.stream import write_megatron
-from aer_megatron.json_input import read_json_object
+from aer_megatron.files.disk_space import has_space, space_report
+from aer_megatron.files.json_input import read_json_object
 
 Advance = Callable[[int], None]  # told how many bytes have been written since the last call
 _METADATA_BYTES = 1 << 24  # headers, tables and tokenizer files, generously

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_megatron.algo.fp8 import E4M3, Quantized, quantize_blocks
 from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.fp8_quantize import E4M3, Quantized, quantize_blocks
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.safetensors_writer import TensorSpec
 

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from aer_megatron.convert.megatron_metadata import MAX_BYTES, CheckpointTables, Chunk, read_tables
-from aer_megatron.json_input import read_json_object
+from aer_megatron.files.json_input import read_json_object
 
 _FORMAT = {
     "sharded_backend": "torch_dist",

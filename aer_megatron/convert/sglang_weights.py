@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_megatron.algo.fp8 import E4M3
 from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.fp8_quantize import E4M3
 from aer_megatron.convert.fp8_weights import SCALE_SUFFIX, dequantize_weight
 
 VOCAB_MULTIPLE = 64  # a server pads its vocabulary to a multiple of this

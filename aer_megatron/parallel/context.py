@@ -1,6 +1,6 @@
 """Context parallelism's collective: the tokens of every rank, with gradients that flow back to their owner.
 
-Which tokens a rank holds is algo/packing.py's (`context_positions`). Shape suffix: R context-parallel ranks.
+Which tokens a rank holds is actor/packing.py's (`context_positions`). Shape suffix: R context-parallel ranks.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aer_megatron.failures import run_command
+from aer_megatron.console.failures import run_command
 from aer_megatron.report.picture import PICTURE_FILE, draw_comparison, draw_report
 
 

@@ -31,8 +31,8 @@ from aer_megatron.algo.flight import (
     GradientGeometry,
     difficulty_buckets,
 )
-from aer_megatron.json_input import kind_of
-from aer_megatron.report.files import LineFile, replace_file
+from aer_megatron.files.json_input import kind_of
+from aer_megatron.files.whole_files import LineFile, replace_file
 from aer_megatron.report.writer import split_lines
 from aer_megatron.types import Float64Array, Int64Array
 

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from aer_megatron.config import Config
-from aer_megatron.convert.disk_space import lacks_space
+from aer_megatron.files.disk_space import lacks_space
 from aer_megatron.report.progress import NullProgress, Progress, open_progress
 from aer_megatron.report.tensorboard import TensorBoardWriter
 from aer_megatron.report.writer import MetricsWriter, mark_trained, normalize

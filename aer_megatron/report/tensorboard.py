@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aer_megatron.convert.disk_space import lacks_space
+from aer_megatron.files.disk_space import lacks_space
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.writer import MetricValue
 

@@ -25,8 +25,8 @@ import numpy as np
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
-from aer_megatron.json_input import kind_of, parse_json
-from aer_megatron.report.files import LineFile, replace_file
+from aer_megatron.files.json_input import kind_of, parse_json
+from aer_megatron.files.whole_files import LineFile, replace_file
 from aer_megatron.report.masking import mask_arguments, mask_table
 from aer_megatron.report.metrics import MACHINE_PREFIX, Metric, unit_of
 

@@ -30,7 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from aer_megatron.rollout.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup, command_line
 from benchmarks.reliability.chaos_plan import draw_kills
 from benchmarks.reliability.chaos_report import compare, write_report
 from benchmarks.reliability.chaos_run import ChaosRun, Launching, Stalled

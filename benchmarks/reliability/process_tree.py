@@ -121,7 +121,7 @@ def _classify(pid: int, command: str, parent: RunProcess, launcher: int) -> RunP
         role = "launcher"
     elif "aer_megatron.rewards.guard" in command or parent.role == "verifier guard":
         role = "verifier guard" if parent.role == "rank" else "verifier"
-    elif "rollout/guard.py" in command:
+    elif "sglang/guard.py" in command:
         role = "guard"
     elif parent.role in ("guard", "server"):
         role = "server"

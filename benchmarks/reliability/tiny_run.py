@@ -14,7 +14,7 @@ from typing import Any
 
 from aer_megatron.config import DataSection
 from aer_megatron.data import countdown
-from aer_megatron.rollout.server import free_port
+from aer_megatron.sglang.server import free_port
 from tests.support.double_runs import double_python, random_base
 from tests.support.real_servers import LAUNCH, SERVER_ENVIRONMENT, inline_table
 from tests.support.runs import ROOT
@@ -94,7 +94,7 @@ def write_run(folder: Path, *, name: str, verifier: str, problems: int = NUM_PRO
 def launch_command(run_file: Path, options: Mapping[str, Any], *, ranks: int) -> list[str]:
     """Returns the command line of a launcher with ``ranks`` training processes; ``options`` by dotted name."""
     arguments = [str(run_file), *(f"--{name}={_word(value)}" for name, value in options.items())]
-    if importlib.util.find_spec("aer_megatron.launch") is not None:
+    if importlib.util.find_spec("aer_megatron.launch.command") is not None:
         return [sys.executable, "-m", "aer_megatron.cli", "launch", "--nproc", str(ranks), *arguments]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0"]
     port = str(free_port("127.0.0.1"))

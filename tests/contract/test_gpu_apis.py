@@ -184,7 +184,7 @@ def test_sglang_has_every_option_of_the_examples() -> None:
         launch = tomllib.loads(file.read_text(encoding="utf-8")).get("sglang", {}).get("launch", {})
         assert launch.keys() <= options, f"{file}: {sorted(launch.keys() - options)}"
     for file in [ROOT / "examples/multinode_torchrun/serve.sh", ROOT / "examples/single_node/launch.sh",
-                 ROOT / "examples/slurm/train.sbatch", ROOT / "aer_megatron/rollout/server.py"]:  # fmt: skip
+                 ROOT / "examples/slurm/train.sbatch", ROOT / "aer_megatron/sglang/server.py"]:  # fmt: skip
         text = file.read_text(encoding="utf-8")
         flags = re.findall(r"--(model-path|host|port|tp-size|mem-[a-z-]+|api-key)", text)
         flags = {flag.replace("-", "_") for flag in flags}

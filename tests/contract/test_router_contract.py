@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from aer_megatron.rollout.engine import SamplingOptions
-from aer_megatron.rollout.sglang_protocol import generate_body
+from aer_megatron.sglang.protocol import generate_body
 from aer_megatron.types import Completion
 from tests.support.real_router import real_router
 from tests.support.sglang_double import SGLangDouble

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.rollout.server import LaunchOptions, ServerGroup, command_line
+from aer_megatron.sglang.server import LaunchOptions, ServerGroup, command_line
 from aer_megatron.types import Completion, VersionSpan
 from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT

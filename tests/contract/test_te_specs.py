@@ -257,7 +257,7 @@ def trained(actor: Any, seeds: range) -> list[float]:
 @pytest.mark.parametrize("megatron", [{}, FP8_REFERENCE], ids=["no fp8", "fp8"])
 def test_a_resumed_run_with_fused_adam_is_the_straight_one(megatron: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit, bf16; the local layers with torch's AdamW read the same checkpoint."""
-    from aer_megatron.actor.checkpoint import CheckpointStore
+    from aer_megatron.checkpoint.store import CheckpointStore
 
     def policy(table: dict[str, Any]) -> tuple[Any, Any]:
         actor = build_actor(policy_config(model={"dtype": "bf16"}, megatron=UNFUSED | table))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from aer_megatron.algo.batching import minibatch_indices
+from aer_megatron.actor.batching import minibatch_indices
 from aer_megatron.algo.covariance import select_tokens
 from aer_megatron.parallel.platform import install_platform
 from tests.support.policies import build_actor, build_topology, fixed_batch, policy_config, tiny_hf_model

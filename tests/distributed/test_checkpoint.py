@@ -63,7 +63,7 @@ def _config(*, dtype: str = "fp32", megatron: dict[str, Any] | None = None, **ca
 
 
 def _actor(*, poisoned: bool = False, tied: bool = True, **case: Any) -> Any:
-    from aer_megatron.actor.checkpoint_tensors import optimizer_pieces
+    from aer_megatron.checkpoint.tensors import optimizer_pieces
 
     model = tiny_hf_model(tied=tied, num_layers=case.get("num_layers", 2))
     actor = build_actor(_config(**case), model=model)
@@ -77,7 +77,7 @@ def _actor(*, poisoned: bool = False, tied: bool = True, **case: Any) -> Any:
 
 
 def _store(actor: Any, folder: Path, keep: int = 2) -> Any:
-    from aer_megatron.actor.checkpoint import CheckpointStore
+    from aer_megatron.checkpoint.store import CheckpointStore
 
     return CheckpointStore(folder, topology=actor.topology, device=torch.device("cpu"), keep=keep)
 
@@ -89,7 +89,7 @@ def _train(actor: Any, updates: range) -> list[tuple[Any, ...]]:
 
 def _resume(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """Two updates, save, two more; then the same two more by a new actor that loaded the checkpoint."""
-    from aer_megatron.actor.checkpoint_tensors import set_rng
+    from aer_megatron.checkpoint.tensors import set_rng
 
     actor = _actor(**case)
     _train(actor, range(2))
@@ -235,7 +235,7 @@ def _failing_saves(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _save_on_broken_disk(store: Any, actor: Any, *, broken: bool) -> None:
-    from aer_megatron.actor import checkpoint_buffer
+    from aer_megatron.checkpoint import buffer as checkpoint_buffer
 
     def failing(path: Path) -> Any:
         raise OSError(28, "No space left on device", str(path))
@@ -250,7 +250,7 @@ def _save_on_broken_disk(store: Any, actor: Any, *, broken: bool) -> None:
 
 def _beside(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Saves of the same moment, one in place and one beside training, whose files are written only after it."""
-    from aer_megatron.actor import checkpoint_buffer
+    from aer_megatron.checkpoint import buffer as checkpoint_buffer
 
     actor = _actor(**case)
     _train(actor, range(1))

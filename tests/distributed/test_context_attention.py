@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from aer_megatron.actor.attention import ExactAttention
-from aer_megatron.algo.packing import context_positions
+from aer_megatron.actor.packing import context_positions
 from tests.support.spawn import run_distributed
 
 LENGTHS = {2: [8, 8, 4, 12], 4: [8, 16, 16]}

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.algo.batching import micro_batch_indices
+from aer_megatron.actor.batching import micro_batch_indices
 from aer_megatron.algo.controller import ControllerState, Observation, initial_state
 from aer_megatron.config import Config
+from aer_megatron.loop.parts import Parts, Progress
+from aer_megatron.loop.stages import Assessment, Stages
+from aer_megatron.loop.synchronous import Trainer
 from aer_megatron.parallel.platform import install_platform
-from aer_megatron.parts import Parts, Progress
 from aer_megatron.report.reporter import NullReporter
 from aer_megatron.report.timer import PhaseTimer
-from aer_megatron.stages import Assessment, Stages
-from aer_megatron.trainer import Trainer
 from aer_megatron.types import Experience, Float64Array, PolicyScores, Prompt
 from tests.support.diary_of_saves import Diary
 from tests.support.policies import VOCAB_SIZE, build_actor, policy_config

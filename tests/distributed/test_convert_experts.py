@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from aer_megatron.actor.checkpoint_weights import RunCheckpoint
+from aer_megatron.checkpoint.weights import RunCheckpoint
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.platform import install_platform
 from tests.support.policies import fixed_batch, policy_config
@@ -60,7 +60,7 @@ def _whole(rank: int, world_size: int, model: Path) -> dict[str, Any]:
 
 def _sharded(rank: int, world_size: int, model: Path, runs: Path) -> dict[str, Any]:
     install_platform()
-    from aer_megatron.actor.checkpoint import CheckpointStore
+    from aer_megatron.checkpoint.store import CheckpointStore
 
     results = {name: _train(_actor(model, parallel), (0, 1)) for name, parallel in LAYOUTS.items()}
     saved = _actor(model, LAYOUTS["ep2"])

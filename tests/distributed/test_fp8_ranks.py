@@ -51,7 +51,7 @@ def _two_updates(actor: Any) -> dict[str, Any]:
 
 def _resume(folder: Path) -> list[str]:
     """Returns the names of tensors in which a resumed run differs from one that was never interrupted."""
-    from aer_megatron.actor.checkpoint import CheckpointStore
+    from aer_megatron.checkpoint.store import CheckpointStore
 
     straight = _actor(DELAYED)
     _two_updates(straight)

@@ -15,10 +15,10 @@ from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.convert.fp8_weights import iter_fp8_weights
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.agreement import exchange_json
-from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.sglang_protocol import WeightLabels
-from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.servers import SyncContext
+from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.protocol import WeightLabels
+from aer_megatron.sglang.weight_sync import SyncContext
 from tests.support.fp8_models import fp8_tensors, save_fp8_model
 from tests.support.sglang_double import SGLangDouble
 from tests.support.spawn import run_distributed

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
-from aer_megatron.algo.memory_plan import BatchShape, StageMemory, TrainingForm, chunk_rows, stage_memory
-from aer_megatron.algo.model_size import Layout, rank_parameters
 from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.costs.memory import BatchShape, StageMemory, TrainingForm, chunk_rows, stage_memory
+from aer_megatron.costs.model_size import Layout, rank_parameters
 from aer_megatron.parallel import fused_head, vocab, vocab_shard
 from tests.support.spawn import run_distributed
 from tests.support.storage_tracker import StorageTracker
@@ -49,8 +49,8 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
     from megatron.core import parallel_state
 
     from aer_megatron.actor.actor import Actor
-    from aer_megatron.actor.checkpoint_buffer import HostBuffer, tensor_file
-    from aer_megatron.actor.checkpoint_tensors import own_files
+    from aer_megatron.checkpoint.buffer import HostBuffer, tensor_file
+    from aer_megatron.checkpoint.tensors import own_files
     from aer_megatron.config_loading import config_from_table
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.parallel import platform

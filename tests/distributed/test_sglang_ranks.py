@@ -11,10 +11,10 @@ import torch
 
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
-from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.sglang_protocol import WeightLabels
-from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.servers import SyncContext
+from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.protocol import WeightLabels
+from aer_megatron.sglang.weight_sync import SyncContext
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import model_folder, weights
 from tests.support.spawn import run_distributed

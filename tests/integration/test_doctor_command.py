@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron import doctor
+from aer_megatron.doctor import command as doctor
 from tests.support.runs import run_command
 
 RUN = "examples/quickstart/countdown.toml"

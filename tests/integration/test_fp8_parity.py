@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron.fp8_parity import main
+from aer_megatron.fp8_parity.command import main
 from tests.support.runs import ROOT, environment, train, write_run_file
 
 STEPS = 4

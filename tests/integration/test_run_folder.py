@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron.report.run_lock import RunLock
+from aer_megatron.files.run_lock import RunLock
 from tests.support.double_runs import random_base
 from tests.support.runs import metric_lines, train, write_run_file
 

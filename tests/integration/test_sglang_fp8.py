@@ -14,7 +14,7 @@ import torch
 
 from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.rollout.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup, command_line
 from tests.support.fp8_models import fp8_model, fp8_model_weights, rounded_weights, save_fp8_model
 from tests.support.real_servers import real_server_options
 from tests.support.runs import ROOT

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.rollout.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup, command_line
 from tests.support.real_servers import (
     export_last_checkpoint,
     processes_writing,

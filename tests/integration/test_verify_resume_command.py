@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron import verify_resume
+from aer_megatron.verify_resume import command as verify_resume
 from tests.support.double_runs import random_base
 from tests.support.runs import ROOT, run_command, write_run_file
 

@@ -9,7 +9,7 @@ import torch
 
 def snapshot(actor: Any) -> dict[str, torch.Tensor]:
     """Every tensor that a rank holds: model, main parameters, moments (through the optimizer itself), random states."""
-    from aer_megatron.actor.checkpoint_tensors import rng_tensors
+    from aer_megatron.checkpoint.tensors import rng_tensors
 
     tensors = {f"model/{name}": value for name, value in actor.model.named_parameters()}
     for index, optimizer in enumerate(getattr(actor.optimizer, "chained_optimizers", [actor.optimizer])):

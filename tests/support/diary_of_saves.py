@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aer_megatron.parts import Progress
+from aer_megatron.loop.parts import Progress
 
 
 class Diary:

@@ -50,7 +50,7 @@ def write_policy(folder: Path) -> Path:
 
 def examine(config: Config, rank: int, world_size: int, *, reference: Any = "auto") -> Any:
     """Returns the doctor's examination on the calling ranks."""
-    from aer_megatron.compose.examination import Examiner
+    from aer_megatron.doctor.examination import Examiner
 
     install_platform()
     platform = Platform("cpu", "gloo", rank, world_size, rank)
@@ -65,7 +65,7 @@ def run_config(run_file: Path, *overrides: str) -> Config:
 @contextmanager
 def few_layouts(*names: str) -> Iterator[None]:
     """Only the run's layout and those of ``names`` are measured, to save a test's time."""
-    from aer_megatron.compose import doctor_layouts
+    from aer_megatron.doctor import layouts as doctor_layouts
 
     whole = doctor_layouts._table
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from aer_megatron import train
-from aer_megatron.actor import checkpoint
+from aer_megatron.checkpoint import store as checkpoint
 
 _apply = checkpoint.apply_actor_tensors
 

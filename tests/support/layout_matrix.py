@@ -92,7 +92,7 @@ def _gradients(actor: Any) -> dict[str, Any]:
     """
     from megatron.core import parallel_state
 
-    from aer_megatron.actor.checkpoint_tensors import optimizer_pieces
+    from aer_megatron.checkpoint.tensors import optimizer_pieces
 
     for parameter in actor.model.parameters():
         parameter.zero_()

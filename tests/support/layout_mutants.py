@@ -149,7 +149,7 @@ def contiguous_context() -> Iterator[None]:
         ]
         return np.concatenate(parts)
 
-    with mock.patch("aer_megatron.algo.batching.context_positions", contiguous):
+    with mock.patch("aer_megatron.actor.batching.context_positions", contiguous):
         yield
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from aer_megatron.algo.nonfinite import Diagnosis
+from aer_megatron.actor.nonfinite_findings import Diagnosis
 from aer_megatron.types import TrainBatch
 from tests.support.actor_snapshots import differences, snapshot
 from tests.support.policies import build_actor, fixed_batch, policy_config

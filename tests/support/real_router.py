@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron.rollout.server import free_port
+from aer_megatron.sglang.server import free_port
 from tests.support.runs import ROOT
 
 SMG = ROOT / ".venv-sglang" / "bin" / "smg"

@@ -12,8 +12,8 @@ from typing import Any
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.sglang_weights import ServedChecksums, first_difference
-from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.server import LaunchOptions
+from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.server import LaunchOptions
 from tests.support.runs import ROOT, environment
 
 SERVER_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"

@@ -24,7 +24,7 @@ import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
-from aer_megatron.rollout.addresses import in_url
+from aer_megatron.sglang.addresses import in_url
 from tests.support.http_double import HttpDouble
 from tests.support.reply_faults import SpoiledReply, spoil
 from tests.support.served_weights import (

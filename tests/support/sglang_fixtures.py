@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from aer_megatron.convert.architecture import architecture_from_hf_config
-from aer_megatron.rollout.calls import RequestLimits
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.rollout.fleet import FleetOptions, ServerFleet
-from aer_megatron.rollout.sglang import SGLangEngine
-from aer_megatron.rollout.sglang_protocol import WeightLabels, new_run_id
-from aer_megatron.sync.disk import DiskSync
-from aer_megatron.sync.distributed import DistributedSync
-from aer_megatron.sync.servers import ServerSync, SyncContext
-from aer_megatron.sync.tensor import TensorSync
+from aer_megatron.sglang.calls import RequestLimits
+from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.sglang.distributed import DistributedSync
+from aer_megatron.sglang.engine import SGLangEngine
+from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.protocol import WeightLabels, new_run_id
+from aer_megatron.sglang.tensor import TensorSync
+from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
 from tests.support.policies import tiny_hf_model
 
 OPTIONS = SamplingOptions(1.0, 1.0, 0, frozenset({2}))

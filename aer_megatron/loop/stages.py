@@ -1,0 +1,375 @@
+"""The stages of a training step, shared by the synchronous loop (loop/synchronous.py) and the asynchronous one
+(loop/asynchronous.py): what happens in a step, not when.
+
+    launch (prompts, generation) -> collect (rewards, refills) -> score -> assess -> train -> publish -> metrics
+
+Nothing here remembers anything from one step to the next. This file does NOT know torch, ranks, files or how any part
+works.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from aer_megatron.algo import controller
+from aer_megatron.algo.advantage import AdvantageResult, group_advantages, overlong_penalty
+from aer_megatron.algo.controller import Decision, Observation
+from aer_megatron.algo.difficulty import (
+    difficulty,
+    difficulty_accuracy,
+    group_token_entropy,
+    normalize_difficulty,
+    update_ledger,
+)
+from aer_megatron.algo.experience import Staleness, join_experiences, mixed_groups, num_groups, select_groups, staleness
+from aer_megatron.algo.flight import BatchProfile, FlightRecord, profile_batch
+from aer_megatron.algo.mismatch import Mismatch, measure_mismatch
+from aer_megatron.algo.passk import pass_at_k
+from aer_megatron.algo.selection import skip_decided
+from aer_megatron.config import Config
+from aer_megatron.loop.parts import Parts, PendingBatch, Progress
+from aer_megatron.report.metrics import Metric, pass_at, reason_count
+from aer_megatron.report.training import (
+    controller_metrics,
+    difficulty_metrics,
+    engine_metrics,
+    experience_metrics,
+    training_metrics,
+)
+from aer_megatron.rewards.labels import bound_counts
+from aer_megatron.types import (
+    Experience,
+    Float32Array,
+    Float64Array,
+    PolicyScores,
+    Prompt,
+    RolloutGroup,
+    StepStats,
+    TrainBatch,
+)
+
+Generate = Callable[[], list[RolloutGroup]]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Prompts whose rollouts are under way, or begin when they are waited for."""
+
+    pending: PendingBatch
+    num_groups: int  # wanted; prompts beyond them race (rollout.oversample)
+    refill: int
+    wait: Generate = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The rollout batch of a step with what dynamic sampling and over-sampling did to it."""
+
+    experience: Experience
+    reasons: Mapping[str, int]
+    reward_mean: float
+    num_dropped: int
+    num_refills: int
+    num_skipped: int
+    num_aborted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """What the batch says before the update: advantages, where the bonus goes, what the controller sees."""
+
+    advantages: AdvantageResult
+    difficulty_P: Float64Array  # before normalisation
+    allocation_P: Float64Array  # after it: multiplies the coefficient
+    observation: Observation
+    mismatch: Mismatch
+    staleness: Staleness
+    profile: BatchProfile
+
+
+def when_waited(work: Generate) -> Generate:
+    """Returns ``work`` itself: generation begins when its result is waited for."""
+    return work
+
+
+class Stages:
+    """The stages over the parts of a run; ``start.pending`` are batches that an earlier launch had drawn."""
+
+    def __init__(self, config: Config, parts: Parts, start: Progress) -> None:
+        self.config = config
+        self.parts = parts
+        self.start = start
+        self._resumed = {batch.step: batch for batch in start.pending}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Returns pass@k of the evaluation set at evaluation steps, nothing at others."""
+        every, last = self.config.run.eval_every, self.config.run.num_steps - 1
+        if not every or not (step % every == 0 or step == last):
+            return {}
+        parts, options = self.parts, self.config.eval
+        with parts.timer.phase("eval"):
+            groups = parts.eval_collector.collect(parts.eval_prompts, step=step, refill=0)
+            experience, _ = parts.gather(parts.score_groups(groups))
+        result = group_advantages(experience, self.config.algo)
+        metrics = {pass_at(k): float(pass_at_k(result.counts_P, result.successes_P, k=k).mean()) for k in options.k}
+        return metrics | {Metric.EVAL_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean())}
+
+    def launch(self, step: int, begin: Callable[[Generate], Generate] = when_waited) -> Launch:
+        """Returns the rollouts of a step's first round under way, as far as ``begin`` begins them.
+
+        Ranks call it in the same order: it draws prompts.
+        """
+        return self._launch(step, 0, self.config.rollout.prompts_per_step, begin)
+
+    def collect(self, launch: Launch) -> Collected:
+        """Returns P groups; dynamic sampling replaces groups solved always or never, as far as max_refills allow."""
+        options = self.config.rollout
+        launches = [launch]
+        rounds: list[Experience] = []
+        kept: list[Experience] = []
+        spare: list[Experience] = []
+        reasons: dict[str, int] = {}
+        missing = options.prompts_per_step
+        while True:
+            experience, counts = self._roll_out(launches[-1])
+            rounds.append(experience)
+            for label, count in counts.items():
+                reasons[label] = reasons.get(label, 0) + count
+            if not options.dynamic_sampling:
+                kept.append(experience)
+                break
+            keep_P = mixed_groups(group_advantages(experience, self.config.algo))
+            kept.append(select_groups(experience, keep_P))
+            spare.append(select_groups(experience, ~keep_P))
+            missing -= int(keep_P.sum())
+            if not missing or len(rounds) > options.max_refills:
+                break
+            launches.append(self._launch(launch.pending.step, len(rounds), missing, when_waited))
+        if options.dynamic_sampling and missing:
+            # the batch keeps its size: what is still missing is filled with groups of zero advantage
+            unmixed = join_experiences(spare)
+            kept.append(select_groups(unmixed, np.arange(num_groups(unmixed)) < missing))
+        result = join_experiences(kept)
+        rewards = np.concatenate([part.reward_B for part in rounds])
+        return Collected(
+            experience=result,
+            reasons=bound_counts(reasons),
+            reward_mean=float(rewards.mean()),
+            num_dropped=sum(num_groups(part) for part in rounds) - num_groups(result),
+            num_refills=len(rounds) - 1,
+            num_skipped=sum(item.pending.num_skipped for item in launches),
+            num_aborted=sum(len(item.pending.prompt_ids) - item.num_groups for item in launches),
+        )
+
+    def score(self, step: int, experience: Experience) -> PolicyScores:
+        """Returns what the policy that is about to be trained says of the batch."""
+        with self.parts.timer.phase("score"):
+            return self.parts.policy.score(experience, seed=self.config.run.seed + step)
+
+    def assess(self, experience: Experience, scores: PolicyScores, step: int, policy_version: int) -> Assessment:
+        """Returns the assessment of the batch, after the ledger took its evidence.
+
+        Raises:
+            RuntimeError: at step 0, if rollout engine and trainer hold different policies (``rollout.logprob_gate``).
+        """
+        mismatch = measure_mismatch(scores.logprob_T, experience.rollout_logprob_T)
+        if step == 0:
+            self._check_first(mismatch)
+        algo, ledger = self.config.algo, self.parts.ledger
+        with self.parts.timer.phase("score"):
+            advantages = group_advantages(experience, algo, penalty_B=self._penalty(experience))
+            entropy_sum_P, token_count_P = group_token_entropy(experience, scores.token_entropy_T)
+            update_ledger(ledger, advantages, entropy_sum_P=entropy_sum_P, token_count_P=token_count_P, step=step)
+            accuracy_P = difficulty_accuracy(
+                algo.entropy.source, advantages.accuracy_P, ledger, advantages.prompt_id_P, algo.ledger, step
+            )
+            difficulty_P = difficulty(accuracy_P, shape=algo.entropy.difficulty, rho=algo.entropy.rho)
+            allocation_P = self._allocation(difficulty_P)
+            return Assessment(
+                advantages=advantages,
+                difficulty_P=difficulty_P,
+                allocation_P=allocation_P,
+                # of the forward pass above: the policy that is trained, also where older ones sampled the tokens
+                observation=Observation(
+                    entropy_sum=float(scores.token_entropy_T.sum(dtype=np.float64)),
+                    token_count=float(len(scores.token_entropy_T)),
+                    difficulty_mean=float(difficulty_P.mean()),
+                    mismatch_kl=mismatch.kl,
+                ),
+                mismatch=mismatch,
+                staleness=staleness(experience, policy_version=policy_version),
+                profile=profile_batch(experience, scores, advantages, allocation_P),
+            )
+
+    def train(
+        self, step: int, experience: Experience, scores: PolicyScores, assessed: Assessment, coefficient: float
+    ) -> StepStats:
+        """Returns the statistics of the step's policy updates."""
+        batch = TrainBatch(
+            experience=experience,
+            advantage_B=assessed.advantages.advantage_B,
+            entropy_weight_B=coefficient * assessed.allocation_P[experience.group_index_B],
+            old_logprob_T=scores.logprob_T,
+            ref_logprob_T=self._score_reference(experience),
+        )
+        with self.parts.timer.phase("train"):
+            return self.parts.policy.train(
+                batch,
+                seed=self.config.run.seed + step,
+                entropy_gradient=controller.needs_entropy_gradient(self.config.algo.entropy),
+            )
+
+    def publish(self, policy_version: int) -> None:
+        """Returns when the rollout engine serves the policy as ``policy_version``."""
+        with self.parts.timer.phase("sync"):
+            self.parts.weight_sync.publish(self.parts.policy.hf_weights(), policy_version)
+
+    def release_memory(self) -> None:
+        """Returns when servers that share the trainer's GPUs have given their memory back, where the run wants it."""
+        if self.config.sglang.release_memory:
+            with self.parts.timer.phase("sync"):
+                self.parts.weight_sync.suspend()
+
+    def record_flight(
+        self, step: int, decision: Decision, coefficient: float, assessed: Assessment, stats: StepStats
+    ) -> None:
+        """Writes what the controller saw and did, so that any other can be replayed on it."""
+        if self.parts.flight is None:
+            return
+        advantages, algo = assessed.advantages, self.config.algo
+        self.parts.flight.write(
+            FlightRecord(
+                step=step,
+                observation=assessed.observation,
+                state=decision.state,
+                coefficient=coefficient,
+                successes_P=advantages.successes_P,
+                counts_P=advantages.counts_P,
+                ledger_accuracy_P=difficulty_accuracy(
+                    "ledger", advantages.accuracy_P, self.parts.ledger, advantages.prompt_id_P, algo.ledger, step
+                ),
+                profile=assessed.profile,
+                clip_low=stats.sums["clip_low"],
+                clip_high=stats.sums["clip_high"],
+            )
+        )
+
+    def metrics(
+        self, collected: Collected, assessed: Assessment, decision: Decision, coefficient: float, stats: StepStats
+    ) -> dict[str, Any]:
+        """Returns every metric of a step but those of evaluation and time; ``stats`` are the update's."""
+        experience, algo = collected.experience, self.config.algo
+        penalty_B = self._penalty(experience)
+        shaping = {} if penalty_B is None else {Metric.REWARD_OVERLONG_PENALTY: float(penalty_B.mean())}
+        skips = self.config.run.on_nonfinite == "skip"
+        skipped = {Metric.TRAIN_UPDATES_SKIPPED: stats.updates_skipped} if skips else {}
+        return (
+            {
+                Metric.AER_COEFFICIENT: coefficient,
+                Metric.REWARD_MEAN: collected.reward_mean,
+                Metric.ROLLOUT_GROUPS_DROPPED: collected.num_dropped,
+                Metric.ROLLOUT_GROUPS_ABORTED: collected.num_aborted,
+                Metric.ROLLOUT_REFILLS: collected.num_refills,
+                Metric.DATA_PROMPTS_SKIPPED: collected.num_skipped,
+                Metric.CHECKPOINT_FAILED: self.parts.saves.num_failed,
+            }
+            | {reason_count(label): count for label, count in collected.reasons.items()}
+            | shaping
+            | skipped
+            | experience_metrics(experience)
+            | engine_metrics(assessed.mismatch, assessed.staleness)
+            | controller_metrics(decision, algo.entropy, assessed.observation, assessed.advantages)
+            | difficulty_metrics(assessed.profile, coefficient)
+            | training_metrics(stats, kl_coefficient=algo.kl_coefficient)
+        )
+
+    def end_step(self, progress: Progress) -> bool:
+        """Returns whether the run ends here: after the last step, or because it was asked to.
+
+        A checkpoint is begun at checkpoint steps and wherever the run ends; ``finish`` waits for it.
+        """
+        every, done = self.config.run.checkpoint_every, progress.next_step
+        last = done == self.config.run.num_steps
+        due = last or bool(every and done % every == 0)
+        if due:
+            self._save(progress)
+        if last or not self.parts.stop_requested():  # asked behind the save: that one may take long
+            return last
+        if not due:
+            self._save(progress)
+        return True
+
+    def finish(self) -> None:
+        """Returns once the last checkpoint that was begun is on disk; raises RuntimeError where it cannot be."""
+        with self.parts.timer.phase("checkpoint"):
+            self.parts.saves.finish()
+
+    def _save(self, progress: Progress) -> None:
+        with self.parts.timer.phase("checkpoint"):
+            self.parts.saves.save(progress)
+
+    def _launch(self, step: int, refill: int, num_groups: int, begin: Callable[[Generate], Generate]) -> Launch:
+        resumed = None if refill else self._resumed.get(step)
+        if resumed is not None:
+            prompts, num_skipped = self.parts.prompts.prompts_of(resumed.prompt_ids), resumed.num_skipped
+        else:
+            prompts, num_skipped = self._choose(_with_spares(num_groups, self.config.rollout.oversample), step)
+        work = partial(self.parts.collector.collect, prompts, step=step, refill=refill, num_groups=num_groups)
+        ids = tuple(prompt.id for prompt in prompts)
+        return Launch(PendingBatch(step, ids, num_skipped), num_groups, refill, begin(work))
+
+    def _choose(self, count: int, step: int) -> tuple[list[Prompt], int]:
+        """Returns (the next ``count`` prompts, how many were passed over because the ledger knows their outcome)."""
+        parts, algo = self.parts, self.config.algo
+        if algo.selection.kind == "none":
+            return parts.prompts.next_prompts(count), 0
+        seed, prior = self.config.run.seed, algo.ledger
+        skip = partial(skip_decided, parts.ledger, selection=algo.selection, prior=prior, seed=seed, step=step)
+        return parts.prompts.select_prompts(
+            count, accept=lambda ids: ~skip(ids), max_rejected=count * algo.selection.max_rejections
+        )
+
+    def _roll_out(self, launch: Launch) -> tuple[Experience, dict[str, int]]:
+        parts = self.parts
+        with parts.timer.phase("rollout"):
+            groups = launch.wait()
+        with parts.timer.phase("reward"):
+            return parts.gather(parts.score_groups(groups))
+
+    def _check_first(self, mismatch: Mismatch) -> None:
+        """Refuses to train on a policy that is not the one that sampled: wrong weights, temperature or positions."""
+        gate = self.config.rollout.logprob_gate
+        # what is not finite is named by the update that it would make (run.on_nonfinite)
+        if gate and mismatch.largest > gate:
+            raise RuntimeError(
+                f"at step 0 the rollout engine and the trainer differ by {mismatch.largest:.3g} nats in a sampled "
+                f"token's log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy "
+                "(weights, temperature, dtype); raise the gate for bf16, or look for the cause"
+            )
+
+    def _penalty(self, experience: Experience) -> Float64Array | None:
+        max_new_tokens = self.config.rollout.max_new_tokens
+        return overlong_penalty(experience, self.config.algo, max_new_tokens=max_new_tokens)
+
+    def _score_reference(self, experience: Experience) -> Float32Array | None:
+        if not self.config.algo.kl_coefficient:
+            return None
+        with self.parts.timer.phase("score"):
+            return self.parts.policy.score_reference(experience)
+
+    def _allocation(self, difficulty_P: Float64Array) -> Float64Array:
+        """Difficulty decides where the bonus goes under ``aer``; the baselines spread it evenly."""
+        entropy = self.config.algo.entropy
+        if entropy.kind != "aer":
+            return np.ones_like(difficulty_P)
+        return normalize_difficulty(difficulty_P, mode=entropy.normalize, floor=entropy.difficulty_floor)
+
+
+def _with_spares(num_groups: int, oversample: float) -> int:
+    return math.ceil(num_groups * oversample - 1e-9)  # 10 * 1.1 is 11, not 12

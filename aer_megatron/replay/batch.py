@@ -1,0 +1,166 @@
+"""Computes a kept update of a run again: the same batch, seed and weights, under any layout.
+
+    aer replay-batch runs/run/nonfinite/step_000012
+    aer launch --nproc 2 -m aer_megatron.replay.batch runs/run/nonfinite/step_000012 --parallel.tp=2
+
+Exit codes: 0 the update is finite, 1 it is not (where it begins is printed), 2 the folder or an option is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aer_megatron.console.failures import Edge, run_command
+from aer_megatron.train import quiet_libraries
+
+if TYPE_CHECKING:
+    from aer_megatron.actor.nonfinite_findings import Diagnosis
+    from aer_megatron.report.reproducer import Reproducer
+    from aer_megatron.types import StepStats
+
+USAGE = """\
+usage: aer replay-batch FOLDER [--weights=MODEL] [--section.key=value ...]
+       aer launch --nproc N -m aer_megatron.replay.batch FOLDER ...
+
+  FOLDER               a folder below nonfinite/ or recorded/ of a run
+  --weights=MODEL      Hugging Face folder to take the weights from instead of those that were kept
+  --section.key=value  another layout or precision: --parallel.tp=2, --model.dtype=fp32, ...
+  --help               this text
+
+Makes the update once, from the weights that it began with, and prints its statistics, or what is not finite in it:
+first tensor, layer, sample, rank. Nothing is written. Exit codes: 0 finite, 1 not finite, 2 folder or options wrong.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """What the user asked for. Example: ``CommandLine("runs/run/nonfinite/step_000012", "", ("--parallel.tp=2",))``."""
+
+    folder: str
+    weights: str
+    overrides: tuple[str, ...]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code of one rank."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0
+    quiet_libraries()
+    given = list(arguments)
+    return run_command(lambda edge: _replay(parse_command_line(given), edge))
+
+
+def parse_command_line(arguments: Sequence[str]) -> CommandLine:
+    """Returns the parsed arguments; raises ValueError for one that is not understood."""
+    folder, weights, overrides = "", "", []
+    for argument in arguments:
+        if argument.startswith("--weights="):
+            weights = argument.partition("=")[2]
+        elif argument.startswith("--"):
+            overrides.append(argument)
+        elif folder:
+            raise ValueError(f"argument {argument!r} is not understood: the folder is already {folder}")
+        else:
+            folder = argument
+    if not folder:
+        raise ValueError("the folder is missing; see --help")
+    return CommandLine(folder, weights, tuple(overrides))
+
+
+def _replay(command: CommandLine, edge: Edge) -> int:
+    """Returns 0 where the update is finite, else 1; rank 0 prints what came out."""
+    from aer_megatron.compose.common import check_model, collective_timeout_s
+    from aer_megatron.parallel import platform as platforms
+    from aer_megatron.parallel.topology import destroy_topology
+    from aer_megatron.report.reproducer import read_reproducer
+
+    kept = read_reproducer(command.folder, command.overrides)
+    path = command.weights or _kept_weights(kept)
+    check_model(kept.config, path)
+    platform = platforms.install_platform()
+    kept.config.check_world_size(platform.world_size)
+    platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(kept.config))
+    try:
+        with edge.noting():
+            stats, heard = _update(kept, path, platform)
+    finally:
+        destroy_topology()
+    if platform.rank == 0:
+        print(_text(kept, path, stats, heard), flush=True)
+    return 1 if heard else 0
+
+
+def _kept_weights(kept: Reproducer) -> str:
+    from aer_megatron.report.reproducer import WEIGHTS_FOLDER
+
+    named, folder = kept.description.get("weights"), kept.folder / WEIGHTS_FOLDER
+    if named == WEIGHTS_FOLDER and folder.is_dir():
+        return str(folder)
+    raise ValueError(
+        f"{kept.folder} has no weights (run.reproducer_gb); the nearest when it was written were {named!r}: give "
+        "--weights=MODEL, a Hugging Face folder (tools/convert_megatron_to_hf.py makes one of a checkpoint)"
+    )
+
+
+def _update(kept: Reproducer, path: str, platform: Any) -> tuple[StepStats, list[Diagnosis]]:
+    from aer_megatron.compose.common import build_actor, build_topology, checked_weights
+
+    config, update = kept.config, kept.update
+    actor = build_actor(
+        config,
+        path,
+        platform,
+        build_topology(config),
+        optimizer=config.optimizer,
+        num_updates=update.num_updates + config.algo.num_minibatches,
+    )
+    ids, vocabulary = update.batch.experience.token_ids_L, actor.arch.vocab_size
+    if not ((ids >= 0) & (ids < vocabulary)).all():
+        raise ValueError(f"{kept.folder}: token ids {ids.min()}..{ids.max()}, the model of {path} has {vocabulary}")
+    actor.load_hf_weights(checked_weights(path))
+    actor.num_updates = update.num_updates
+    heard: list[Diagnosis] = []
+    stats = actor.train(
+        update.batch,
+        seed=update.seed,
+        entropy_gradient=update.entropy_gradient,
+        report=heard.append,
+        minibatch=update.minibatch,
+    )
+    return stats, heard
+
+
+def _text(kept: Reproducer, path: str, stats: StepStats, heard: list[Diagnosis]) -> str:
+    """Returns what was kept and what came out here."""
+    update, parallel = kept.update, kept.config.parallel
+    experience = update.batch.experience
+    which = "all mini-batches" if update.minibatch is None else f"mini-batch {update.minibatch}"
+    lines = [
+        f"replay: step {update.step}, {which}, seed {update.seed}, {experience.num_sequences} sequences, "
+        f"{experience.num_response_tokens:,} response tokens, weights of {path}",
+        f"layout: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, ep {parallel.ep}, {kept.config.model.dtype}",
+    ]
+    diagnosis = kept.description.get("diagnosis")
+    if isinstance(diagnosis, dict) and isinstance(diagnosis.get("text"), str):
+        lines.append(f"kept:   {diagnosis['text']}")
+    for each in heard:
+        lines.append(f"here:   {each.text()}")
+        lines += [f"  {number}. {finding.text()}" for number, finding in enumerate(each.findings, start=1)]
+    if not heard:
+        sums = ", ".join(f"{name} {stats.mean(name):.9g}" for name in stats.sums)
+        lines.append(f"here:   finite; gradient norm {stats.grad_norm:.9g}; means over tokens: {sums}")
+        if diagnosis:
+            lines.append(
+                f"        the fault did not repeat here; it was seen on {kept.description.get('ranks')} ranks: try "
+                "that layout, then the machine of the rank that is named"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from aer_megatron.verify_resume.command import main
+
+sys.exit(main())

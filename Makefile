@@ -18,7 +18,7 @@ IMPORT_LAYER_TEST := $(wildcard tests/project/test_import_layers.py)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint audit wheel clean
+.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint docs audit wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,15 @@ lint: install ## ruff (rules and format), mypy, import layers
 audit: install ## licences, a CycloneDX SBOM and, with a network, known vulnerabilities of the pins, into build/
 	@$(BIN)/python tools/sbom.py --output build/sbom.cdx.json --licences build/licences.md
 	@bash tools/audit.sh $(BIN)/python
+
+DOCS := .venv-docs/bin
+docs: .venv-docs/.installed ## the site of docs/ into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --quiet --strict && echo build/site/index.html
+
+.venv-docs/.installed: constraints/docs.txt
+	@bash tools/bootstrap.sh .venv-docs "$(PYTHON)" "$(CXX)"
+	@$(DOCS)/python -m pip --quiet --disable-pip-version-check install --constraint $< mkdocs-material
+	@touch $@
 
 test-cpp: build/cpp/tests-asan build/cpp/tests-tsan ## the C++ tests under ASan + UBSan and under TSan
 	@build/cpp/tests-asan

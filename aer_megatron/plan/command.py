@@ -4,7 +4,7 @@
     python -m aer_megatron.plan RUN.toml --gpus 64 --rollout-share 0.4 --rollout.max_new_tokens=8192
 
 Reads the run file and the model's config.json only; needs no weights, data or GPU. The formulas are in
-costs/memory.py and costs/step.py, what they were checked against is in docs/plan.md.
+costs/memory.py and costs/step.py, what they were checked against is in docs/evidence/plan.md.
 
 Exit codes: 0 done, 2 the settings are impossible or nothing fits (one clear message).
 """

@@ -1,6 +1,6 @@
 """Our actor on Megatron-Core's TransformerEngine layers, without a GPU: names, weights, numbers, FP8, checkpoints.
 
-Runs where the pure-Python wheel of transformer-engine is installed and no CUDA device is (docs/gpu.md says how), and
+Runs where the pure-Python wheel of transformer-engine is installed and no CUDA device is (docs/evidence/gpu-sources.md says how), and
 skips elsewhere. TransformerEngine's and Megatron-Core's Python are the real ones, the compiled kernels are those of
 tests/support/te_on_cpu.py: what is shown is the wiring, never TransformerEngine's kernels.
 """
@@ -31,7 +31,7 @@ from tests.support.policies import build_actor, build_topology, fixed_batch, pol
 from tests.support.spawn import run_distributed
 
 if importlib.util.find_spec("transformer_engine") is None:
-    pytest.skip("transformer-engine's Python is not installed (docs/gpu.md)", allow_module_level=True)
+    pytest.skip("transformer-engine's Python is not installed (docs/evidence/gpu-sources.md)", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("a device is here: TransformerEngine itself runs", allow_module_level=True)
 if "megatron.core" in sys.modules:

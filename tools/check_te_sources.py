@@ -4,7 +4,8 @@
     python tools/check_te_sources.py .venv/lib/python3.11/site-packages te
 
 Parses megatron/core/extensions/transformer_engine.py and TransformerEngine's sources; imports neither. It names what
-is imported inside `try`, too, and may well be missing (docs/evidence/gpu-sources.md judges the list). Exit code 1 if anything is.
+is imported inside `try`, too, and may well be missing (docs/evidence/gpu-sources.md judges the list). Exit code 1 if
+anything is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What mkdocs does beyond docs/: a hook of mkdocs.yml.
 
-Pages link to code, examples and measured tables by relative path, as a reader of the repository needs it. In the site,
-the tables of benchmarks/results are pages below results/; a link to any other file outside docs/ shows the path instead.
+Pages link to code, examples and measured tables by relative path, as a reader of the repository needs it. In the site
+the tables of benchmarks/results are pages below results/, and a link to any other file outside docs/ shows the path.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files  # type: ignore[import-not-found]
+from mkdocs.structure.files import File, Files
 
 _LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+[^)\s]+)\)")
 _RESULTS = "../benchmarks/results/"

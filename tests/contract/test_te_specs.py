@@ -1,8 +1,8 @@
 """Our actor on Megatron-Core's TransformerEngine layers, without a GPU: names, weights, numbers, FP8, checkpoints.
 
 Runs where the pure-Python wheel of transformer-engine is installed and no CUDA device is, and skips elsewhere
-(docs/evidence/gpu-sources.md says how to get it). TransformerEngine's and Megatron-Core's Python are the real ones, the compiled kernels are those of
-tests/support/te_on_cpu.py: what is shown is the wiring, never TransformerEngine's kernels.
+(docs/evidence/gpu-sources.md says how to get it). TransformerEngine's and Megatron-Core's Python are the real ones, the
+compiled kernels are those of tests/support/te_on_cpu.py: this shows the wiring, never TransformerEngine's kernels.
 """
 
 from __future__ import annotations

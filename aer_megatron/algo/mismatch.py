@@ -54,6 +54,20 @@ class Mismatch:
             return math.nan
         return self.weight_sum**2 / (self.num_tokens * self.weight_square_sum)
 
+    def check_same_policy(self, gate: float) -> None:
+        """Refuses a policy that is not the one that sampled: wrong weights, temperature or positions.
+
+        Raises:
+            RuntimeError: a sampled token's log-probabilities differ by more than ``gate`` nats; 0 = no gate.
+        """
+        # what is not finite is named by the update that it would make (run.on_nonfinite)
+        if gate and self.largest > gate:
+            raise RuntimeError(
+                f"at step 0 the rollout engine and the trainer differ by {self.largest:.3g} nats in a sampled "
+                f"token's log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy "
+                "(weights, temperature, dtype); raise the gate for bf16, or look for the cause"
+            )
+
 
 def measure_mismatch(train_logprob_T: Float32Array, rollout_logprob_T: Float32Array) -> Mismatch:
     """Returns the mismatch of a batch whose tokens the rollout engine sampled; natural logarithms, fp32 [T] each.

@@ -59,7 +59,7 @@ class GuardedPolicy:
             RuntimeError: on every rank with one message, where an update is not finite and ``run.on_nonfinite`` is
                 "stop", or more than ``run.max_skipped_updates`` in a row were skipped.
         """
-        step = seed - self._config.run.seed  # loop/stages.py seeds a step so
+        step = seed - self._config.run.seed  # loop/phases.py seeds a step so
         update = KeptUpdate(step, seed, None, self._actor.num_updates, entropy_gradient, batch)
         if step == self._config.run.record_batch:
             self._say(self._keep(update, "recorded", {"diagnosis": None}))

@@ -21,10 +21,10 @@ from aer_megatron.compose.saves import RunSaves
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.files.run_lock import LOCK_FILE
-from aer_megatron.loop.asynchronous import AsyncTrainer
-from aer_megatron.loop.parts import Parts, PendingBatch, Progress
-from aer_megatron.loop.stages import Stages
-from aer_megatron.loop.synchronous import Trainer
+from aer_megatron.loop.asynchronous import train_ahead
+from aer_megatron.loop.parts import Parts, PendingBatch, Progress, RolloutParts
+from aer_megatron.loop.phases import Phases
+from aer_megatron.loop.synchronous import train
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
@@ -129,24 +129,25 @@ def _train(
         saves = stack.enter_context(_saves(config, platform, store, actor, ledger))
         reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
         flight = _open_flight_recorder(config, platform, start.next_step, stack)
-        parts = rollout_parts(config, platform, data, stack) | {
-            "prompts": cursor,
-            "policy": GuardedPolicy(actor, config, platform),
-            "ledger": ledger,
-            "saves": saves,
-            "flight": flight,
-            "reporter": reporter,
-            "timer": timer,
-            "stop_requested": stops.requested,
-        }
-        loop = AsyncTrainer if config.rollout.staleness else Trainer
+        parts = Parts(
+            prompts=cursor,
+            rollouts=rollout_parts(config, platform, data, stack),
+            policy=GuardedPolicy(actor, config, platform),
+            ledger=ledger,
+            saves=saves,
+            flight=flight,
+            reporter=reporter,
+            timer=timer,
+            stop_requested=stops.requested,
+        )
+        loop = train_ahead if config.rollout.staleness else train
         stops.begin_steps()
-        next_step = loop(Stages(config, Parts(**parts), start)).run()
+        next_step = loop(Phases(config, parts, start))
         stops.end_steps()
     return next_step
 
 
-def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> dict[str, Any]:
+def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitStack) -> RolloutParts:
     """Returns collectors, verifier pool and weight sync around the engine; ``stack`` closes them."""
     rollout = config.rollout
     engine, weight_sync = build_engine(config, platform, stack)
@@ -167,14 +168,14 @@ def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSta
     def gather(scored: list[Any]) -> tuple[Any, dict[str, int]]:
         return gather_batch(scored, reason_counts(scored), device=platform.device)
 
-    return {
-        "collector": collector(rollout.group_size, rollout.temperature, "train"),
-        "eval_collector": collector(config.eval.num_samples, config.eval.temperature, "eval"),
-        "eval_prompts": data.evaluation,
-        "score_groups": functools.partial(score_groups, decode=data.decode, pool=pool),
-        "gather": gather,
-        "weight_sync": weight_sync,
-    }
+    return RolloutParts(
+        collector=collector(rollout.group_size, rollout.temperature, "train"),
+        eval_collector=collector(config.eval.num_samples, config.eval.temperature, "eval"),
+        eval_prompts=data.evaluation,
+        score_groups=functools.partial(score_groups, decode=data.decode, pool=pool),
+        gather=gather,
+        weight_sync=weight_sync,
+    )
 
 
 def _open_flight_recorder(config: Config, platform: Platform, start_step: int, stack: ExitStack) -> Any:

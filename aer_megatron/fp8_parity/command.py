@@ -32,12 +32,13 @@ from aer_megatron.console.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.convert.fp8_weights import round_weight
 from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.fp8_parity.picture import PrecisionCurves, draw_fp8_parity
-from aer_megatron.loop.parts import NoSaves, Parts, Progress
-from aer_megatron.loop.stages import Stages
-from aer_megatron.loop.synchronous import Trainer
+from aer_megatron.loop.parts import NoSaves, Parts, Progress, RolloutParts
+from aer_megatron.loop.phases import Phases
+from aer_megatron.loop.synchronous import train
 from aer_megatron.parallel import platform as platforms
 from aer_megatron.parallel.topology import Topology, destroy_topology
 from aer_megatron.report.metrics import Metric
+from aer_megatron.report.reporter import NullReporter
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.types import Experience, Float32Array, Float64Array, PolicyScores, RolloutGroup
 
@@ -102,7 +103,7 @@ class Recording:
         return self._rounds[step, refill]
 
 
-class Trace:
+class Trace(NullReporter):
     """A reporter that keeps every step's metrics."""
 
     def __init__(self) -> None:
@@ -111,13 +112,12 @@ class Trace:
     def step(self, metrics: Mapping[str, Any]) -> None:
         self.steps.append(dict(metrics))
 
-    def close(self) -> None: ...
-
 
 class NoSync:
     """Weights stay where they are: recorded rollouts need none."""
 
     def publish(self, named_tensors: Iterator[tuple[str, Any]], version: int) -> None: ...
+    def suspend(self) -> None: ...
 
 
 @contextmanager
@@ -217,23 +217,23 @@ def _measure_all(config: Config, recipes: Sequence[str], platform: Any, topology
     exact = {key: value for key, value in config.megatron.items() if not key.startswith("fp8")}
     with ExitStack() as stack:
         data = load_data(config)
-        shared = rollout_parts(config, platform, data, stack)
-        shared["collector"] = Recording(shared["collector"])
+        engine = rollout_parts(config, platform, data, stack)
+        first = replace(engine, collector=Recording(engine.collector))
+        replays = replace(first, weight_sync=NoSync())
 
-        def measure(name: str, megatron: Mapping[str, Any], **changes: Any) -> Measured:
+        def measure(name: str, megatron: Mapping[str, Any], rollouts: RolloutParts) -> Measured:
             changed = config.model_copy(update={"megatron": dict(megatron)})
-            replayed = _measure(name, changed, data, shared | changes, (platform, topology))
-            still = _measure(name, _standing(changed), data, shared | {"weight_sync": NoSync()}, (platform, topology))
+            replayed = _measure(name, changed, data, rollouts, (platform, topology))
+            still = _measure(name, _standing(changed), data, replays, (platform, topology))
             return replace(replayed, grad_norm=float(still.series(Metric.TRAIN_GRAD_NORM)[-1]))
 
-        result = [measure(config.model.dtype, exact)]  # the first one generates what the others replay
+        result = [measure(config.model.dtype, exact, first)]  # the first one generates what the others replay
         for recipe in recipes:
             fp8 = {"fp8": FORMATS[recipe]} | dict(config.megatron) | {"fp8_recipe": recipe}
-            result.append(measure(recipe, fp8, weight_sync=NoSync()))
+            result.append(measure(recipe, fp8, replays))
         run = config.run.model_copy(update={"num_steps": 1})
         once = config.model_copy(update={"megatron": exact, "run": run})
-        parts = shared | {"weight_sync": NoSync()}
-        rounded = _measure("rollout weights", once, data, parts, (platform, topology), round_weights=True)
+        rounded = _measure("rollout weights", once, data, replays, (platform, topology), round_weights=True)
         return [*result, replace(rounded, metrics=())]
 
 
@@ -255,7 +255,7 @@ def _measure(
     name: str,
     config: Config,
     data: Data,
-    parts: Mapping[str, Any],
+    rollouts: RolloutParts,
     place: tuple[Any, Topology],
     *,
     round_weights: bool = False,
@@ -269,18 +269,18 @@ def _measure(
     if config.algo.kl_coefficient:
         actor.hold_reference(get)
     probe, trace = Probe(actor), Trace()
-    own = {
-        "prompts": PromptCursor(data.train, config.run.seed),
-        "policy": probe,
-        "ledger": DifficultyLedger(config.algo.ledger.decay, len(data.train)),
-        "saves": NoSaves(),
-        "flight": None,
-        "reporter": trace,
-        "timer": PhaseTimer(),
-    }
-    all_parts = Parts(**{**parts, **own})
-    start = Progress(0, 0, controller.initial_state(config.algo.entropy), all_parts.prompts.state_dict())
-    Trainer(Stages(config, all_parts, start)).run()
+    cursor = PromptCursor(data.train, config.run.seed)
+    parts = Parts(
+        prompts=cursor,
+        rollouts=rollouts,
+        policy=probe,
+        ledger=DifficultyLedger(config.algo.ledger.decay, len(data.train)),
+        saves=NoSaves(),
+        flight=None,
+        reporter=trace,
+        timer=PhaseTimer(),
+    )
+    train(Phases(config, parts, Progress(0, 0, controller.initial_state(config.algo.entropy), cursor.state_dict())))
     assert probe.first is not None
     return Measured(name, probe.first, probe.layers, trace.steps, float(trace.steps[0][Metric.ROLLOUT_MISMATCH_KL]))
 

@@ -8,7 +8,7 @@ tokens is more than k versions behind the policy that trains on it. A publicatio
 completions keep their tokens and go on under the new weights (sglang/engine.py), so no publication waits for a
 generation. The order of batches is the order of steps on every rank; only waiting for servers leaves the main thread.
 
-What a stage is, and what the synchronous loop shares with this one, is in loop/stages.py.
+What happens in a step, shared with the synchronous loop, is in phases.py.
 """
 
 from __future__ import annotations
@@ -16,71 +16,45 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 
-from aer_megatron.algo import controller
+from aer_megatron.algo.experience import staleness
 from aer_megatron.loop.parts import Progress
-from aer_megatron.loop.stages import Generate, Launch, Stages
-from aer_megatron.report.metrics import Metric
+from aer_megatron.loop.phases import Generate, Phases, Rollouts
 
 
-class AsyncTrainer:
-    """Runs steps ``start.next_step`` to ``config.run.num_steps - 1`` of the stages, generating ahead."""
+def train_ahead(phases: Phases) -> int:
+    """Runs the steps as ``synchronous.train`` does, generating ahead; returns the next step, with everything saved.
 
-    def __init__(self, stages: Stages) -> None:
-        self._stages = stages
+    Rollouts that are under way at the end, or at an error, are left to the engine's ``close``.
+    """
+    worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+    try:
+        return _train_ahead(phases, _beginner(worker))
+    finally:
+        # not waited for: it may be in the middle of a generation, which ends when the engine is closed
+        worker.shutdown(wait=False, cancel_futures=True)
 
-    def run(self) -> int:
-        """Returns the next step once the last one is done, or the run was asked to stop, and all is saved.
 
-        Rollouts that are under way then, or at an error, are left to the engine's ``close``.
-        """
-        stages, parts, config, start = self._stages, self._stages.parts, self._stages.config, self._stages.start
-        entropy = config.algo.entropy
-        next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
-        stages.publish(policy_version)
+def _train_ahead(phases: Phases, begin: Callable[[Generate], Generate]) -> int:
+    start, num_steps, most_stale = phases.start, phases.config.run.num_steps, phases.config.rollout.staleness
+    next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
+    phases.publish(policy_version)
 
-        with ExitStack() as stack:
-            worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-            # not waited for: it may be in the middle of a generation, which ends when the engine is closed
-            stack.callback(worker.shutdown, wait=False, cancel_futures=True)
-            ahead: deque[Launch] = deque()
-            for step in range(start.next_step, config.run.num_steps):
-                eval_metrics = stages.evaluate(step)
-                while len(ahead) <= config.rollout.staleness and step + len(ahead) < config.run.num_steps:
-                    ahead.append(stages.launch(step + len(ahead), begin=_beginner(worker)))
-                collected = stages.collect(ahead.popleft())
-                experience = collected.experience
-
-                scores = stages.score(step, experience)
-                assessed = stages.assess(experience, scores, step, policy_version)
-                assert assessed.staleness.largest <= config.rollout.staleness
-                # of the forward pass just made, by the policy to be trained: stale rollouts give it only their tokens
-                controller_state = controller.anchor(controller_state, entropy, assessed.observation)
-                decision = controller.update(controller_state, entropy, assessed.observation)
-                controller_state = decision.state
-                coefficient = controller.loss_coefficient(
-                    controller_state, entropy, token_entropy=assessed.observation.token_mean
-                )
-                stats = stages.train(step, experience, scores, assessed, coefficient)
-                stages.record_flight(step, decision, coefficient, assessed, stats)
-                policy_version += 1
-                stages.publish(policy_version)
-
-                parts.reporter.step(
-                    {Metric.STEP: step}
-                    | stages.metrics(collected, assessed, decision, coefficient, stats)
-                    | eval_metrics
-                    | parts.timer.take(num_tokens=len(experience.token_ids_L))
-                )
-                pending = tuple(launch.pending for launch in ahead)
-                next_step = step + 1
-                if stages.end_step(
-                    Progress(next_step, policy_version, controller_state, parts.prompts.state_dict(), pending)
-                ):
-                    break
-            stages.finish()
-        return next_step
+    ahead: deque[Rollouts] = deque()
+    for step in range(start.next_step, num_steps):
+        evaluation = phases.evaluate(step)
+        while len(ahead) <= most_stale and step + len(ahead) < num_steps:
+            ahead.append(phases.begin_rollouts(step + len(ahead), begin))
+        collected = phases.collect(ahead.popleft())
+        assert staleness(collected.experience, policy_version=policy_version).largest <= most_stale
+        controller_state = phases.policy_step(step, collected, controller_state, policy_version, evaluation)
+        next_step, policy_version = step + 1, policy_version + 1
+        pending = tuple(rollouts.pending for rollouts in ahead)
+        cursor = phases.parts.prompts.state_dict()
+        if phases.end_step(Progress(next_step, policy_version, controller_state, cursor, pending)):
+            break
+    phases.finish()
+    return next_step
 
 
 def _beginner(worker: ThreadPoolExecutor) -> Callable[[Generate], Generate]:

@@ -102,17 +102,24 @@ class NoSaves:
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What train.py chose for this run."""
+class RolloutParts:
+    """What makes scored rollouts of prompts: the engine's two collectors, verifiers, the exchange between ranks."""
 
-    prompts: PromptSource
-    eval_prompts: Sequence[Prompt]
     collector: Collector
     eval_collector: Collector
+    eval_prompts: Sequence[Prompt]
     score_groups: Callable[[list[RolloutGroup]], list[ScoredGroup]]
     gather: Callable[[list[ScoredGroup]], tuple[Experience, dict[str, int]]]
-    policy: Policy
     weight_sync: WeightSync
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What compose/ chose for this run."""
+
+    prompts: PromptSource
+    rollouts: RolloutParts
+    policy: Policy
     ledger: DifficultyLedger
     saves: Saves
     flight: FlightRecorder | None  # on one rank, where the run has a recorder

@@ -1,6 +1,6 @@
 """Controller, difficulty and coefficient do not know the layout: the real loop and the real actor on fixed rollouts.
 
-Every layout of ranks and micro-batches runs ``Trainer.run`` on the same rollouts, optimizer steps included. All ranks
+Every layout of ranks and micro-batches runs ``train`` on the same rollouts, optimizer steps included. All ranks
 must agree bitwise, all layouts within ``TOLERANCE``; a mean of micro-batch means must not pass for (sum, count).
 """
 
@@ -18,9 +18,9 @@ from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.batching import micro_batch_indices
 from aer_megatron.algo.controller import ControllerState, Observation, initial_state
 from aer_megatron.config import Config
-from aer_megatron.loop.parts import Parts, Progress
-from aer_megatron.loop.stages import Assessment, Stages
-from aer_megatron.loop.synchronous import Trainer
+from aer_megatron.loop.parts import Parts, Progress, RolloutParts
+from aer_megatron.loop.phases import Assessment, Phases
+from aer_megatron.loop.synchronous import train
 from aer_megatron.parallel.platform import install_platform
 from aer_megatron.report.reporter import NullReporter
 from aer_megatron.report.timer import PhaseTimer
@@ -98,8 +98,8 @@ def run_config(layout: Layout) -> Config:
     )
 
 
-class WatchedStages(Stages):
-    """The stages, with every assessment kept."""
+class WatchedPhases(Phases):
+    """The phases, with every assessment kept."""
 
     def __init__(self, config: Config, parts: Parts, start: Progress) -> None:
         super().__init__(config, parts, start)
@@ -110,7 +110,7 @@ class WatchedStages(Stages):
         return self.assessed[-1]
 
 
-class MeanOfMeansStages(WatchedStages):
+class MeanOfMeansPhases(WatchedPhases):
     """The mutant: H is the mean over ranks and micro-batches of each micro-batch's own token mean."""
 
     def assess(self, experience: Experience, scores: PolicyScores, step: int, policy_version: int) -> Assessment:
@@ -165,39 +165,41 @@ class WatchedPolicy:
         return self._actor.train(batch, **options)
 
 
-def run_layout(layout: Layout, stages_class: type[WatchedStages]) -> list[Step]:
+def run_layout(layout: Layout, phases_class: type[WatchedPhases]) -> list[Step]:
     """Returns what every step left on the calling rank."""
     config = run_config(layout)
     saved: list[Progress] = []
     fixed, policy = FixedRollouts(), WatchedPolicy(build_actor(config))
     parts: Any = Parts(
         prompts=fixed,
-        eval_prompts=(),
-        collector=fixed,
-        eval_collector=fixed,
-        score_groups=lambda groups: groups,
-        gather=lambda groups: (rollouts(groups[0]), {}),
+        rollouts=RolloutParts(
+            eval_prompts=(),
+            collector=fixed,
+            eval_collector=fixed,
+            score_groups=lambda groups: groups,
+            gather=lambda groups: (rollouts(groups[0]), {}),
+            weight_sync=fixed,
+        ),
         policy=policy,
-        weight_sync=fixed,
         ledger=DifficultyLedger(config.algo.ledger.decay, NUM_PROMPTS),
         saves=Diary(saved),
         flight=None,
         reporter=NullReporter(),
         timer=PhaseTimer(),
     )
-    stages = stages_class(config, parts, Progress(0, 0, initial_state(config.algo.entropy), {}))
-    Trainer(stages).run()
+    phases = phases_class(config, parts, Progress(0, 0, initial_state(config.algo.entropy), {}))
+    train(phases)
     return [
         Step(progress.controller_state, assessed.difficulty_P, assessed.allocation_P, weight_B)
-        for progress, assessed, weight_B in zip(saved, stages.assessed, policy.weights, strict=True)
+        for progress, assessed, weight_B in zip(saved, phases.assessed, policy.weights, strict=True)
     ]
 
 
 def _layouts(rank: int, world_size: int, layouts: list[Layout]) -> dict[str, list[list[Step]]]:
     install_platform()
     return {
-        "true": [run_layout(layout, WatchedStages) for layout in layouts],
-        "mutant": [run_layout(layout, MeanOfMeansStages) for layout in layouts if layout.tp == layout.pp == 1],
+        "true": [run_layout(layout, WatchedPhases) for layout in layouts],
+        "mutant": [run_layout(layout, MeanOfMeansPhases) for layout in layouts if layout.tp == layout.pp == 1],
     }
 
 

@@ -261,7 +261,7 @@ PLANTED = [
     ("algo/loss.py", "if TYPE_CHECKING:\n    from aer_megatron.actor.actor import Actor", "imports upwards"),
     ("report/writer.py", "from aer_megatron.rewards.math import verify", "imports sideways"),
     ("replay/command.py", "from aer_megatron import plan", "imports sideways"),
-    ("loop/stages.py", "from aer_megatron.plan.command import main", "imports upwards"),
+    ("loop/phases.py", "from aer_megatron.plan.command import main", "imports upwards"),
     ("loop/synchronous.py", "import aer_megatron.train", "imports upwards"),
     ("types.py", "from aer_megatron.config import Config", "imports sideways"),
     ("utils.py", "", "no home"),

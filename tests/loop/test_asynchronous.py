@@ -14,10 +14,10 @@ from aer_megatron.algo.controller import initial_state
 from aer_megatron.algo.experience import pack_groups
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_from_table
-from aer_megatron.loop.asynchronous import AsyncTrainer
-from aer_megatron.loop.parts import Parts, Progress
-from aer_megatron.loop.stages import Stages
-from aer_megatron.loop.synchronous import Trainer
+from aer_megatron.loop.asynchronous import train_ahead
+from aer_megatron.loop.parts import Parts, Progress, RolloutParts
+from aer_megatron.loop.phases import Phases
+from aer_megatron.loop.synchronous import train
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.types import (
     Completion,
@@ -135,13 +135,15 @@ def run(world: World, config: Config, start: Progress | None = None) -> list[Pro
     anything: Any = world
     parts = Parts(
         prompts=anything,
-        eval_prompts=(),
-        collector=anything,
-        eval_collector=anything,
-        score_groups=world.score_groups,
-        gather=lambda groups: (pack_groups(groups), {}),
+        rollouts=RolloutParts(
+            eval_prompts=(),
+            collector=anything,
+            eval_collector=anything,
+            score_groups=world.score_groups,
+            gather=lambda groups: (pack_groups(groups), {}),
+            weight_sync=world,
+        ),
         policy=anything,
-        weight_sync=world,
         ledger=DifficultyLedger(0.9, 16),
         saves=Diary(saved),
         flight=None,
@@ -152,8 +154,7 @@ def run(world: World, config: Config, start: Progress | None = None) -> list[Pro
     start = start or Progress(0, 0, initial_state(config.algo.entropy), {"next_id": 0})
     world.next_id = start.cursor["next_id"]
     world.trained = [[]] * start.next_step
-    stages = Stages(config, parts, start)
-    (AsyncTrainer if config.rollout.staleness else Trainer)(stages).run()
+    (train_ahead if config.rollout.staleness else train)(Phases(config, parts, start))
     return saved
 
 

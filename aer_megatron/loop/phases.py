@@ -1,7 +1,8 @@
-"""The stages of a training step, shared by the synchronous loop (loop/synchronous.py) and the asynchronous one
-(loop/asynchronous.py): what happens in a step, not when.
+"""The phases of a training step, shared by the synchronous and the asynchronous loop: what happens in a step, not when.
 
-    launch (prompts, generation) -> collect (rewards, refills) -> score -> assess -> train -> publish -> metrics
+    begin_rollouts (prompts, generation) -> collect (rewards, refills)
+        -> policy_step: score -> assess -> controller -> train -> publish -> metrics
+        -> end_step: checkpoint, or the end of the run
 
 Nothing here remembers anything from one step to the next. This file does NOT know torch, ranks, files or how any part
 works.
@@ -19,7 +20,7 @@ import numpy as np
 
 from aer_megatron.algo import controller
 from aer_megatron.algo.advantage import AdvantageResult, group_advantages, overlong_penalty
-from aer_megatron.algo.controller import Decision, Observation
+from aer_megatron.algo.controller import ControllerState, Decision, Observation
 from aer_megatron.algo.difficulty import (
     difficulty,
     difficulty_accuracy,
@@ -58,7 +59,7 @@ Generate = Callable[[], list[RolloutGroup]]
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class Rollouts:
     """Prompts whose rollouts are under way, or begin when they are waited for."""
 
     pending: PendingBatch
@@ -98,8 +99,8 @@ def when_waited(work: Generate) -> Generate:
     return work
 
 
-class Stages:
-    """The stages over the parts of a run; ``start.pending`` are batches that an earlier launch had drawn."""
+class Phases:
+    """The phases over the parts of a run; ``start.pending`` are batches that an earlier launch had drawn."""
 
     def __init__(self, config: Config, parts: Parts, start: Progress) -> None:
         self.config = config
@@ -114,30 +115,30 @@ class Stages:
             return {}
         parts, options = self.parts, self.config.eval
         with parts.timer.phase("eval"):
-            groups = parts.eval_collector.collect(parts.eval_prompts, step=step, refill=0)
-            experience, _ = parts.gather(parts.score_groups(groups))
+            groups = parts.rollouts.eval_collector.collect(parts.rollouts.eval_prompts, step=step, refill=0)
+            experience, _ = parts.rollouts.gather(parts.rollouts.score_groups(groups))
         result = group_advantages(experience, self.config.algo)
         metrics = {pass_at(k): float(pass_at_k(result.counts_P, result.successes_P, k=k).mean()) for k in options.k}
         return metrics | {Metric.EVAL_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean())}
 
-    def launch(self, step: int, begin: Callable[[Generate], Generate] = when_waited) -> Launch:
+    def begin_rollouts(self, step: int, begin: Callable[[Generate], Generate] = when_waited) -> Rollouts:
         """Returns the rollouts of a step's first round under way, as far as ``begin`` begins them.
 
         Ranks call it in the same order: it draws prompts.
         """
-        return self._launch(step, 0, self.config.rollout.prompts_per_step, begin)
+        return self._begin_rollouts(step, 0, self.config.rollout.prompts_per_step, begin)
 
-    def collect(self, launch: Launch) -> Collected:
+    def collect(self, first: Rollouts) -> Collected:
         """Returns P groups; dynamic sampling replaces groups solved always or never, as far as max_refills allow."""
         options = self.config.rollout
-        launches = [launch]
+        begun = [first]
         rounds: list[Experience] = []
         kept: list[Experience] = []
         spare: list[Experience] = []
         reasons: dict[str, int] = {}
         missing = options.prompts_per_step
         while True:
-            experience, counts = self._roll_out(launches[-1])
+            experience, counts = self._roll_out(begun[-1])
             rounds.append(experience)
             for label, count in counts.items():
                 reasons[label] = reasons.get(label, 0) + count
@@ -150,7 +151,7 @@ class Stages:
             missing -= int(keep_P.sum())
             if not missing or len(rounds) > options.max_refills:
                 break
-            launches.append(self._launch(launch.pending.step, len(rounds), missing, when_waited))
+            begun.append(self._begin_rollouts(first.pending.step, len(rounds), missing, when_waited))
         if options.dynamic_sampling and missing:
             # the batch keeps its size: what is still missing is filled with groups of zero advantage
             unmixed = join_experiences(spare)
@@ -163,9 +164,41 @@ class Stages:
             reward_mean=float(rewards.mean()),
             num_dropped=sum(num_groups(part) for part in rounds) - num_groups(result),
             num_refills=len(rounds) - 1,
-            num_skipped=sum(item.pending.num_skipped for item in launches),
-            num_aborted=sum(len(item.pending.prompt_ids) - item.num_groups for item in launches),
+            num_skipped=sum(item.pending.num_skipped for item in begun),
+            num_aborted=sum(len(item.pending.prompt_ids) - item.num_groups for item in begun),
         )
+
+    def policy_step(
+        self,
+        step: int,
+        collected: Collected,
+        controller_state: ControllerState,
+        policy_version: int,
+        evaluation: dict[str, float],
+    ) -> ControllerState:
+        """Returns the controller's next state, after the policy learned from the batch and was published.
+
+        Args:
+            policy_version: that of the policy which is trained; it is published as the next one.
+            evaluation: metrics of this step that are there already.
+        """
+        entropy, experience = self.config.algo.entropy, collected.experience
+        scores = self.score(step, experience)
+        assessed = self.assess(experience, scores, step, policy_version)
+        # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/aer.md)
+        controller_state = controller.anchor(controller_state, entropy, assessed.observation)
+        decision = controller.update(controller_state, entropy, assessed.observation)
+        coefficient = controller.loss_coefficient(decision.state, entropy, assessed.observation.token_mean)
+        stats = self.train(step, experience, scores, assessed, coefficient)
+        self.record_flight(step, decision, coefficient, assessed, stats)
+        self.publish(policy_version + 1)
+        self.parts.reporter.step(
+            {Metric.STEP: step}
+            | self.metrics(collected, assessed, decision, coefficient, stats)
+            | evaluation
+            | self.parts.timer.take(num_tokens=len(experience.token_ids_L))
+        )
+        return decision.state
 
     def score(self, step: int, experience: Experience) -> PolicyScores:
         """Returns what the policy that is about to be trained says of the batch."""
@@ -180,7 +213,7 @@ class Stages:
         """
         mismatch = measure_mismatch(scores.logprob_T, experience.rollout_logprob_T)
         if step == 0:
-            self._check_first(mismatch)
+            mismatch.check_same_policy(self.config.rollout.logprob_gate)
         algo, ledger = self.config.algo, self.parts.ledger
         with self.parts.timer.phase("score"):
             advantages = group_advantages(experience, algo, penalty_B=self._penalty(experience))
@@ -226,15 +259,15 @@ class Stages:
             )
 
     def publish(self, policy_version: int) -> None:
-        """Returns when the rollout engine serves the policy as ``policy_version``."""
+        """Makes the rollout engine serve the policy as ``policy_version``."""
         with self.parts.timer.phase("sync"):
-            self.parts.weight_sync.publish(self.parts.policy.hf_weights(), policy_version)
+            self.parts.rollouts.weight_sync.publish(self.parts.policy.hf_weights(), policy_version)
 
     def release_memory(self) -> None:
-        """Returns when servers that share the trainer's GPUs have given their memory back, where the run wants it."""
+        """Has servers that share the trainer's GPUs give their memory back, where the run wants it."""
         if self.config.sglang.release_memory:
             with self.parts.timer.phase("sync"):
-                self.parts.weight_sync.suspend()
+                self.parts.rollouts.weight_sync.suspend()
 
     def record_flight(
         self, step: int, decision: Decision, coefficient: float, assessed: Assessment, stats: StepStats
@@ -306,7 +339,7 @@ class Stages:
         return True
 
     def finish(self) -> None:
-        """Returns once the last checkpoint that was begun is on disk; raises RuntimeError where it cannot be."""
+        """Waits until the last checkpoint that was begun is on disk; raises RuntimeError where it cannot be."""
         with self.parts.timer.phase("checkpoint"):
             self.parts.saves.finish()
 
@@ -314,15 +347,17 @@ class Stages:
         with self.parts.timer.phase("checkpoint"):
             self.parts.saves.save(progress)
 
-    def _launch(self, step: int, refill: int, num_groups: int, begin: Callable[[Generate], Generate]) -> Launch:
+    def _begin_rollouts(
+        self, step: int, refill: int, num_groups: int, begin: Callable[[Generate], Generate]
+    ) -> Rollouts:
         resumed = None if refill else self._resumed.get(step)
         if resumed is not None:
             prompts, num_skipped = self.parts.prompts.prompts_of(resumed.prompt_ids), resumed.num_skipped
         else:
             prompts, num_skipped = self._choose(_with_spares(num_groups, self.config.rollout.oversample), step)
-        work = partial(self.parts.collector.collect, prompts, step=step, refill=refill, num_groups=num_groups)
+        work = partial(self.parts.rollouts.collector.collect, prompts, step=step, refill=refill, num_groups=num_groups)
         ids = tuple(prompt.id for prompt in prompts)
-        return Launch(PendingBatch(step, ids, num_skipped), num_groups, refill, begin(work))
+        return Rollouts(PendingBatch(step, ids, num_skipped), num_groups, refill, begin(work))
 
     def _choose(self, count: int, step: int) -> tuple[list[Prompt], int]:
         """Returns (the next ``count`` prompts, how many were passed over because the ledger knows their outcome)."""
@@ -335,23 +370,12 @@ class Stages:
             count, accept=lambda ids: ~skip(ids), max_rejected=count * algo.selection.max_rejections
         )
 
-    def _roll_out(self, launch: Launch) -> tuple[Experience, dict[str, int]]:
+    def _roll_out(self, rollouts: Rollouts) -> tuple[Experience, dict[str, int]]:
         parts = self.parts
         with parts.timer.phase("rollout"):
-            groups = launch.wait()
+            groups = rollouts.wait()
         with parts.timer.phase("reward"):
-            return parts.gather(parts.score_groups(groups))
-
-    def _check_first(self, mismatch: Mismatch) -> None:
-        """Refuses to train on a policy that is not the one that sampled: wrong weights, temperature or positions."""
-        gate = self.config.rollout.logprob_gate
-        # what is not finite is named by the update that it would make (run.on_nonfinite)
-        if gate and mismatch.largest > gate:
-            raise RuntimeError(
-                f"at step 0 the rollout engine and the trainer differ by {mismatch.largest:.3g} nats in a sampled "
-                f"token's log-probability, more than rollout.logprob_gate={gate}: they do not hold the same policy "
-                "(weights, temperature, dtype); raise the gate for bf16, or look for the cause"
-            )
+            return parts.rollouts.gather(parts.rollouts.score_groups(groups))
 
     def _penalty(self, experience: Experience) -> Float64Array | None:
         max_new_tokens = self.config.rollout.max_new_tokens

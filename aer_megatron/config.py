@@ -1,4 +1,4 @@
-"""The run's configuration: the home of defaults (those of ``[algo]`` stand in config_algo.py).
+"""The run's configuration: the home of defaults (those of ``[algo]`` stand in algo/options.py).
 
 A run file is TOML; dotted overrides come from the command line (``--algo.entropy.kind=none``); an unknown key is an
 error that names the nearest known one (config_loading.py reads both). Every section is a frozen pydantic model.
@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from aer_megatron.config_algo import AlgoSection, Section
+from aer_megatron.algo.options import AlgoSection, Section
 
 _SEED_LIMIT = 2**63  # torch, NumPy and the servers all take seeds below it
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)

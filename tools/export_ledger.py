@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.config_algo import LedgerSection
+from aer_megatron.algo.options import LedgerSection
 
 LEDGER_NAME = "ledger"  # of the part in a checkpoint folder (train.py)
 COLUMNS = (

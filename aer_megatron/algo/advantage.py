@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aer_megatron import _C
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience, Float64Array, Int64Array, UInt64Array
 
 

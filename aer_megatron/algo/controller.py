@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 
 # A mean entropy this far below zero is rounding of a fp32 softmax; anything lower is a broken statistic.
 _NEGATIVE_ROUNDING_NATS = 1e-4

@@ -21,7 +21,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Float64Array
 
 BoolArray = NDArray[np.bool_]

@@ -15,7 +15,7 @@ import numpy as np
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.advantage import AdvantageResult
-from aer_megatron.config_algo import LedgerSection
+from aer_megatron.algo.options import LedgerSection
 from aer_megatron.types import Experience, Float32Array, Float64Array, Int64Array, UInt64Array
 
 # A mean difficulty at or below this is a batch without difficulty: dividing by it would amplify rounding.

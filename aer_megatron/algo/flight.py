@@ -27,7 +27,7 @@ from aer_megatron.algo import controller
 from aer_megatron.algo.advantage import AdvantageResult
 from aer_megatron.algo.controller import ControllerState, Decision, Observation
 from aer_megatron.algo.difficulty import difficulty
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Experience, Float32Array, Float64Array, Int64Array, PolicyScores
 
 BUCKETS = ("unsolved", "hard", "medium", "easy")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Float64Array, Int64Array
 
 # exp(20) = 4.9e8: no useful ratio is larger, and beyond 88 fp32 gives inf, which turns 0 * ratio into NaN.

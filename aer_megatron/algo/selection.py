@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.config_algo import LedgerSection, SelectionSection
+from aer_megatron.algo.options import LedgerSection, SelectionSection
 from aer_megatron.types import Float64Array, UInt64Array
 
 # Keys the exploration draws apart from every other use of the run's seed.

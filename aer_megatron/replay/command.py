@@ -21,7 +21,7 @@ import numpy as np
 
 from aer_megatron.algo import controller
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.config_loading import config_from_table, parse_value
 from aer_megatron.console.failures import run_command
 from aer_megatron.report.flight import read_flight

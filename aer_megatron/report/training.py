@@ -12,7 +12,7 @@ from aer_megatron.algo.controller import Decision, Observation, target_entropy
 from aer_megatron.algo.experience import Staleness
 from aer_megatron.algo.flight import BatchProfile, bucket_means
 from aer_megatron.algo.mismatch import Mismatch
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.report.metrics import Metric, by_difficulty
 from aer_megatron.types import Experience, StepStats
 

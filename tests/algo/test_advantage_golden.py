@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aer_megatron.algo.advantage import group_advantages, overlong_penalty
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience
 
 HARD, EASY = 2**64 - 5, 17

@@ -19,7 +19,7 @@ from aer_megatron.algo.controller import (
     target_entropy,
     update,
 )
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 
 
 def state_with(alpha: float, *, initial_entropy: float | None = 0.9, integral: float = 0.0) -> ControllerState:

@@ -10,7 +10,7 @@ with determinant 1: it circles and never settles. ``pi`` has the determinant 1 -
 from __future__ import annotations
 
 from aer_megatron.algo.controller import Observation, anchor, initial_state, update
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 
 PLANT_GAIN = 2.0  # b, nats per step and unit of alpha
 BALANCE = 0.02  # a, the coefficient that just stops the collapse

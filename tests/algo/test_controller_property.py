@@ -18,7 +18,7 @@ from aer_megatron.algo.controller import (
     target_entropy,
     update,
 )
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 
 any_float = st.floats(allow_nan=True, allow_infinity=True)
 nats = st.floats(0, 12)

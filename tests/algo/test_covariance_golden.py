@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aer_megatron.algo.covariance import select_tokens, token_covariance, token_quota
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 
 # mean A = 0; mean logp = -3, deviations 2, 0, 1, -3: C = 2, 0, -1, 3
 ADVANTAGE = np.array([1.0, 1.0, -1.0, -1.0])

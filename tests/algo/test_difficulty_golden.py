@@ -14,7 +14,7 @@ from aer_megatron.algo.difficulty import (
     normalize_difficulty,
     update_ledger,
 )
-from aer_megatron.config_algo import LedgerSection
+from aer_megatron.algo.options import LedgerSection
 from aer_megatron.types import Experience
 
 ACCURACY = np.array([0.0, 0.125, 0.25, 0.5, 0.75, 1.0])

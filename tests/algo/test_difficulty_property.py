@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aer_megatron.algo.advantage import group_advantages
 from aer_megatron.algo.difficulty import difficulty, normalize_difficulty
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience
 
 shapes = st.sampled_from(["linear_deficit", "threshold", "complement"])

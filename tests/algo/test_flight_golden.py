@@ -26,7 +26,7 @@ from aer_megatron.algo.flight import (
     replay,
     replayed_difficulty,
 )
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Experience, PolicyScores
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aer_megatron.algo.advantage import group_advantages
 from aer_megatron.algo.experience import num_groups, select_groups
 from aer_megatron.algo.flight import BUCKETS, BucketSums, bucket_means, profile_batch
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience, PolicyScores
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aer_megatron.algo.loss import policy_loss, supervised_loss
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from tests.support.tokens import token_data
 
 CONFIG = AlgoSection(clip_low=0.2, clip_high=0.28)

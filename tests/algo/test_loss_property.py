@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aer_megatron.algo.loss import TokenData, policy_loss, sequence_weights
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from tests.support.tokens import token_data
 
 seeds = st.integers(0, 2**31)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aer_megatron.algo.loss import policy_loss, sequence_weights
-from aer_megatron.config_algo import AlgoSection
+from aer_megatron.algo.options import AlgoSection
 from tests.support.tokens import token_data
 
 LN2 = math.log(2)

@@ -13,7 +13,7 @@ from aer_megatron.algo.controller import ControllerState, Observation
 from aer_megatron.algo.experience import pack_groups, staleness
 from aer_megatron.algo.flight import FlightRecord, replay
 from aer_megatron.algo.mismatch import measure_mismatch
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Completion, Prompt, RolloutGroup, ScoredGroup, Verdict, VersionSpan
 from tests.support.flights import flight_records
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from aer_megatron._C import DifficultyLedger
+from aer_megatron.algo.options import LedgerSection, SelectionSection
 from aer_megatron.algo.selection import beta_cdf, decided_probability, exploration_draw, skip_decided
-from aer_megatron.config_algo import LedgerSection, SelectionSection
 
 PRIOR = LedgerSection(decay=0.5)
 

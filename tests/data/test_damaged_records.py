@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from aer_megatron.algo.flight import replay
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.report.flight import FLIGHT_FILE, FlightWriter, read_flight
 from aer_megatron.report.writer import METRICS_FILE, read_metrics

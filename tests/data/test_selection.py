@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from aer_megatron._C import DifficultyLedger
+from aer_megatron.algo.options import LedgerSection, SelectionSection
 from aer_megatron.algo.selection import skip_decided
 from aer_megatron.config import DataSection, SourceSection
-from aer_megatron.config_algo import LedgerSection, SelectionSection
 from aer_megatron.data.prompts import PromptCursor, PromptSet
 from aer_megatron.data.sources import Record
 from aer_megatron.data.tokenizer import load_tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.config_loading import config_from_table
 from aer_megatron.replay import command
 from aer_megatron.report.flight import FlightWriter

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from aer_megatron.algo.flight import FlightRecord, GradientGeometry
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.report.flight import FLIGHT_FILE, FlightWriter, read_flight
 from tests.support.flights import flight_records
 

@@ -9,7 +9,7 @@ from aer_megatron.algo.advantage import AdvantageResult
 from aer_megatron.algo.controller import Observation
 from aer_megatron.algo.difficulty import difficulty
 from aer_megatron.algo.flight import FlightRecord, profile_batch
-from aer_megatron.config_algo import EntropySection
+from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Experience, PolicyScores
 
 NUM_PROMPTS, GROUP_SIZE = 6, 4

@@ -1,6 +1,6 @@
 """The options of the algorithm, ``[algo]`` and the tables below it, with their defaults; config.py has all others.
 
-This file does NOT hold formulas (algo/).
+This file does NOT hold formulas.
 """
 
 from __future__ import annotations

@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
-from aer_megatron.parallel import vocab_triton
 from aer_megatron.parallel.vocab import refuse_second_derivative
+from aer_megatron.parallel.vocab_kernel import choose_kernel
 from aer_megatron.parallel.vocab_shard import (
-    Scratch,
     TokenState,
     VocabShard,
     check_labels,
@@ -30,11 +29,9 @@ from aer_megatron.parallel.vocab_shard import (
     describe_shard,
     empty_statistics,
     gather_statistics,
-    reduce_rows,
     rows_per_chunk,
     sum_over_shards,
     token_gradient,
-    write_gradient,
 )
 
 __all__ = ["fused_linear_logprob_entropy"]
@@ -106,28 +103,17 @@ def fused_linear_logprob_entropy(
 
 
 class _ChunkedHead:
-    """The head's real rows and the buffers that hold one chunk of its logits."""
+    """The head's real rows, the kernel of its logits, and the buffer that holds one chunk of them."""
 
     def __init__(self, weight_WH: Tensor, shard: VocabShard, chunk: int) -> None:
         self._weight_WH = weight_WH[: shard.width]
-        self.scratch = None if vocab_triton.supports(weight_WH) else Scratch(chunk, shard.width, weight_WH)
-        self._logits_CW: Tensor | None = None
-        if self.scratch is None or weight_WH.dtype != compute_dtype(weight_WH.dtype):
-            self._logits_CW = weight_WH.new_empty(chunk, shard.width)
+        self.kernel = choose_kernel(shard, chunk, weight_WH)
+        buffer_CW = self.kernel.logits_buffer(weight_WH.dtype)
+        self._logits_CW = weight_WH.new_empty(chunk, shard.width) if buffer_CW is None else buffer_CW
 
     def logits(self, hidden_CH: Tensor) -> Tensor:
-        """Returns this chunk's logits, in the scratch buffer itself where the dtypes agree."""
-        rows = hidden_CH.shape[0]
-        if self._logits_CW is not None:
-            out_CW = self._logits_CW[:rows]
-        else:
-            assert self.scratch is not None
-            out_CW = self.scratch.rows(rows)[0]
-        return torch.mm(hidden_CH, self._weight_WH.t(), out=out_CW)
-
-    def unrounded(self, grad_CW: Tensor) -> Tensor:
-        """Returns the gradient that `write_gradient` just rounded to `grad_CW`, as the scratch still holds it."""
-        return grad_CW if self.scratch is None else self.scratch.rows(grad_CW.shape[0])[0]
+        """Returns this chunk's logits, in the buffer."""
+        return torch.mm(hidden_CH, self._weight_WH.t(), out=self._logits_CW[: hidden_CH.shape[0]])
 
 
 def _forward(
@@ -137,7 +123,7 @@ def _forward(
     head = _ChunkedHead(weight_WH, shard, chunk)
     column_T = labels_T - shard.start
     for rows in chunks(hidden_TH.shape[0], chunk):
-        reduce_rows(head.logits(hidden_TH[rows]), column_T[rows], stats_KT[:, rows], shard, head.scratch)
+        head.kernel.reduce_rows(head.logits(hidden_TH[rows]), column_T[rows], stats_KT[:, rows])
     return combine_statistics(gather_statistics(stats_KT, shard), shard)
 
 
@@ -213,11 +199,11 @@ class _FusedLinearLogprobEntropy(torch.autograd.Function):
         column_T = labels_T - shard.start
         for rows in chunks(hidden_TH.shape[0], ctx.chunk):
             logits_CW = head.logits(hidden_TH[rows])
-            write_gradient(logits_CW, column_T[rows], gradient.rows(rows), logits_CW, shard, head.scratch)
+            head.kernel.write_gradient(logits_CW, column_T[rows], gradient.rows(rows), logits_CW)
             if grad_hidden_TH is not None:
                 torch.mm(logits_CW, weight_WH[: shard.width], out=grad_hidden_TH[rows])
             if grad_weight is not None:
-                grad_weight.add(head.unrounded(logits_CW), hidden_TH[rows])
+                grad_weight.add(head.kernel.unrounded(logits_CW), hidden_TH[rows])
         del head
         if grad_hidden_TH is not None:
             sum_over_shards(grad_hidden_TH, shard)

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
-from aer_megatron.parallel import vocab_triton
+from aer_megatron.parallel.vocab_kernel import choose_kernel
 from aer_megatron.parallel.vocab_shard import (
-    Scratch,
     TokenState,
     VocabShard,
     check_labels,
@@ -28,10 +27,8 @@ from aer_megatron.parallel.vocab_shard import (
     describe_shard,
     empty_statistics,
     gather_statistics,
-    reduce_rows,
     rows_per_chunk,
     token_gradient,
-    write_gradient,
 )
 
 __all__ = ["LogprobEntropy", "vocab_parallel_logprob_entropy"]
@@ -102,19 +99,12 @@ def vocab_parallel_logprob_entropy(
     return LogprobEntropy(*outputs)
 
 
-def _scratch(logits_TW: Tensor, shard: VocabShard, chunk: int) -> tuple[Scratch | None, int]:
-    """Returns the chunk buffers and the chunk; the Triton kernel needs no buffers and takes all rows at once."""
-    if vocab_triton.supports(logits_TW):
-        return None, max(1, logits_TW.shape[0])
-    return Scratch(chunk, shard.width, logits_TW), chunk
-
-
 def _forward(logits_TW: Tensor, labels_T: Tensor, shard: VocabShard, chunk: int) -> tuple[LogprobEntropy, TokenState]:
     stats_KT = empty_statistics(logits_TW.shape[0], shard, logits_TW)
-    scratch, chunk = _scratch(logits_TW, shard, chunk)
+    kernel = choose_kernel(shard, chunk, logits_TW)
     column_T = labels_T - shard.start
-    for rows in chunks(logits_TW.shape[0], chunk):
-        reduce_rows(logits_TW[rows, : shard.width], column_T[rows], stats_KT[:, rows], shard, scratch)
+    for rows in chunks(logits_TW.shape[0], kernel.chunk_rows):
+        kernel.reduce_rows(logits_TW[rows, : shard.width], column_T[rows], stats_KT[:, rows])
     return combine_statistics(gather_statistics(stats_KT, shard), shard)
 
 
@@ -150,10 +140,10 @@ class _InPlaceLogprobEntropy(torch.autograd.Function):
         shard: VocabShard = ctx.shard
         gradient = token_gradient(TokenState(*state), grad_logprob_T, grad_entropy_T, shard.temperature)
         column_T = labels_T - shard.start
-        scratch, chunk = _scratch(logits_TW, shard, ctx.chunk)
-        for rows in chunks(logits_TW.shape[0], chunk):
+        kernel = choose_kernel(shard, ctx.chunk, logits_TW)
+        for rows in chunks(logits_TW.shape[0], kernel.chunk_rows):
             real = (rows, slice(0, shard.width))
-            write_gradient(logits_TW[real], column_T[rows], gradient.rows(rows), out_TW[real], shard, scratch)
+            kernel.write_gradient(logits_TW[real], column_T[rows], gradient.rows(rows), out_TW[real])
         out_TW[:, shard.width :] = 0.0
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits_TW)  # a kernel's write is invisible to autograd

@@ -13,7 +13,8 @@ units of log 2 ("bits"): exp2 is several times faster than exp on a CPU and nati
 Shape suffixes: T tokens, W columns of this rank's vocabulary shard, C tokens of one chunk, R tensor-parallel
 ranks, K statistics per token.
 
-This file knows neither autograd nor where the logits come from: see vocab.py and fused_head.py.
+The passes over the columns are in vocab_eager.py and vocab_triton.py. This file knows neither autograd nor where the
+logits come from: see vocab.py and fused_head.py.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
-from aer_megatron.parallel import vocab_triton
 from aer_megatron.parallel.collectives import all_gather_flat
 
 _LN_2 = math.log(2.0)
 # exp2 of anything below is 0, even as a float64 subnormal. Exponents are raised to it, so that -inf logits
 # give 0 * finite = 0 instead of 0 * inf = NaN; no other result changes.
-_MIN_BITS = -1100.0
+MIN_BITS = -1100.0
 # An accelerator wants few, large launches.
 DEVICE_CHUNK_BYTES = 1 << 28
 
@@ -157,64 +157,12 @@ def chunks(tokens: int, rows: int) -> Iterator[slice]:
         yield slice(first, min(first + rows, tokens))
 
 
-class Scratch:
-    """Two chunk-sized buffers, allocated once, reused by every chunk and cut to the chunk at hand."""
-
-    def __init__(self, rows: int, columns: int, like: Tensor) -> None:
-        dtype = compute_dtype(like.dtype)
-        self._shift_CW = torch.empty(rows, columns, dtype=dtype, device=like.device)
-        self._exp_CW = torch.empty_like(self._shift_CW)
-
-    def rows(self, count: int) -> tuple[Tensor, Tensor]:
-        return self._shift_CW[:count], self._exp_CW[:count]
-
-    def shift_and_exp(self, logits_CW: Tensor, max_C: Tensor, bits_per_logit: float) -> tuple[Tensor, Tensor]:
-        """Returns ((x - max) in bits, exp2 of it), each in its buffer."""
-        shift_CW, exp_CW = self.rows(logits_CW.shape[0])
-        if logits_CW.dtype == shift_CW.dtype:
-            torch.sub(logits_CW, max_C[:, None], out=shift_CW)
-        else:
-            shift_CW.copy_(logits_CW).sub_(max_C[:, None])
-        shift_CW.mul_(bits_per_logit).clamp_(min=_MIN_BITS)
-        torch.exp2(shift_CW, out=exp_CW)
-        return shift_CW, exp_CW
-
-
 def empty_statistics(tokens: int, shard: VocabShard, like: Tensor) -> Tensor:
     """Returns the statistics [K, T] of a shard without columns."""
     dtype = compute_dtype(like.dtype)
     stats_KT = torch.zeros(7 if shard.with_statistics else 4, tokens, dtype=dtype, device=like.device)
     stats_KT[MAX] = torch.finfo(like.dtype).min
     return stats_KT
-
-
-def reduce_rows(
-    logits_CW: Tensor, column_C: Tensor, stats_KC: Tensor, shard: VocabShard, scratch: Scratch | None
-) -> None:
-    """Writes this shard's statistics of some rows into `stats_KC`, which holds an empty shard's.
-
-    `logits_CW` holds real columns only and survives, unless it is a buffer of `scratch`. `column_C` is the
-    label's column, counted from this shard's first: outside [0, width) another shard owns it. Without
-    `scratch` the Triton kernel does it, in one read.
-    """
-    if shard.width == 0:
-        return
-    if scratch is None:
-        vocab_triton.reduce_rows(logits_CW, column_C, stats_KC, shard.bits_per_logit)
-        return
-    owned_C = (column_C >= 0) & (column_C < shard.width)
-    label_C = logits_CW.gather(1, column_C.clamp(0, shard.width - 1)[:, None]).squeeze(1)
-    stats_KC[LABEL_LOGIT] = torch.where(owned_C, label_C, 0.0)
-    # A row of nothing but -inf keeps a finite maximum here, so that x - max is -inf and not NaN.
-    stats_KC[MAX] = logits_CW.amax(dim=-1).clamp_(min=torch.finfo(logits_CW.dtype).min)
-    shift_CW, exp_CW = scratch.shift_and_exp(logits_CW, stats_KC[MAX], shard.bits_per_logit)
-    torch.sum(exp_CW, dim=-1, out=stats_KC[SUM_EXP])
-    torch.sum(shift_CW.mul_(exp_CW), dim=-1, out=stats_KC[SUM_EXP_SHIFT])
-    if shard.with_statistics:
-        # norms, because a product would need a third buffer
-        stats_KC[SUM_EXP_SQ] = torch.linalg.vector_norm(exp_CW, dim=-1).square_()
-        stats_KC[SUM_EXP_SQ_SHIFT_SQ] = torch.linalg.vector_norm(shift_CW, dim=-1).square_()
-        torch.sum(shift_CW.mul_(exp_CW), dim=-1, out=stats_KC[SUM_EXP_SQ_SHIFT])
 
 
 def gather_statistics(stats_KT: Tensor, shard: VocabShard) -> Tensor:
@@ -234,7 +182,7 @@ def combine_statistics(stats_RKT: Tensor, shard: VocabShard) -> tuple[LogprobEnt
     sum_exp_T, sum_shift_T, label_T = (torch.zeros_like(max_T) for _ in range(3))
     squares_KT = torch.zeros_like(stats_RKT[0, SUM_EXP_SQ:])
     for stats_KT in stats_RKT:
-        shift_T = ((stats_KT[MAX] - max_T) * shard.bits_per_logit).clamp_(min=_MIN_BITS)
+        shift_T = ((stats_KT[MAX] - max_T) * shard.bits_per_logit).clamp_(min=MIN_BITS)
         scale_T = torch.exp2(shift_T)
         sum_exp_T += scale_T * stats_KT[SUM_EXP]
         sum_shift_T += scale_T * (stats_KT[SUM_EXP_SHIFT] + shift_T * stats_KT[SUM_EXP])
@@ -292,37 +240,3 @@ def token_gradient(
         slope_T = -_LN_2 * grad_entropy_T * scale_T
         constant_T = constant_T - slope_T * state.mean_shift_T
     return TokenGradient(state.max_T, constant_T, slope_T, label_T)
-
-
-def write_gradient(
-    logits_CW: Tensor,
-    column_C: Tensor,
-    gradient: TokenGradient,
-    out_CW: Tensor,
-    shard: VocabShard,
-    scratch: Scratch | None,
-) -> None:
-    """Writes d loss / d logits of some rows' real columns into `out_CW`, which may be `logits_CW` itself.
-
-    If `out_CW` has another dtype than the scratch, the first scratch buffer keeps the unrounded gradient.
-    """
-    if shard.width == 0:
-        return
-    if scratch is None:
-        vocab_triton.write_gradient(logits_CW, column_C, gradient, out_CW, shard.bits_per_logit)
-        return
-    shift_CW, exp_CW = scratch.shift_and_exp(logits_CW, gradient.max_T, shard.bits_per_logit)
-    if gradient.slope_T is None:
-        shift_CW.copy_(gradient.constant_T[:, None].expand_as(shift_CW))
-    else:
-        shift_CW.mul_(gradient.slope_T[:, None]).add_(gradient.constant_T[:, None])
-    target_CW = out_CW if out_CW.dtype == shift_CW.dtype else shift_CW
-    torch.mul(shift_CW, exp_CW, out=target_CW)
-    if gradient.label_T is not None:
-        owned_C = (column_C >= 0) & (column_C < shard.width)
-        index_C1 = column_C.clamp(0, shard.width - 1)[:, None]
-        # One index per row, so gather-add-scatter is exact and deterministic where scatter_add_ may not be.
-        label_C1 = target_CW.gather(1, index_C1) + torch.where(owned_C, gradient.label_T, 0.0)[:, None]
-        target_CW.scatter_(1, index_C1, label_C1)
-    if target_CW is not out_CW:
-        out_CW.copy_(target_CW)

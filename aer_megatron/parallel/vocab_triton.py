@@ -1,6 +1,6 @@
 """Triton kernels of the vocabulary-shard arithmetic: the forward reductions and the pointwise backward pass.
 
-Same maths and same numbers as the PyTorch form in vocab_shard.py, which is their oracle and the fallback:
+Same maths and same numbers as the PyTorch form in vocab_eager.py, which is their oracle and the fallback:
 each pass reads the logits once, needs no buffer, and the backward pass may write over what it reads.
 Importing this file needs neither Triton nor CUDA; `supports` says whether the kernels can run on a tensor.
 
@@ -9,13 +9,10 @@ Shape suffixes: C tokens, W columns of this rank's vocabulary shard, K statistic
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from aer_megatron.parallel.vocab_shard import TokenGradient
+from aer_megatron.parallel.vocab_shard import TokenGradient, VocabShard
 
 try:
     import triton
@@ -34,6 +31,28 @@ def supports(tensor: Tensor) -> bool:
     return triton is not None and tensor.is_cuda and tensor.dtype in _DTYPES and tensor.stride(-1) == 1
 
 
+class TritonKernel:
+    """The kernels on one shard: no buffers, and all rows may be one chunk. Methods as in ``EagerKernel``."""
+
+    def __init__(self, shard: VocabShard, rows: int) -> None:
+        self.shard = shard
+        self.chunk_rows = rows
+
+    def logits_buffer(self, dtype: torch.dtype) -> Tensor | None:
+        return None
+
+    def unrounded(self, grad_CW: Tensor) -> Tensor:
+        return grad_CW
+
+    def reduce_rows(self, logits_CW: Tensor, column_C: Tensor, stats_KC: Tensor) -> None:
+        if self.shard.width:
+            reduce_rows(logits_CW, column_C, stats_KC, self.shard.bits_per_logit)
+
+    def write_gradient(self, logits_CW: Tensor, column_C: Tensor, gradient: TokenGradient, out_CW: Tensor) -> None:
+        if self.shard.width:
+            write_gradient(logits_CW, column_C, gradient, out_CW, self.shard.bits_per_logit)
+
+
 def _block(width: int, largest: int) -> int:
     return min(largest, max(16, int(triton.next_power_of_2(width))))
 
@@ -42,7 +61,7 @@ def reduce_rows(logits_CW: Tensor, column_C: Tensor, stats_KC: Tensor, bits_per_
     """Writes max, sum e, sum e s, label logit and, if K is 7, sum e^2, sum e^2 s, sum e^2 s^2 of every row.
 
     `logits_CW` has at least one column and contiguous rows; `stats_KC` is float32 with contiguous rows. The
-    meaning of the statistics is that of `vocab_shard.reduce_rows`.
+    meaning of the statistics is that of `EagerKernel.reduce_rows`.
     """
     rows, width = logits_CW.shape
     if rows == 0:
@@ -64,7 +83,7 @@ def reduce_rows(logits_CW: Tensor, column_C: Tensor, stats_KC: Tensor, bits_per_
 def write_gradient(
     logits_CW: Tensor, column_C: Tensor, gradient: TokenGradient, out_CW: Tensor, bits_per_logit: float
 ) -> None:
-    """Writes d loss / d logits into `out_CW`, which may be `logits_CW`: see `vocab_shard.write_gradient`."""
+    """Writes d loss / d logits into `out_CW`, which may be `logits_CW`: see `EagerKernel.write_gradient`."""
     rows, width = logits_CW.shape
     if rows == 0:
         return

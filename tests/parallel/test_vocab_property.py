@@ -11,14 +11,12 @@ from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy, logprob_entropy, logprob_entropy_gradient
 from aer_megatron.parallel.vocab import vocab_parallel_logprob_entropy
+from aer_megatron.parallel.vocab_eager import EagerKernel
 from aer_megatron.parallel.vocab_shard import (
-    Scratch,
     VocabShard,
     combine_statistics,
     empty_statistics,
-    reduce_rows,
     token_gradient,
-    write_gradient,
 )
 
 ROW_KINDS = ("normal", "large", "equal", "one_hot", "masked", "mostly_masked")
@@ -128,14 +126,15 @@ def test_any_split_into_shards_equals_the_reference(case: Case, ranks: int, extr
     ]
     tokens = logits.shape[0]
     stats_RKT = torch.stack([empty_statistics(tokens, shard, logits) for shard in shards])
-    scratches = [Scratch(tokens, shard.width, logits) for shard in shards]
+    kernels = [EagerKernel(shard, tokens, logits) for shard in shards]
     parts = [logits[:, shard.start : shard.start + shard.width] for shard in shards]
-    for shard, part, stats_KT, scratch in zip(shards, parts, stats_RKT, scratches, strict=True):
-        reduce_rows(part, case.labels - shard.start, stats_KT, shard, scratch)
+    for kernel, part, stats_KT in zip(kernels, parts, stats_RKT, strict=True):
+        kernel.reduce_rows(part, case.labels - kernel.shard.start, stats_KT)
     result, state = combine_statistics(stats_RKT, shards[0])
     gradient = token_gradient(state, case.grads[0].float(), case.grads[1].float(), case.temperature)
     out = torch.zeros_like(logits)
-    for shard, part, scratch in zip(shards, parts, scratches, strict=True):
+    for kernel, part in zip(kernels, parts, strict=True):
+        shard = kernel.shard
         window = out[:, shard.start : shard.start + shard.width]
-        write_gradient(part, case.labels - shard.start, gradient, window, shard, scratch)
+        kernel.write_gradient(part, case.labels - shard.start, gradient, window)
     _check(case, logits, result, out, torch.finfo(torch.float32).eps * 4)

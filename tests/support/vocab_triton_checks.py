@@ -18,10 +18,9 @@ from aer_megatron.parallel.vocab_shard import (
     VocabShard,
     combine_statistics,
     empty_statistics,
-    reduce_rows,
     token_gradient,
-    write_gradient,
 )
+from aer_megatron.parallel.vocab_triton import TritonKernel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # tokens, columns, real columns, shards: one column, odd sizes, several blocks of the kernels, empty shards
@@ -50,7 +49,7 @@ def _forward(parts: list[Tensor], labels: Tensor, shards: list[VocabShard]) -> t
     blocks = []
     for part, shard in zip(parts, shards, strict=True):
         stats = empty_statistics(part.shape[0], shard, part)
-        reduce_rows(part[:, : shard.width], labels - shard.start, stats, shard, None)
+        TritonKernel(shard, part.shape[0]).reduce_rows(part[:, : shard.width], labels - shard.start, stats)
         blocks.append(stats)
     return combine_statistics(torch.stack(blocks), shards[0])
 
@@ -81,7 +80,7 @@ def run_case(dtype: torch.dtype, kind: str, shape: tuple[int, int, int, int], wh
     gradient = token_gradient(state, chosen[0], chosen[1], temperature)
     for part, shard in zip(parts, shards, strict=True):
         window = part[:, : shard.width]
-        write_gradient(window, labels - shard.start, gradient, window, shard, None)
+        TritonKernel(shard, tokens).write_gradient(window, labels - shard.start, gradient, window)
     zero = torch.zeros(tokens)
     wanted_gradient = logprob_entropy_gradient(
         original,

@@ -27,7 +27,6 @@ from aer_megatron.rollout.engine import RolloutEngine
 from aer_megatron.rollout.in_process import InProcessSync
 from aer_megatron.sglang.addresses import allow_open_files, is_loopback, without_proxies
 from aer_megatron.sglang.calls import RequestLimits
-from aer_megatron.sglang.checksum import tensor_checksum
 from aer_megatron.sglang.disk import DiskSync
 from aer_megatron.sglang.distributed import DistributedSync
 from aer_megatron.sglang.engine import SGLangEngine
@@ -59,16 +58,15 @@ def build_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[
 
 
 def embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
-
+    """Returns an engine in this process, and what gives it weights; ``stack`` releases the model."""
     engine = EmbeddedEngine(
         AutoConfig.from_pretrained(config.model.path),
         dtype=TORCH_DTYPES[config.model.dtype],
         device=platform.device,
         max_batch_size=config.rollout.max_batch_size,
-        checksum=tensor_checksum,
     )
     stack.callback(engine.close)
-    return engine, InProcessSync(engine, checksum=tensor_checksum, fp8=config.rollout.quantization == "fp8")
+    return engine, InProcessSync(engine, fp8=config.rollout.quantization == "fp8")
 
 
 def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
@@ -117,8 +115,7 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         recovery_timeout_s=options.recovery_timeout_s,
         probe_interval_s=options.probe_interval_s,
     )
-    engine = SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size, transfer=sync.transfer)
-    return engine, sync
+    return SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size), sync
 
 
 def _servers(config: Config, platform: Platform, stack: ExitStack) -> tuple[list[str], str | None, ServerGroup | None]:

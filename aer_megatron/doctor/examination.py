@@ -44,7 +44,7 @@ from aer_megatron.doctor.transformers_reference import TransformersReference
 from aer_megatron.files.json_input import read_json_object
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, free_memory_bytes
-from aer_megatron.sglang.checksum import tensor_checksum
+from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.types import Experience, Float32Array, Float64Array, TrainBatch
 
 ReferenceMode = Literal["auto", "never", "always"]

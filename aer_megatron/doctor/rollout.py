@@ -20,11 +20,11 @@ from aer_megatron.doctor.layout_comparison import Tolerances
 from aer_megatron.parallel.agreement import exchange_json
 from aer_megatron.parallel.gather import gather_experience
 from aer_megatron.parallel.platform import Platform
+from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.rollout.collect import RolloutCollector
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import SamplingOptions
 from aer_megatron.rollout.seeds import stream_seed
-from aer_megatron.sglang.checksum import tensor_checksum
 from aer_megatron.types import Experience, Float32Array, Prompt, ScoredGroup, Verdict
 
 SAMPLES_PER_PROMPT = 2

@@ -1,9 +1,8 @@
 """The engine that needs no server: generation in the trainer's own process with a transformers model.
 
-The model is built from a Hugging Face configuration; its weights arrive only through ``update_weights`` in
-Hugging Face names, the path that also feeds servers. New weights are staged beside the old ones and swapped
-in whole, so a failed update leaves the old policy in service (memory: twice the model while an update is
-staged, once otherwise).
+The model is built from a Hugging Face configuration; its weights arrive in Hugging Face names from the stream that
+also feeds servers. They are kept beside the old ones and swapped in whole, so a failed update leaves the old policy
+in service (memory: twice the model during an update, once otherwise).
 
 This file does NOT read weights from disk and knows nothing of ranks.
 """
@@ -11,7 +10,7 @@ This file does NOT read weights from disk and knows nothing of ranks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from aer_megatron.convert.transformers_modules import checkpoint_views
+from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.rollout.decode import decode_batch
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.types import Completion, VersionSpan
@@ -35,26 +35,18 @@ class EmbeddedEngine:
         dtype: of the weights and activations; log-probabilities are fp32 in any case.
         device: where the model lives.
         max_batch_size: sequences decoded together.
-        checksum: tensor -> 64-bit checksum, the one that the weight transport compares.
 
     Raises:
         ValueError: the configuration has layers other than full attention, or ``max_batch_size`` < 1.
     """
 
     def __init__(
-        self,
-        hf_config: PretrainedConfig,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_batch_size: int,
-        checksum: Callable[[Tensor], int],
+        self, hf_config: PretrainedConfig, *, dtype: torch.dtype, device: torch.device, max_batch_size: int
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"rollout.max_batch_size={max_batch_size} must be at least 1; raise it")
         _require_full_attention(hf_config)
         self._max_batch_size = max_batch_size
-        self._checksum = checksum
         self._model: Any = _build_model(hf_config, dtype, device)
         self._parameters, self._aliases = _parameters_and_aliases(self._model)
         self._owners = {
@@ -62,7 +54,7 @@ class EmbeddedEngine:
         }
         self._max_positions: int | None = getattr(hf_config, "max_position_embeddings", None)
         self._vocab_size: int = hf_config.vocab_size
-        self._staged: dict[str, Tensor] | None = None
+        self._received: dict[str, Tensor] | None = None
         self._policy_version = -1
 
     @property
@@ -80,7 +72,7 @@ class EmbeddedEngine:
         if self._model is None:
             raise RuntimeError("the embedded engine is closed; make a new one")
         if self._policy_version < 0:
-            raise RuntimeError("the embedded engine has no weights yet; call update_weights first")
+            raise RuntimeError("the embedded engine has no weights yet; publish some first")
         self._check(requests, options)
         # Similar lengths waste few slots on padding; equal prompts side by side share a prefill.
         prompts = [request.prompt_ids for request in requests]
@@ -96,41 +88,35 @@ class EmbeddedEngine:
                 completions[i] = Completion(token_ids, logprobs, reason, (span,))
         return [completions[i] for i in range(len(requests))]
 
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Mapping[str, int]:
-        """Returns the checksums of the weights now in use: ``stage_weights``, then ``commit_weights``."""
-        checksums = self.stage_weights(tensors)
-        self.commit_weights(version)
-        return checksums
+    def receive_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        """Copies new weights beside those in use, and returns the checksum of every copy by name.
 
-    def stage_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        """Returns the checksum of every staged tensor by name; generation still uses the old weights.
-
-        Tensors are copied, so the caller may change them afterwards. A tied output matrix may be left out.
+        A tied output matrix may be left out.
 
         Raises:
             ValueError: an unknown, missing or repeated name, another shape or dtype, or a tied output matrix
-                that differs from the embedding. Nothing stays staged.
+                that differs from the embedding. Nothing is kept.
             RuntimeError: the engine is closed.
         """
         if self._model is None:
             raise RuntimeError("the embedded engine is closed; make a new one")
-        self._staged = None
-        staged: dict[str, Tensor] = {}  # whole parameters
+        self._received = None
+        received: dict[str, Tensor] = {}  # whole parameters
         views: dict[str, Tensor] = {}  # of them, by the name under which each part arrives
         checksums: dict[str, int] = {}
         for name, tensor in tensors:
             first_name = self._aliases.get(name, name)
             owner = self._owner(first_name)
-            if owner not in staged:
-                staged[owner] = torch.empty_like(self._parameters[owner], requires_grad=False)
-                views |= checkpoint_views(owner, staged[owner])
+            if owner not in received:
+                received[owner] = torch.empty_like(self._parameters[owner], requires_grad=False)
+                views |= checkpoint_views(owner, received[owner])
             target = views[first_name]
             _check_tensor(name, tensor, target, repeated=name in checksums)
             if name in self._aliases:
-                checksums[name] = self._checksum(tensor)
+                checksums[name] = tensor_checksum(tensor)
                 continue
             target.copy_(tensor.detach())
-            checksums[name] = self._checksum(target)
+            checksums[name] = tensor_checksum(target)
         missing = [name for name in self._owners if name not in checksums]
         if missing:
             raise ValueError(
@@ -143,33 +129,33 @@ class EmbeddedEngine:
                     f"weight {alias!r} differs from {name!r}, but the configuration ties them; send "
                     f"equal tensors or set tie_word_embeddings to false"
                 )
-        self._staged = staged
+        self._received = received
         return checksums
 
     def commit_weights(self, version: int) -> None:
-        """Puts the staged weights into service as policy ``version``.
+        """Puts the received weights into service as policy ``version``.
 
         Raises:
             ValueError: a negative version.
-            RuntimeError: nothing is staged.
+            RuntimeError: nothing was received.
         """
         if version < 0:
             raise ValueError(f"policy version {version} must not be negative; count from 0")
-        if self._staged is None:
-            raise RuntimeError("no weights are staged; call stage_weights first")
-        for name, tensor in self._staged.items():
+        if self._received is None:
+            raise RuntimeError("no weights were received; call receive_weights first")
+        for name, tensor in self._received.items():
             self._parameters[name].data = tensor
-        self._staged = None
+        self._received = None
         self._policy_version = version
 
     def discard_weights(self) -> None:
-        """Drops the staged weights, if any; the old ones stay in service."""
-        self._staged = None
+        """Drops received weights that are not in service."""
+        self._received = None
 
     def held_checksums(self) -> dict[str, int]:
         """Returns the checksum of every tensor in service by name, read from the model; tied ones under their first."""
         return {
-            tensor: self._checksum(view)
+            tensor: tensor_checksum(view)
             for name, parameter in self._parameters.items()
             for tensor, view in checkpoint_views(name, parameter.detach()).items()
         }
@@ -178,7 +164,7 @@ class EmbeddedEngine:
         """Releases the model; calling it twice is harmless."""
         self._model = None
         self._parameters = {}
-        self._staged = None
+        self._received = None
 
     def _check(self, requests: Sequence[GenerateRequest], options: SamplingOptions) -> None:
         outside = [token for token in options.stop_token_ids if not 0 <= token < self._vocab_size]

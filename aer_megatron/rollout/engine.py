@@ -8,20 +8,15 @@ What every engine owes the trainer:
 * the policy version of every token;
 * randomness that is a function of the request's own seed, so that a request does not depend on its
   neighbours.
-
-This file does NOT import torch at run time: a client of a remote engine needs none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from aer_megatron.types import Completion
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class RolloutEngine(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Returns the version of the weights in use; -1 before the first ``update_weights``."""
+        """Returns the version of the weights in use; -1 before any weights came."""
         ...
 
     def generate(self, requests: Sequence[GenerateRequest], options: SamplingOptions) -> list[Completion]:
@@ -91,18 +86,6 @@ class RolloutEngine(Protocol):
             ValueError: a request the model cannot take, naming it.
             RuntimeError: the engine has no weights, is closed or failed.
         """
-        ...
-
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Mapping[str, int]:
-        """Returns the checksum, per Hugging Face name, of what the engine now holds as policy ``version``.
-
-        Raises:
-            ValueError: an unknown, missing or repeated name, or another shape or dtype; the old weights stay.
-        """
-        ...
-
-    def close(self) -> None:
-        """Releases what the engine holds; calling it twice is harmless."""
         ...
 
 

@@ -1,31 +1,18 @@
 """Weight transport to an engine in the same process, verified tensor by tensor.
 
-The engine stages the new weights beside the old ones; they go into service only after the checksum of every
-tensor sent equals the checksum of what the engine staged. A failure at any point leaves the old weights
-whole.
+The engine keeps the new weights beside the old ones; they go into service only after the checksum of every tensor sent
+equals the checksum of what the engine received. A failure at any point leaves the old weights whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
 from aer_megatron.convert.fp8_weights import iter_rounded_weights
-
-
-class StagingEngine(Protocol):
-    """What the transport needs of an engine; the embedded engine has it."""
-
-    @property
-    def policy_version(self) -> int: ...
-
-    def stage_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, int]: ...
-
-    def commit_weights(self, version: int) -> None: ...
-
-    def discard_weights(self) -> None: ...
+from aer_megatron.rollout.checksum import tensor_checksum
+from aer_megatron.rollout.embedded import EmbeddedEngine
 
 
 class InProcessSync:
@@ -33,13 +20,11 @@ class InProcessSync:
 
     Args:
         engine: receives the weights.
-        checksum: the function that the engine uses too (``sync.checksum.tensor_checksum``).
         fp8: the engine is given the values that projections have in blocks of FP8, in the model's dtype.
     """
 
-    def __init__(self, engine: StagingEngine, *, checksum: Callable[[Tensor], int], fp8: bool) -> None:
+    def __init__(self, engine: EmbeddedEngine, *, fp8: bool) -> None:
         self._engine = engine
-        self._checksum = checksum
         self._fp8 = fp8
 
     def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -57,7 +42,7 @@ class InProcessSync:
         if self._fp8:
             named_tensors = iter_rounded_weights(named_tensors)
         try:
-            held = self._engine.stage_weights(self._metered(named_tensors, sent))
+            held = self._engine.receive_weights(self._metered(named_tensors, sent))
             self._verify(sent, held)
             self._engine.commit_weights(version)
         finally:
@@ -75,7 +60,7 @@ class InProcessSync:
         self, named_tensors: Iterable[tuple[str, Tensor]], sent: dict[str, int]
     ) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named_tensors:
-            sent[name] = self._checksum(tensor)
+            sent[name] = tensor_checksum(tensor)
             yield name, tensor
 
     def _verify(self, sent: Mapping[str, int], held: Mapping[str, int]) -> None:

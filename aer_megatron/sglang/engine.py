@@ -34,9 +34,8 @@ import contextlib
 import itertools
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import aiohttp
 
@@ -60,9 +59,6 @@ from aer_megatron.sglang.protocol import (
 from aer_megatron.sglang.replies import BadReply, Reply, UnreadableReply, describe, is_ours, parse_json
 from aer_megatron.types import Completion
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 _LOG = logging.getLogger(__name__)
 _MAX_ABORTS = 256  # under way at a time: behind a router each goes to every server
 _ABORT_TIMEOUT_S = 2.0  # an abort is a courtesy to the server: nobody waits longer for it
@@ -78,27 +74,17 @@ class SGLangEngine:
     """A ``RolloutEngine`` over the servers of a fleet; see ``rollout/engine.py`` for the contract.
 
     Args:
-        fleet: the servers; closed by ``close``.
+        fleet: the servers.
         limits: of every request.
         labels: of the weights that this run publishes.
         vocab_size: token ids from it on are no tokens.
-        transfer: publishes weights to the fleet, (tensors, version) -> checksum of every tensor by name.
     """
 
-    def __init__(
-        self,
-        fleet: ServerFleet,
-        limits: RequestLimits,
-        *,
-        labels: WeightLabels,
-        vocab_size: int,
-        transfer: Callable[[Iterable[tuple[str, Tensor]], int], Mapping[str, int]],
-    ) -> None:
+    def __init__(self, fleet: ServerFleet, limits: RequestLimits, *, labels: WeightLabels, vocab_size: int) -> None:
         self._fleet = fleet
         self._limits = limits
         self._labels = labels
         self._vocab_size = vocab_size
-        self._transfer = transfer
         self._prefix = f"aer-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
         self._calls: dict[str, Call] = {}
@@ -133,16 +119,8 @@ class SGLangEngine:
         there are unfinished at any time. Raises what ``generate`` raises.
         """
         if self._fleet.policy_version < 0:
-            raise RuntimeError("the rollout servers have no weights yet; call update_weights first")
+            raise RuntimeError("the rollout servers have no weights yet; publish some first")
         return self._fleet.run(self._generate(groups, options, wanted))
-
-    def update_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> Mapping[str, int]:
-        """Returns the checksum of every tensor that the servers now serve as policy ``version``."""
-        return self._transfer(tensors, version)
-
-    def close(self) -> None:
-        """Ends the connections; calling it twice is harmless."""
-        self._fleet.close()
 
     async def _generate(
         self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, wanted: int

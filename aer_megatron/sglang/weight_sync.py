@@ -29,8 +29,8 @@ from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.fp8_weights import iter_fp8_weights
-from aer_megatron.convert.sglang_weights import ServedChecksums, by_rank, first_difference, holds_fp8, probe_of_fp8
 from aer_megatron.sglang.metering import Meter
+from aer_megatron.sglang.served_weights import ServedChecksums, by_rank, first_difference, holds_fp8, probe_of_fp8
 
 _LOG = logging.getLogger(__name__)
 _RECOVERY_POLL_S = 0.5

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from aer_megatron.convert.sglang_weights import by_rank, first_difference, holds_fp8
 from aer_megatron.rewards.countdown import verify_countdown
 from aer_megatron.rewards.extract import final_answer, last_boxed
 from aer_megatron.rewards.math import decide_quickly, verify_math
@@ -24,6 +23,7 @@ from aer_megatron.rewards.messages import Channel, Garbage, frame, read_verdict
 from aer_megatron.rollout.engine import GenerateRequest
 from aer_megatron.sglang.protocol import Expected, WeightLabels, parse_completion
 from aer_megatron.sglang.replies import Reply, parse_json
+from aer_megatron.sglang.served_weights import by_rank, first_difference, holds_fp8
 from aer_megatron.types import Prompt
 from benchmarks.reliability.fuzz_mutators import mutate_answer, mutate_bytes, mutate_json
 from benchmarks.reliability.fuzz_target import Target, WrongAccept, target

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
 import pytest
-import torch
 
 from aer_megatron.rollout.collect import RolloutCollector, share
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
@@ -28,10 +27,6 @@ class EchoEngine:
         self.requests += requests
         answers = [(*r.prompt_ids, r.seed >> 32, r.seed & 0xFFFFFFFF) for r in requests]
         return [Completion(ids, (0.0,) * len(ids), "stop", (VersionSpan(0, 0, len(ids)),)) for ids in answers]
-
-    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Mapping[str, int]: ...
-
-    def close(self) -> None: ...
 
 
 def make_prompts(*ids: int) -> list[Prompt]:

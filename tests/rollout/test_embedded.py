@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
+from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import GenerateRequest, RolloutEngine, SamplingOptions
 from aer_megatron.types import Completion, VersionSpan
@@ -37,10 +38,6 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 PLAIN = SamplingOptions(temperature=1.0, top_p=1.0, top_k=0, stop_token_ids=frozenset())
 
 
-def byte_sum(tensor: Tensor) -> int:
-    return int(tensor.detach().contiguous().view(torch.uint8).long().sum())
-
-
 def make_model(config: PretrainedConfig, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -49,16 +46,21 @@ def make_model(config: PretrainedConfig, seed: int = 0) -> torch.nn.Module:
 def make_engine(
     config: PretrainedConfig, *, max_batch_size: int = 64, dtype: torch.dtype = torch.float32
 ) -> EmbeddedEngine:
-    return EmbeddedEngine(
-        config, dtype=dtype, device=torch.device("cpu"), max_batch_size=max_batch_size, checksum=byte_sum
-    )
+    return EmbeddedEngine(config, dtype=dtype, device=torch.device("cpu"), max_batch_size=max_batch_size)
+
+
+def give(engine: EmbeddedEngine, tensors: Iterable[tuple[str, Tensor]], version: int) -> dict[str, int]:
+    """Returns the checksums of the weights now in use as policy ``version``."""
+    checksums = engine.receive_weights(tensors)
+    engine.commit_weights(version)
+    return checksums
 
 
 def loaded(name: str, **kwargs: int) -> tuple[torch.nn.Module, EmbeddedEngine]:
     config = CONFIGS[name]()
     model = make_model(config)
     engine = make_engine(config, **kwargs)
-    engine.update_weights(model.named_parameters(), version=3)
+    give(engine, model.named_parameters(), version=3)
     return model, engine
 
 
@@ -169,14 +171,14 @@ def test_update_replaces_the_policy_and_its_version() -> None:
     requests = random_requests(8, seed=6)
     first = engine.generate(requests, PLAIN)
     other = make_model(CONFIGS["qwen3"](), seed=1)
-    engine.update_weights(other.named_parameters(), version=4)
+    give(engine, other.named_parameters(), version=4)
     second = engine.generate(requests, PLAIN)
     assert engine.policy_version == 4
     assert [c.token_ids for c in first] != [c.token_ids for c in second]
     assert {c.policy_versions[0].version for c in second} == {4}
     for request, completion in zip(requests, second, strict=True):
         assert_logprobs_match(other, request, completion, 1.0)
-    engine.update_weights(model.named_parameters(), version=5)
+    give(engine, model.named_parameters(), version=5)
     assert [c.token_ids for c in first] == [c.token_ids for c in engine.generate(requests, PLAIN)]
 
 
@@ -190,12 +192,12 @@ def test_later_changes_of_the_senders_tensors_do_not_reach_the_engine() -> None:
     assert engine.generate(requests, PLAIN) == before
 
 
-def test_update_weights_returns_the_checksum_of_every_tensor() -> None:
+def test_receiving_weights_returns_the_checksum_of_every_tensor() -> None:
     config = CONFIGS["qwen3_tied"]()
     model = make_model(config)
     engine = make_engine(config)
-    checksums = engine.update_weights(model.named_parameters(), version=0)
-    assert checksums == {name: byte_sum(parameter) for name, parameter in model.named_parameters()}
+    checksums = give(engine, model.named_parameters(), version=0)
+    assert checksums == {name: tensor_checksum(parameter) for name, parameter in model.named_parameters()}
     assert "lm_head.weight" not in checksums
 
 
@@ -204,10 +206,10 @@ def test_a_tied_head_may_be_sent_but_must_equal_the_embedding() -> None:
     model = make_model(config)
     engine = make_engine(config)
     named = dict(model.named_parameters(remove_duplicate=False))
-    assert "lm_head.weight" in engine.update_weights(named.items(), version=0)
+    assert "lm_head.weight" in give(engine, named.items(), version=0)
     named["lm_head.weight"] = named["lm_head.weight"] + 1
     with pytest.raises(ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'"):
-        engine.update_weights(named.items(), version=1)
+        give(engine, named.items(), version=1)
     assert engine.policy_version == 0
 
 
@@ -240,9 +242,9 @@ def test_a_refused_update_names_the_tensor_and_leaves_the_old_policy(kind: str, 
     before = engine.generate(requests, PLAIN)
     other = dict(make_model(CONFIGS["qwen3"](), seed=1).named_parameters())
     with pytest.raises(ValueError, match=message):
-        engine.update_weights(_break(kind, other), version=4)
+        give(engine, _break(kind, other), version=4)
     assert engine.generate(requests, PLAIN) == before
-    with pytest.raises(RuntimeError, match="no weights are staged"):
+    with pytest.raises(RuntimeError, match="no weights were received"):
         engine.commit_weights(4)
 
 
@@ -288,7 +290,7 @@ def test_generation_needs_weights_and_an_open_engine() -> None:
     with pytest.raises(RuntimeError, match="closed"):
         engine.generate(random_requests(1, seed=0), PLAIN)
     with pytest.raises(RuntimeError, match="closed"):
-        engine.update_weights([], version=0)
+        give(engine, [], version=0)
 
 
 def test_no_requests_give_no_completions() -> None:
@@ -300,7 +302,7 @@ def test_nan_weights_are_an_error_and_not_a_sample() -> None:
     model, engine = loaded("qwen3")
     broken = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     broken["model.norm.weight"][0] = float("nan")
-    engine.update_weights(broken.items(), version=4)
+    give(engine, broken.items(), version=4)
     with pytest.raises(RuntimeError, match="logits are not finite"):
         engine.generate(random_requests(3, seed=0), PLAIN)
 
@@ -316,7 +318,7 @@ def test_building_and_generating_leaves_torchs_generator_alone() -> None:
     torch.manual_seed(11)
     expected = torch.get_rng_state()
     engine = make_engine(CONFIGS["qwen3"]())
-    engine.update_weights(model.named_parameters(), version=0)
+    give(engine, model.named_parameters(), version=0)
     engine.generate(random_requests(4, seed=0), PLAIN)
     assert torch.equal(torch.get_rng_state(), expected)
 
@@ -325,7 +327,7 @@ def test_bf16_weights_give_fp32_logprobs_of_the_bf16_model() -> None:
     config = CONFIGS["qwen3"]()
     model = make_model(config).bfloat16()
     engine = make_engine(config, dtype=torch.bfloat16)
-    engine.update_weights(model.named_parameters(), version=0)
+    give(engine, model.named_parameters(), version=0)
     request = GenerateRequest((3, 1, 4, 1, 5), 9, 10)
     completion = engine.generate([request], PLAIN)[0]
     logits = reference_logits(model, request.prompt_ids, completion.token_ids).float()
@@ -346,8 +348,8 @@ def test_experts_arrive_one_by_one_and_answer_like_transformers(tmp_path: Path) 
     tensors = load_file(folder / "model.safetensors")
     assert any(".experts.3.up_proj.weight" in name for name in tensors)
     engine = make_engine(model.config)
-    checksums = engine.update_weights(tensors.items(), version=0)
-    assert checksums == engine.held_checksums() == {name: byte_sum(tensor) for name, tensor in tensors.items()}
+    checksums = give(engine, tensors.items(), version=0)
+    assert checksums == engine.held_checksums() == {name: tensor_checksum(tensor) for name, tensor in tensors.items()}
     requests = random_requests(5, seed=0, longest=6, new=6)
     requests = [GenerateRequest(tuple(i % 25 for i in r.prompt_ids), r.seed, r.max_new_tokens) for r in requests]
     for request, completion in zip(requests, engine.generate(requests, PLAIN), strict=True):
@@ -355,4 +357,6 @@ def test_experts_arrive_one_by_one_and_answer_like_transformers(tmp_path: Path) 
         chosen = logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
         assert torch.allclose(torch.tensor(completion.logprobs), chosen, atol=1e-5)
     with pytest.raises(ValueError, match=r"lacks 1 of .*experts\.2\.gate_proj"):
-        engine.stage_weights((n, t) for n, t in tensors.items() if n != "model.layers.1.mlp.experts.2.gate_proj.weight")
+        engine.receive_weights(
+            (n, t) for n, t in tensors.items() if n != "model.layers.1.mlp.experts.2.gate_proj.weight"
+        )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.rollout.in_process import InProcessSync
-from aer_megatron.sglang.checksum import tensor_checksum
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 OPTIONS = SamplingOptions(1.0, 1.0, 0, frozenset({2}))
@@ -44,8 +44,8 @@ class DamagingEngine(EmbeddedEngine):
 
     damage = ""
 
-    def stage_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-        return super().stage_weights(self._damaged(tensors))
+    def receive_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+        return super().receive_weights(self._damaged(tensors))
 
     def _damaged(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
@@ -64,9 +64,8 @@ def make(engine_class: type[EmbeddedEngine] = EmbeddedEngine) -> tuple[EmbeddedE
         dtype=torch.float32,
         device=torch.device("cpu"),
         max_batch_size=8,
-        checksum=tensor_checksum,
     )
-    return engine, InProcessSync(engine, checksum=tensor_checksum, fp8=False)
+    return engine, InProcessSync(engine, fp8=False)
 
 
 def test_published_weights_serve_under_their_version() -> None:
@@ -91,7 +90,7 @@ def test_damage_on_the_way_names_the_first_tensor_and_leaves_the_old_weights(dam
         sync.publish(weights(1).items(), version=1)
     assert engine.policy_version == 0
     assert engine.generate(REQUESTS, OPTIONS) == before
-    with pytest.raises(RuntimeError, match="no weights are staged"):
+    with pytest.raises(RuntimeError, match="no weights were received"):
         engine.commit_weights(1)
     engine.damage = ""  # type: ignore[attr-defined]
     sync.publish(weights(1).items(), version=1)
@@ -130,15 +129,15 @@ def test_a_refused_tensor_leaves_the_old_weights(change: object, message: str) -
     assert engine.generate(REQUESTS, OPTIONS) == before
 
 
-class ForgetfulEngine:
+class ForgetfulEngine(EmbeddedEngine):
     """Commits, but reports what it is told to report."""
 
-    def __init__(self, version: int, held: Mapping[str, int] | None = None) -> None:
-        self.policy_version = version
+    def __init__(self, version: int, held: dict[str, int] | None = None) -> None:
+        self._policy_version = version
         self.held = held
         self.committed = False
 
-    def stage_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> Mapping[str, int]:
+    def receive_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         received = {name: tensor_checksum(tensor) for name, tensor in tensors}
         return received if self.held is None else self.held
 
@@ -149,7 +148,7 @@ class ForgetfulEngine:
 
 
 def test_an_engine_that_reports_another_version_is_an_error() -> None:
-    sync = InProcessSync(ForgetfulEngine(version=4), checksum=tensor_checksum, fp8=False)
+    sync = InProcessSync(ForgetfulEngine(version=4), fp8=False)
     with pytest.raises(RuntimeError, match="reports policy version 4 after version 5"):
         sync.publish([("w", torch.ones(2))], version=5)
 
@@ -164,5 +163,5 @@ def test_an_engine_that_reports_another_version_is_an_error() -> None:
 def test_tensors_that_are_missing_or_invented_are_errors(held: dict[str, int], message: str) -> None:
     engine = ForgetfulEngine(version=5, held=held)
     with pytest.raises(RuntimeError, match=message):
-        InProcessSync(engine, checksum=tensor_checksum, fp8=False).publish([("w", torch.ones(2))], version=5)
+        InProcessSync(engine, fp8=False).publish([("w", torch.ones(2))], version=5)
     assert not engine.committed

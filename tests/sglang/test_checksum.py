@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aer_megatron.sglang.checksum import tensor_checksum
+from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.sglang.metering import Meter
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aer_megatron.convert.architecture import architecture_from_hf_config
-from aer_megatron.convert.sglang_weights import ServedChecksums, first_difference
+from aer_megatron.sglang.served_weights import ServedChecksums, first_difference
 from tests.support.policies import tiny_hf_model
 from tests.support.served_weights import served_checksum
 from tests.support.sglang_double import Running, SGLangDouble

@@ -24,9 +24,9 @@ from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.convert.fp8_quantize import E4M3
 from aer_megatron.convert.fp8_weights import SCALE_SUFFIX, iter_fp8_weights, quantization_config, split_blocks
 from aer_megatron.convert.hf_folder import HFFolder
-from aer_megatron.convert.sglang_weights import ServedChecksums
 from aer_megatron.parallel.platform import Platform
-from aer_megatron.sglang.checksum import tensor_checksum
+from aer_megatron.rollout.checksum import tensor_checksum
+from aer_megatron.sglang.served_weights import ServedChecksums
 from tests.support.fp8_models import (
     fp8_model,
     fp8_model_weights,

@@ -131,7 +131,7 @@ def test_closing_aborts_what_is_under_way(pair: tuple[Watched, Watched], folder:
         made.sync.publish(iter(weights(0).items()), 0)
         generating = Generating(made, requests(4, 1000))
         wait_until(lambda: len(pair[0].running) == 4)
-        made.engine.close()
+        made.fleet.close()
         generating.join(10)
         assert "closed" in str(generating.error)
         assert sorted(pair[0].aborts) == sorted(pair[0].rids)

@@ -9,7 +9,6 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aer_megatron.convert.sglang_weights import by_rank, first_difference, holds_fp8
 from aer_megatron.rollout.engine import GenerateRequest
 from aer_megatron.sglang.protocol import (
     Expected,
@@ -20,6 +19,7 @@ from aer_megatron.sglang.protocol import (
     parse_partial,
 )
 from aer_megatron.sglang.replies import BadReply, Reply, parse_json, printable, shown
+from aer_megatron.sglang.served_weights import by_rank, first_difference, holds_fp8
 
 RUN = "aer-0123456789abcdef"
 EXPECTED = Expected(GenerateRequest((4, 1), 0, 4), 5, WeightLabels(RUN), vocab_size=10)

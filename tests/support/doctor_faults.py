@@ -116,14 +116,14 @@ def dropped_all_reduce() -> Iterator[None]:
 
 @contextmanager
 def stale_rollout_weight() -> Iterator[None]:
-    """The engine reports every staged tensor and puts all but one into service."""
+    """The engine reports every tensor that it received and puts all but one into service."""
     from aer_megatron.rollout.embedded import EmbeddedEngine
 
     commit = EmbeddedEngine.commit_weights
 
     def forgetful(self: Any, version: int) -> None:
         if version > 0:
-            del self._staged[STALE]
+            del self._received[STALE]
         commit(self, version)
 
     with mock.patch.object(EmbeddedEngine, "commit_weights", forgetful):

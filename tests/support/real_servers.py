@@ -11,8 +11,8 @@ from typing import Any
 
 from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
-from aer_megatron.convert.sglang_weights import ServedChecksums, first_difference
 from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.served_weights import ServedChecksums, first_difference
 from aer_megatron.sglang.server import LaunchOptions
 from tests.support.runs import ROOT, environment
 

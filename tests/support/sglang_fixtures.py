@@ -100,9 +100,7 @@ def rollouts(
         )
         sync = _transport(transport, fleet, context, folder.parent / "transfer", hf_config)
         stack.callback(sync.close)
-        engine = SGLangEngine(
-            fleet, RequestLimits(**chosen), labels=labels, vocab_size=context.arch.vocab_size, transfer=sync.transfer
-        )
+        engine = SGLangEngine(fleet, RequestLimits(**chosen), labels=labels, vocab_size=context.arch.vocab_size)
         torch.manual_seed(0)
         yield Rollouts(engine, fleet, sync, replaced, labels)
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.config_loading import load_config
-from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.folders import hf_specs
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.costs.hardware import gpu_named
 from aer_megatron.costs.memory import TrainingForm

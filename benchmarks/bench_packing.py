@@ -37,7 +37,7 @@ import numpy as np
 
 from aer_megatron.actor.batching import micro_batch_indices
 from aer_megatron.actor.packing import TokenCut, pack_micro_batches, padded_lengths, sequence_costs
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 
 RANKS, PROMPTS, GROUP, BUDGET = 8, 64, 8, 16_384
 CUT = TokenCut(cp_size=2, shards=4)

@@ -23,7 +23,7 @@ import torch
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.config_loading import config_from_table
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.parallel.platform import install_platform
 from aer_megatron.parallel.topology import initialize_topology

@@ -35,7 +35,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from transformers import Qwen3Config
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.sglang.disk import DiskSync
 from aer_megatron.sglang.distributed import DistributedSync

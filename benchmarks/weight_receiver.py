@@ -17,7 +17,7 @@ from aiohttp import web
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.sglang.served_weights import ServedChecksums
 from tests.support.sglang_double import SGLangDouble

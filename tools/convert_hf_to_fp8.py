@@ -30,9 +30,9 @@ def main() -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    from aer_megatron.convert.architecture import architecture_from_hf_config
     from aer_megatron.convert.folders import HFConfig, check_space
     from aer_megatron.convert.fp8_folder import fp8_bytes, write_fp8_folder
+    from aer_megatron.convert.hf_config import architecture_from_hf_config
 
     dtype = torch_dtype(options.dtype)
     num_bytes = fp8_bytes(architecture_from_hf_config(HFConfig(options.model).table), dtype)

@@ -44,8 +44,8 @@ def main() -> None:
 def open_source(checkpoint: Path, hf: Path) -> Source:
     """Returns the checkpoint, checked against config.json. Raises ValueError naming what does not fit."""
     from aer_megatron.checkpoint.weights import RunCheckpoint, is_run_checkpoint
-    from aer_megatron.convert.architecture import architecture_from_hf_config
     from aer_megatron.convert.folders import HFConfig
+    from aer_megatron.convert.hf_config import architecture_from_hf_config
     from aer_megatron.convert.megatron_folder import MegatronFolder
     from aer_megatron.convert.stream import iter_stored_as_hf, stored_architecture, stored_hf_dtypes
 

@@ -158,7 +158,7 @@ def _load_gguf(gguf: Path, dtype: str) -> tuple[PreTrainedModel, TokenizersBacke
 
 
 def _write(target: Path, model: PreTrainedModel, tokenizer: TokenizersBackend, stamp: dict[str, Any]) -> None:
-    from aer_megatron.convert.architecture import architecture_from_hf_config
+    from aer_megatron.convert.hf_config import architecture_from_hf_config
     from aer_megatron.convert.hf_folder import fill_hf_folder, new_folder
     from aer_megatron.convert.mapping import check_hf_tensors, hf_names
 

@@ -79,8 +79,8 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     import torch
 
-    from aer_megatron.convert.architecture import architecture_from_hf_config
     from aer_megatron.convert.folders import check_space, hf_specs
+    from aer_megatron.convert.hf_config import architecture_from_hf_config
     from aer_megatron.convert.hf_folder import config_with_dtype, new_folder
     from aer_megatron.convert.mapping import hf_names
     from aer_megatron.convert.safetensors_writer import SafetensorsWriter

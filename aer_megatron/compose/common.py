@@ -16,12 +16,8 @@ from aer_megatron.actor.actor import Actor
 from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.console.standard_streams import say
-from aer_megatron.convert.architecture import (
-    ModelArchitecture,
-    architecture_from_hf_config,
-    check_parallel,
-    pad_query_groups,
-)
+from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.mapping import check_hf_tensors
 from aer_megatron.files.json_input import read_json_object

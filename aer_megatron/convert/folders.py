@@ -14,12 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_megatron.convert.architecture import (
-    ModelArchitecture,
-    architecture_from_hf_config,
-    check_parallel,
-    pad_query_groups,
-)
+from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder, config_with_dtype, copy_extra_files, new_folder
 from aer_megatron.convert.mapping import check_hf_tensors, hf_names
 from aer_megatron.convert.megatron_folder import MegatronWriter

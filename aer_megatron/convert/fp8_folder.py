@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aer_megatron.convert.architecture import ModelArchitecture, architecture_from_hf_config
+from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.fp8_weights import fp8_config, fp8_specs, iter_fp8_weights
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder, config_with_dtype, copy_extra_files, new_folder
 from aer_megatron.convert.mapping import check_hf_tensors, hf_names
 from aer_megatron.convert.safetensors_writer import SafetensorsWriter, TensorSpec

@@ -1,14 +1,9 @@
-"""Hugging Face tensors <-> shards of Megatron parameters: pure tensor functions driven by families.py.
+"""Hugging Face tensors <-> shards of Megatron parameters, by name, through the rows of families.py.
 
     HF tensors --hf_to_shard(name, tp_rank)--> one rank's shard --shards_to_hf(name, all ranks')--> HF tensors
 
-Layouts that differ (G query groups of h = heads_per_group query heads, d = head_dim):
-    linear_qkv   rows are [G, (h query heads, 1 key head, 1 value head), d]; a rank holds an equal block of
-    rows. linear_fc1   every rank holds [its gate rows; its up rows]. vocabulary   rows are padded with zeros
-    to the padded vocabulary.
-Layer and expert indices in names are global. The functions work on any device and keep dtype and device.
-
-This file does NOT call collectives, touch files or build models.
+Layer and expert indices in names are global. How a parameter's numbers are arranged is its row's affair
+(convert/rows.py). This file does NOT call collectives, touch files or build models.
 """
 
 from __future__ import annotations
@@ -20,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.families import FAMILIES, HFTensor, Row
+from aer_megatron.convert.families import MODEL_FAMILIES
+from aer_megatron.convert.rows import Row
 
 Indices = dict[str, int]
 # an expert's number under the local layer spec, and under TransformerEngine's
@@ -38,7 +34,7 @@ def megatron_names(
     """
     experts = range(arch.moe.num_experts) if arch.moe else range(0)
     names: list[str] = []
-    for row in FAMILIES[arch.family].rows:
+    for row in MODEL_FAMILIES[arch.family].rows:
         template = row.te if te_spec and row.te else row.megatron
         shared = row.when_tied is not None and arch.tied_embeddings and first_stage
         here = {"layer": True, "first": first_stage, "last": last_stage and not shared}
@@ -56,7 +52,7 @@ def hf_names(arch: ModelArchitecture) -> dict[str, tuple[int, ...]]:
 def hf_tensors_of(arch: ModelArchitecture, megatron_name: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the Hugging Face tensors behind a parameter; a tied head names the embedding."""
     row, indices = find_row(arch, megatron_name)
-    return {tensor.name.format(**indices): _shape(arch, tensor) for tensor in _sources(arch, row)}
+    return {tensor.name.format(**indices): tensor.shape(arch) for tensor in row.sources(arch)}
 
 
 def tp_axis(arch: ModelArchitecture, megatron_name: str) -> int | None:
@@ -65,22 +61,14 @@ def tp_axis(arch: ModelArchitecture, megatron_name: str) -> int | None:
 
 
 def shard_shape(arch: ModelArchitecture, megatron_name: str, *, tp_size: int, padded_vocab: int) -> tuple[int, ...]:
-    """The shape of one rank's shard of a parameter. Raises ValueError where tp_size does not divide it."""
+    """The shape of one rank's shard of a parameter.
+
+    Raises ValueError where tp_size does not divide it, or for a vocabulary of fewer rows than tokens.
+    """
     row, _ = find_row(arch, megatron_name)
-    shapes = [_shape(arch, tensor) for tensor in _sources(arch, row)]
-    whole = list(shapes[0])
-    if row.kind == "vocab":
-        whole[0] = padded_vocab
-    elif row.kind == "qkv":
-        whole[0] = arch.padded_kv_heads * _group_rows(arch)
-    elif row.kind == "attention_out":
-        whole[1] = arch.padded_heads * arch.head_dim
-    elif row.kind == "gate_up":
-        whole[0] = sum(shape[0] for shape in shapes)
+    whole = list(row.shape(arch, padded_vocab))
     if row.tp_axis is not None:
-        # gate and up are split apart from one another: each half must be divisible
-        unit = tp_size * (2 if row.kind == "gate_up" else 1)
-        if whole[row.tp_axis] % unit:
+        if whole[row.tp_axis] % (tp_size * row.num_blocks):
             raise ValueError(
                 f"tp={tp_size} does not divide axis {row.tp_axis} of {megatron_name} {tuple(whole)};"
                 " use a size that check_parallel accepts"
@@ -106,21 +94,13 @@ def hf_to_shard(
     """
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"tp_rank={tp_rank} must be in [0, {tp_size})")
-    row, _ = find_row(arch, megatron_name)
     shape = shard_shape(arch, megatron_name, tp_size=tp_size, padded_vocab=padded_vocab)
     tensors = []
     for hf_name, hf_shape in hf_tensors_of(arch, megatron_name).items():
         tensor = get(hf_name)
         _check_shape(hf_name, tensor, hf_shape)
         tensors.append(tensor)
-    if row.kind == "qkv":
-        return _qkv_shard(arch, tensors, tp_rank, shape[0])
-    if row.kind == "gate_up":
-        half = shape[0] // 2
-        return torch.cat([_padded_slice(tensor, 0, tp_rank, half) for tensor in tensors])
-    if row.tp_axis is None:
-        return tensors[0].contiguous()
-    return _padded_slice(tensors[0], row.tp_axis, tp_rank, shape[row.tp_axis])
+    return find_row(arch, megatron_name)[0].shard(arch, tensors, tp_rank, shape)
 
 
 def shards_to_hf(arch: ModelArchitecture, megatron_name: str, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
@@ -135,22 +115,12 @@ def shards_to_hf(arch: ModelArchitecture, megatron_name: str, shards: Sequence[T
         raise ValueError(f"{megatron_name}: no shards given; pass one tensor per tensor-parallel rank")
     if row.when_tied and arch.tied_embeddings:
         return []
-    padded_vocab = shards[0].shape[0] * len(shards)
-    if row.kind == "vocab" and padded_vocab < arch.vocab_size:
-        raise ValueError(f"{megatron_name}: {padded_vocab} rows in all, the vocabulary has {arch.vocab_size}")
-    shape = shard_shape(arch, megatron_name, tp_size=len(shards), padded_vocab=padded_vocab)
+    rows = shards[0].shape[0] * len(shards)
+    shape = shard_shape(arch, megatron_name, tp_size=len(shards), padded_vocab=rows)
     for rank, shard in enumerate(shards):
         _check_shape(f"{megatron_name} of tp rank {rank}", shard, shape)
     names = [tensor.name.format(**indices) for tensor in row.hf]
-    if row.kind == "qkv":
-        return list(zip(names, _qkv_parts(arch, shards), strict=True))
-    if row.kind == "gate_up":
-        halves = [shard.chunk(2) for shard in shards]
-        return [(name, torch.cat([half[part] for half in halves])) for part, name in enumerate(names)]
-    whole = shards[0] if row.tp_axis is None else torch.cat(list(shards), dim=row.tp_axis)
-    for axis, size in enumerate(_shape(arch, row.hf[0])):
-        whole = whole.narrow(axis, 0, size)  # drops padded vocabulary rows and padded heads
-    return [(names[0], whole.contiguous())]
+    return list(zip(names, row.whole(arch, shards), strict=True))
 
 
 def check_hf_tensors(
@@ -163,7 +133,7 @@ def check_hf_tensors(
     """
     expected = hf_names(arch)
     extra = [name for name in shapes if name not in expected and not name.endswith("rotary_emb.inv_freq")]
-    for row in FAMILIES[arch.family].rows:
+    for row in MODEL_FAMILIES[arch.family].rows:
         if row.when_tied and arch.tied_embeddings and row.hf[0].name in extra:
             extra.remove(row.hf[0].name)
             if not torch.equal(get(row.hf[0].name), get(row.when_tied.name)):
@@ -185,7 +155,7 @@ def check_hf_tensors(
 
 def find_row(arch: ModelArchitecture, megatron_name: str) -> tuple[Row, Indices]:
     """The table row of a parameter and the indices in its name ({"i": layer, "e": expert}, where present)."""
-    for row in FAMILIES[arch.family].rows:
+    for row in MODEL_FAMILIES[arch.family].rows:
         for pattern in row.patterns:
             match = pattern.fullmatch(megatron_name)
             if match:
@@ -228,14 +198,6 @@ def _indices(template: str, layers: range, experts: range) -> Iterator[Indices]:
             yield {"i": layer}
 
 
-def _sources(arch: ModelArchitecture, row: Row) -> tuple[HFTensor, ...]:
-    return (row.when_tied,) if row.when_tied and arch.tied_embeddings else row.hf
-
-
-def _shape(arch: ModelArchitecture, tensor: HFTensor) -> tuple[int, ...]:
-    return tuple(arch.dim(name) for name in tensor.dims.split())
-
-
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
@@ -244,40 +206,3 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _some(names: Sequence[str]) -> str:
     shown = 4
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-
-
-def _group_rows(arch: ModelArchitecture) -> int:
-    return (arch.heads_per_group + 2) * arch.head_dim
-
-
-def _padded_slice(tensor: Tensor, axis: int, rank: int, size: int) -> Tensor:
-    """Elements [rank * size, (rank + 1) * size) along ``axis``, zeros beyond the tensor's end."""
-    start = min(rank * size, tensor.shape[axis])
-    part = tensor.narrow(axis, start, min(size, tensor.shape[axis] - start))
-    missing = size - part.shape[axis]
-    if not missing:
-        return part.contiguous()
-    padding = list(part.shape)
-    padding[axis] = missing
-    return torch.cat([part, part.new_zeros(padding)], dim=axis)
-
-
-def _qkv_shard(arch: ModelArchitecture, tensors: Sequence[Tensor], rank: int, rows: int) -> Tensor:
-    """Rows [rank * rows, (rank + 1) * rows) of the interleaved matrix, from the groups that they touch."""
-    group_rows = _group_rows(arch)
-    start = rank * rows
-    first, end = start // group_rows, -(-(start + rows) // group_rows)
-    parts = []
-    for tensor in tensors:
-        grouped = tensor.view(arch.num_kv_heads, -1, *tensor.shape[1:])
-        parts.append(_padded_slice(grouped[first:], 0, 0, end - first))
-    interleaved = torch.cat(parts, dim=1).flatten(0, 1)
-    return interleaved.narrow(0, start - first * group_rows, rows).contiguous()
-
-
-def _qkv_parts(arch: ModelArchitecture, shards: Sequence[Tensor]) -> list[Tensor]:
-    """The [query, key, value] tensors, padded groups dropped, of the interleaved matrix."""
-    whole = torch.cat(list(shards))
-    grouped = whole.view(arch.padded_kv_heads, _group_rows(arch), *whole.shape[1:])[: arch.num_kv_heads]
-    sizes = [arch.heads_per_group * arch.head_dim, arch.head_dim, arch.head_dim]
-    return [part.flatten(0, 1).contiguous() for part in grouped.split_with_sizes(sizes, dim=1)]

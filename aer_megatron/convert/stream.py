@@ -18,13 +18,9 @@ import torch
 from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.families import (
-    EXTRA_STATES,
-    EXTRA_STATES_DENSE,
-    EXTRA_STATES_EXPERT,
-    Row,
-)
+from aer_megatron.convert.families import EXTRA_STATES, EXTRA_STATES_DENSE, EXTRA_STATES_EXPERT
 from aer_megatron.convert.mapping import find_row, hf_tensors_of, hf_to_shard, megatron_names, shards_to_hf
+from aer_megatron.convert.rows import Row
 
 # What training checkpoints hold beside the model.
 _NOT_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_state_machine_state", "opt_param_scheduler")
@@ -81,12 +77,11 @@ def write_megatron(
         tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         for key in place.row.stored_keys:
             # gate and up apart, as Megatron writes them: a tensor-parallel rank then reads no more than it needs
-            halves = tensor.chunk(2) if place.row.kind == "gate_up" else [tensor]
             start = 0
-            for half in halves:
+            for block in tensor.chunk(place.row.num_blocks):
                 offset = (*place.index, start, *[0] * (tensor.dim() - 1))
-                writer.add(key, half, offset=offset, whole=(*place.stack, *tensor.shape))
-                start += half.shape[0]
+                writer.add(key, block, offset=offset, whole=(*place.stack, *tensor.shape))
+                start += block.shape[0]
         advance(tensor.nbytes)
     for key in _extra_states(arch):
         writer.add_empty_object(key)
@@ -177,27 +172,19 @@ def _stored_key(
 
 def _expected_shape(arch: ModelArchitecture, name: str, found: tuple[int, ...]) -> list[int]:
     place = _place(arch, name)
-    shapes = list(hf_tensors_of(arch, name).values())
-    whole = list(shapes[0])
-    if place.row.kind == "qkv":
-        whole[0] = arch.padded_kv_heads * (arch.heads_per_group + 2) * arch.head_dim
-    elif place.row.kind == "attention_out":
-        whole[1] = arch.padded_heads * arch.head_dim
-    elif place.row.kind == "gate_up":
-        whole[0] *= 2
-    elif place.row.kind == "vocab" and found:
-        whole[0] = max(whole[0], found[0])  # padded to some tensor-parallel size
+    # a vocabulary may be padded to any tensor-parallel size
+    whole = place.row.shape(arch, padded_vocab=max([arch.vocab_size, *found[:1]]))
     by_layer = len(found) < len(whole) + len(place.stack)
     return [*place.stack[1 if by_layer else 0 :], *whole]
 
 
 def _padding_groups(arch: ModelArchitecture, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    name = next(n for n in all_names(arch) if find_row(arch, n)[0].kind == "qkv")
-    shape = _stored_key(arch, name, shapes)[1]
-    if shape is None:
-        return 0
-    rows = shape[-2] if name.endswith("weight") else shape[-1]
-    return max(0, rows // ((arch.heads_per_group + 2) * arch.head_dim) - arch.num_kv_heads)
+    for name in all_names(arch):
+        shape = _stored_key(arch, name, shapes)[1]
+        groups = None if shape is None else find_row(arch, name)[0].padding_groups(arch, shape)
+        if groups is not None:
+            return groups
+    return 0
 
 
 def _extra_states(arch: ModelArchitecture) -> Iterator[str]:

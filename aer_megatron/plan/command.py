@@ -22,13 +22,8 @@ from pathlib import Path
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config, refuse_misspelt
 from aer_megatron.console.failures import run_command
-from aer_megatron.convert.architecture import (
-    ModelArchitecture,
-    architecture_from_hf_config,
-    check_parallel,
-    pad_query_groups,
-    padded_vocab_size,
-)
+from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups, padded_vocab_size
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.costs.hardware import GPUS, Gpu, gpu_named
 from aer_megatron.costs.memory import (
     BatchShape,

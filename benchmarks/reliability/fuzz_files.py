@@ -17,7 +17,7 @@ from safetensors.torch import save
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.options import EntropySection
 from aer_megatron.checkpoint.manifest import FileEntry, Layout, Manifest, manifest_from_json
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.megatron_folder import MegatronFolder, MegatronWriter
 from aer_megatron.report.flight import FLIGHT_FILE, FlightWriter, read_flight

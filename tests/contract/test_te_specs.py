@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import find_row, hf_names, megatron_names, shard_shape
 from tests.support import actor_snapshots, layout_matrix, te_on_cpu, tiny_models
 from tests.support.layout_matrix import Layout, Variant, differences

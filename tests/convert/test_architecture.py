@@ -9,13 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aer_megatron.convert.architecture import (
-    MoeArchitecture,
-    architecture_from_hf_config,
-    check_parallel,
-    pad_query_groups,
-    padded_vocab_size,
-)
+from aer_megatron.convert.architecture import MoeArchitecture, check_parallel, pad_query_groups, padded_vocab_size
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from tests.support.json_values import JSON
 
 ROPE_KEYS = ["rope_type", "type", "factor", "rope_theta", "partial_rotary_factor", "low_freq_factor", "x"]

@@ -11,13 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aer_megatron.convert.architecture import (
-    ModelArchitecture,
-    architecture_from_hf_config,
-    check_parallel,
-    pad_query_groups,
-    padded_vocab_size,
-)
+from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups, padded_vocab_size
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names, hf_to_shard, megatron_names, shards_to_hf, tp_axis
 from aer_megatron.convert.stream import iter_stored_as_hf, stored_architecture, write_megatron
 

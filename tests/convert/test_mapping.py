@@ -24,7 +24,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from aer_megatron.convert.architecture import ModelArchitecture, architecture_from_hf_config, pad_query_groups
+from aer_megatron.convert.architecture import ModelArchitecture, pad_query_groups
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import (
     check_hf_tensors,
     hf_names,

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from aer_megatron.convert.architecture import ModelArchitecture, architecture_from_hf_config
+from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.costs.model_size import Layout, layer_parameters, parameter_count, rank_parameters
 
 # config.json of the model cards: hidden, feed-forward, layers, heads, KV heads, tied; then the parameters, and the

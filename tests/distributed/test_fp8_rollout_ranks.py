@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.convert.fp8_weights import iter_fp8_weights
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.agreement import exchange_json
 from aer_megatron.sglang.disk import DiskSync

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.costs.memory import BatchShape, StageMemory, TrainingForm, chunk_rows, stage_memory
 from aer_megatron.costs.model_size import Layout, rank_parameters
 from aer_megatron.parallel import fused_head, vocab, vocab_shard

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.sglang.disk import DiskSync
 from aer_megatron.sglang.fleet import FleetOptions, ServerFleet

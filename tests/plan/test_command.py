@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from aer_megatron.config_loading import load_config
-from aer_megatron.convert.architecture import ModelArchitecture, architecture_from_hf_config
+from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.costs.hardware import gpu_named
 from aer_megatron.costs.memory import BatchShape, TrainingForm, kv_bytes_per_token, layer_activations, stage_memory
 from aer_megatron.costs.model_size import Layout, parameter_count

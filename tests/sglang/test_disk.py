@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.sglang.served_weights import ServedChecksums, first_difference
 from tests.support.policies import tiny_hf_model
 from tests.support.served_weights import served_checksum

@@ -18,11 +18,11 @@ from aer_megatron.compose.engines import _launch_options, _served_folder, build_
 from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_from_table
-from aer_megatron.convert.architecture import architecture_from_hf_config
 from aer_megatron.convert.folders import hf_dtypes
 from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.convert.fp8_quantize import E4M3
 from aer_megatron.convert.fp8_weights import SCALE_SUFFIX, iter_fp8_weights, quantization_config, split_blocks
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.rollout.checksum import tensor_checksum

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_from_table
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.types import TrainBatch
 from tests.support.experiences import experience_of
 

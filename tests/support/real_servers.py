@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
 from aer_megatron.sglang.served_weights import ServedChecksums, first_difference

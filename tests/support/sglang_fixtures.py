@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aer_megatron.convert.architecture import architecture_from_hf_config
+from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.calls import RequestLimits
 from aer_megatron.sglang.disk import DiskSync

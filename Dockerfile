@@ -25,7 +25,7 @@ USER aer
 WORKDIR /opt/aer-megatron
 ENV OMP_NUM_THREADS=1 PIP_NO_CACHE_DIR=1
 # Dependencies change less often than code: this layer is rebuilt only when they or the extension do.
-COPY --chown=aer:aer Makefile pyproject.toml setup.py MANIFEST.in LICENSE ./
+COPY --chown=aer:aer Makefile pyproject.toml setup.py MANIFEST.in LICENSE NOTICE ./
 COPY --chown=aer:aer constraints constraints
 COPY --chown=aer:aer tools tools
 COPY --chown=aer:aer cpp cpp
@@ -94,7 +94,7 @@ FROM trainer-apex-${WITH_APEX} AS gpu
 COPY --from=servers /opt/sglang /opt/sglang
 ENV SGLANG_PYTHON=/opt/sglang/bin/python PIP_NO_CACHE_DIR=1
 WORKDIR /opt/aer-megatron
-COPY pyproject.toml setup.py MANIFEST.in LICENSE ./
+COPY pyproject.toml setup.py MANIFEST.in LICENSE NOTICE ./
 COPY cpp cpp
 COPY aer_megatron/__init__.py aer_megatron/__init__.py
 RUN pip install --constraint /tmp/gpu-py312.txt --no-build-isolation --editable '.[test]'

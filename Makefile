@@ -12,13 +12,14 @@ CONSTRAINTS := constraints/cpu-py311.txt
 STAMP := $(VENV)/.installed
 CPP_SOURCES := $(wildcard cpp/src/*.cpp)
 CPP_HEADERS := $(wildcard cpp/include/aer/*.hpp)
-CPP_TESTS := $(wildcard cpp/tests/*.cpp)
+CPP_TESTS := $(wildcard cpp/tests/test_*.cpp)
 BINDINGS := $(wildcard cpp/bindings/*.cpp cpp/bindings/*.hpp)
+CPP_ALL := $(CPP_SOURCES) $(CPP_HEADERS) $(BINDINGS) $(wildcard cpp/tests/*.cpp)
 IMPORT_LAYER_TEST := $(wildcard tests/project/test_import_layers.py)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint docs audit wheel clean
+.PHONY: help install quickstart smollm2 test test-slow test-gpu test-sglang test-multinode test-cpp lint format check-cpp docs audit wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,14 @@ lint: install ## ruff (rules and format), mypy, import layers
 	@$(BIN)/mypy
 	@$(if $(IMPORT_LAYER_TEST),$(PYTEST) $(IMPORT_LAYER_TEST))
 
+format: install ## ruff format, and clang-format where it is installed
+	@$(BIN)/ruff format --quiet .
+	@if command -v clang-format >/dev/null; then clang-format -i $(CPP_ALL); else echo "format: no clang-format, C++ left alone"; fi
+
+check-cpp: ## clang-format and clang-tidy, where they are installed, find nothing
+	@clang-format --dry-run --Werror $(CPP_ALL)
+	@clang-tidy --quiet $(CPP_SOURCES) -- -std=c++17 -Icpp/include
+
 audit: install ## licences, a CycloneDX SBOM and, with a network, known vulnerabilities of the pins, into build/
 	@$(BIN)/python tools/sbom.py --output build/sbom.cdx.json --licences build/licences.md
 	@bash tools/audit.sh $(BIN)/python
@@ -74,18 +83,21 @@ docs: .venv-docs/.installed ## the site of docs/ into build/site; a warning is a
 	@$(DOCS)/python -m pip --quiet --disable-pip-version-check install --constraint $< mkdocs-material
 	@touch $@
 
-test-cpp: build/cpp/tests-asan build/cpp/tests-tsan ## the C++ tests under ASan + UBSan and under TSan
+test-cpp: build/cpp/tests-asan build/cpp/tests-tsan ## the C++ tests under ASan + UBSan and under TSan (-j2: side by side)
 	@build/cpp/tests-asan
 	@build/cpp/tests-tsan
 
 build/cpp/tests-asan: SANITIZE := address,undefined
 build/cpp/tests-tsan: SANITIZE := thread
-build/cpp/tests-%: $(CPP_SOURCES) $(CPP_HEADERS) $(CPP_TESTS)
-	@echo '#include <doctest/doctest.h>' | $(CXX) -E -x c++ $(DOCTEST_FLAGS) - >/dev/null 2>&1 \
-	  || { echo "test-cpp: doctest/doctest.h not found; install doctest-dev or set DOCTEST_FLAGS=-I..." >&2; exit 1; }
-	@mkdir -p build/cpp
+build/cpp/tests-%: $(CPP_SOURCES) $(CPP_HEADERS) $(CPP_TESTS) build/cpp/doctest.o
 	@$(CXX) -std=c++17 -O1 -g -Wall -Wextra -Wpedantic -Werror -ffp-contract=off -fno-omit-frame-pointer \
-	  -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -Icpp/include $(DOCTEST_FLAGS) $(CPP_SOURCES) $(CPP_TESTS) -pthread -o $@
+	  -fsanitize=$(SANITIZE) -fno-sanitize-recover=all -Icpp/include -Icpp/third_party $(CPP_SOURCES) $(CPP_TESTS) \
+	  build/cpp/doctest.o -pthread -o $@
+
+# doctest's own code, most of the time of a build: once for both, without sanitizers and without -O
+build/cpp/doctest.o: cpp/tests/main.cpp cpp/third_party/doctest/doctest.h
+	@mkdir -p $(@D)
+	@$(CXX) -std=c++17 -Icpp/third_party -c $< -o $@
 
 wheel: install ## wheel and sdist in dist/
 	@mkdir -p build

@@ -1,3 +1,3 @@
 """AER-Megatron: RLVR training with adaptive entropy regularization on Megatron-Core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

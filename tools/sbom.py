@@ -2,8 +2,8 @@
 
     python tools/sbom.py [--extra test] [--output build/sbom.cdx.json] [--licences build/licences.md]
 
-It lists aer-megatron and everything that it needs, directly or not, as this environment has it. The same environment
-gives the same bytes: there is no time in it. Exit code 1 where a needed package is not installed (each is named).
+It lists aer-megatron and everything that it needs, directly or not, as this environment has it, and what the repository
+holds of others (scope "excluded": not installed). The same environment gives the same bytes: there is no time in it. Exit code 1 where a needed package is not installed (each is named).
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ from packaging.requirements import Requirement
 ROOT_PACKAGE = "aer-megatron"
 _NAMESPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # uuid's own for URLs
 _NO_LICENCE = "not stated"
+# cpp/third_party
+_IN_THE_REPOSITORY = {
+    "type": "library",
+    "bom-ref": "pkg:github/doctest/doctest@v2.5.2",
+    "name": "doctest",
+    "version": "2.5.2",
+    "scope": "excluded",
+    "licenses": [{"expression": "MIT"}],
+    "purl": "pkg:github/doctest/doctest@v2.5.2",
+}
 
 
 def normal(name: str) -> str:
@@ -117,9 +127,13 @@ def document(graph: dict[str, set[str]]) -> dict[str, Any]:
             "component": component(here[normal(ROOT_PACKAGE)], "application"),
             "tools": {"components": [{"type": "application", "name": "tools/sbom.py of aer-megatron"}]},
         },
-        "components": [component(here[name]) for name in names if name != normal(ROOT_PACKAGE)],
+        "components": [*(component(here[name]) for name in names if name != normal(ROOT_PACKAGE)), _IN_THE_REPOSITORY],
         "dependencies": [
-            {"ref": purl(here[name]), "dependsOn": sorted(purl(here[other]) for other in graph[name])} for name in names
+            *(
+                {"ref": purl(here[name]), "dependsOn": sorted(purl(here[other]) for other in graph[name])}
+                for name in names
+            ),
+            {"ref": _IN_THE_REPOSITORY["bom-ref"], "dependsOn": []},
         ],
     }
     serial = uuid.uuid5(_NAMESPACE, json.dumps(body, sort_keys=True))

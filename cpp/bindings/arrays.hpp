@@ -27,9 +27,11 @@ Array<T> checked(const py::handle& argument, const char* name) {
         throw py::type_error(prefix + std::string(py::str(py::type::handle_of(argument).attr("__name__"))));
     const auto array = py::reinterpret_borrow<py::array>(argument);
     if (!py::dtype::of<T>().equal(array.dtype()))
-        throw py::type_error(prefix + "dtype " + std::string(py::str(array.dtype())) + "; convert with .astype(numpy." + wanted + ")");
+        throw py::type_error(prefix + "dtype " + std::string(py::str(array.dtype())) + "; convert with .astype(numpy." +
+                             wanted + ")");
     if (array.ndim() != 1) throw py::value_error(prefix + std::to_string(array.ndim()) + " dimensions");
-    if (!Array<T>::check_(argument)) throw py::value_error(prefix + "a strided view; convert with numpy.ascontiguousarray");
+    if (!Array<T>::check_(argument))
+        throw py::value_error(prefix + "a strided view; convert with numpy.ascontiguousarray");
     if (reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) != 0 && array.size() > 0)
         throw py::value_error(prefix + "an unaligned view of other data; convert with .copy()");
     return py::reinterpret_borrow<Array<T>>(argument);
@@ -42,7 +44,8 @@ Span<const T> span(const py::array_t<T, Flags>& array) {
 
 // The bytes of a bool array, whose values C++ may only read as bool where they are 0 or 1.
 inline Span<const std::uint8_t> bytes(const Array<bool>& array) {
-    return {static_cast<const std::uint8_t*>(static_cast<const py::array&>(array).data()), static_cast<std::size_t>(array.size())};
+    return {static_cast<const std::uint8_t*>(static_cast<const py::array&>(array).data()),
+            static_cast<std::size_t>(array.size())};
 }
 
 template <class T>

@@ -20,15 +20,17 @@ PyGroupStatistics call(const py::object& group_ids, const py::object& rewards, d
         const py::gil_scoped_release release;
         result = group_statistics(span(ids), span(values), std_epsilon, divide_by_std);
     }
-    return {to_numpy(std::move(result.group_ids)), to_numpy(std::move(result.counts)), to_numpy(std::move(result.successes)),
-            to_numpy(std::move(result.mean)),      to_numpy(std::move(result.std)),    to_numpy(std::move(result.advantage)),
+    return {to_numpy(std::move(result.group_ids)),  to_numpy(std::move(result.counts)),
+            to_numpy(std::move(result.successes)),  to_numpy(std::move(result.mean)),
+            to_numpy(std::move(result.std)),        to_numpy(std::move(result.advantage)),
             to_numpy(std::move(result.group_index))};
 }
 
 }  // namespace
 
 void register_group_statistics(py::module_& m) {
-    py::class_<PyGroupStatistics> statistics(m, "GroupStatistics", plain_type(), py::is_final(), "Statistics of P groups over B rollouts.");
+    py::class_<PyGroupStatistics> statistics(m, "GroupStatistics", plain_type(), py::is_final(),
+                                             "Statistics of P groups over B rollouts.");
     statistics.def_readonly("group_ids", &PyGroupStatistics::group_ids)
         .def_readonly("counts", &PyGroupStatistics::counts)
         .def_readonly("successes", &PyGroupStatistics::successes)

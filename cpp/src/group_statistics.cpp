@@ -51,8 +51,8 @@ GroupStatistics group_statistics(Span<const std::int64_t> group_ids, Span<const 
                                  bool divide_by_std) {
     const std::size_t num_rollouts = group_ids.size;
     if (rewards.size != num_rollouts)
-        throw std::invalid_argument(
-            message("group_statistics: ", num_rollouts, " group_ids but ", rewards.size, " rewards; pass one of each per rollout"));
+        throw std::invalid_argument(message("group_statistics: ", num_rollouts, " group_ids but ", rewards.size,
+                                            " rewards; pass one of each per rollout"));
     if (!(std::isfinite(std_epsilon) && std_epsilon >= 0.0))
         throw std::invalid_argument(message("std_epsilon=", std_epsilon, " must be finite and >= 0"));
     GroupStatistics result;
@@ -76,7 +76,8 @@ GroupStatistics group_statistics(Span<const std::int64_t> group_ids, Span<const 
     }
     const std::size_t num_groups = result.group_ids.size();
     result.mean.resize(num_groups);
-    for (std::size_t g = 0; g < num_groups; ++g) result.mean[g] = sums[g].total() / static_cast<double>(result.counts[g]);
+    for (std::size_t g = 0; g < num_groups; ++g)
+        result.mean[g] = sums[g].total() / static_cast<double>(result.counts[g]);
 
     std::vector<CompensatedSum> squares(num_groups);
     result.advantage.resize(num_rollouts);
@@ -87,7 +88,8 @@ GroupStatistics group_statistics(Span<const std::int64_t> group_ids, Span<const 
     }
     result.std.resize(num_groups, 0.0);
     for (std::size_t g = 0; g < num_groups; ++g)
-        if (result.counts[g] > 1) result.std[g] = std::sqrt(squares[g].total() / static_cast<double>(result.counts[g] - 1));
+        if (result.counts[g] > 1)
+            result.std[g] = std::sqrt(squares[g].total() / static_cast<double>(result.counts[g] - 1));
     if (divide_by_std)
         for (std::size_t i = 0; i < num_rollouts; ++i)
             if (result.advantage[i] != 0.0)

@@ -50,7 +50,8 @@ Record row_record(const LedgerRowsView& rows, std::size_t i) {
 
 void check_sum(const Record& record, const Record& other) {
     const auto fail = [&](const char* what) {
-        throw std::invalid_argument(message("prompt ", record.prompt_id(), ": its lifetime ", what, " would leave the ledger's range"));
+        throw std::invalid_argument(
+            message("prompt ", record.prompt_id(), ": its lifetime ", what, " would leave the ledger's range"));
     };
     if (std::uint64_t{record.attempts} + other.attempts > kCountMax) fail("attempts");
     if (std::uint64_t{record.token_count} + other.token_count > kCountMax) fail("token_count");
@@ -77,7 +78,8 @@ void reserve(LedgerRows& rows, std::size_t n) {
 }  // namespace
 
 void check_step(std::int64_t step) {
-    if (step < 0 || step > kStepMax) throw std::invalid_argument(message("step=", step, " must be in [0, ", kStepMax, "]"));
+    if (step < 0 || step > kStepMax)
+        throw std::invalid_argument(message("step=", step, " must be in [0, ", kStepMax, "]"));
 }
 
 void check_prior(BetaPrior prior) {
@@ -87,7 +89,8 @@ void check_prior(BetaPrior prior) {
 }
 
 Decay::Decay(double factor) {
-    if (!(factor > 0.0 && factor <= 1.0)) throw std::invalid_argument(message("decay=", factor, " must be in (0, 1]; 1 never forgets"));
+    if (!(factor > 0.0 && factor <= 1.0))
+        throw std::invalid_argument(message("decay=", factor, " must be in (0, 1]; 1 never forgets"));
     powers_[0] = 1.0;
     for (std::size_t i = 1; i < powers_.size(); ++i) powers_[i] = powers_[i - 1] * factor;
 }
@@ -161,12 +164,14 @@ void Ledger::check_capacity(std::vector<Record> added) const {
 }
 
 void Ledger::merge(const Ledger& other) {
-    if (this == &other) throw std::invalid_argument("merge: a ledger cannot be merged with itself; that would count twice");
+    if (this == &other)
+        throw std::invalid_argument("merge: a ledger cannot be merged with itself; that would count twice");
     WriteLock mine(mutex_, std::defer_lock);
     ReadLock theirs(other.mutex_, std::defer_lock);
     std::lock(mine, theirs);
     if (decay() != other.decay())
-        throw std::invalid_argument(message("merge: decay ", decay(), " here, ", other.decay(), " in the other ledger; they must be equal"));
+        throw std::invalid_argument(
+            message("merge: decay ", decay(), " here, ", other.decay(), " in the other ledger; they must be equal"));
     other.table_.for_each([this](const Record& record) {
         const Record* const known = table_.find(record.key);
         if (known != nullptr) check_sum(*known, record);
@@ -176,8 +181,9 @@ void Ledger::merge(const Ledger& other) {
 
 void Ledger::merge(const LedgerRowsView& rows) {
     const std::size_t n = rows.prompt_ids.size;
-    for (const std::size_t size : {rows.decayed_successes.size, rows.decayed_failures.size, rows.attempts.size, rows.successes.size,
-                                   rows.last_step.size, rows.entropy_sum.size, rows.token_count.size})
+    for (const std::size_t size :
+         {rows.decayed_successes.size, rows.decayed_failures.size, rows.attempts.size, rows.successes.size,
+          rows.last_step.size, rows.entropy_sum.size, rows.token_count.size})
         if (size != n) throw std::invalid_argument("merge_state: all columns must have one length");
     std::vector<Record> records(n);
     for (std::size_t i = 0; i < n; ++i) records[i] = row_record(rows, i);
@@ -211,13 +217,15 @@ double Ledger::posterior_mean(const Record& record, BetaPrior prior, std::int64_
     const std::int64_t steps = record.last_step < 0 ? 0 : step - record.last_step;
     if (steps < 0)
         throw std::invalid_argument(message("posterior mean: prompt ", record.prompt_id(), " was last updated at step ",
-                                            record.last_step, ", after step=", step, "; pass a step >= ", record.last_step));
+                                            record.last_step, ", after step=", step,
+                                            "; pass a step >= ", record.last_step));
     const double factor = decay_.power(steps);
     const double successes = prior.success + record.decayed_successes * factor;
     return successes / (successes + (prior.failure + record.decayed_failures * factor));
 }
 
-std::vector<double> Ledger::posterior_mean(Span<const std::uint64_t> prompt_ids, BetaPrior prior, std::int64_t step) const {
+std::vector<double> Ledger::posterior_mean(Span<const std::uint64_t> prompt_ids, BetaPrior prior,
+                                           std::int64_t step) const {
     check_prior(prior);
     check_step(step);
     std::vector<double> means(prompt_ids.size);

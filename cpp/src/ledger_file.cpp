@@ -82,11 +82,12 @@ class File {
   private:
     // -1 with errno where it fails. A path with a zero byte would name another file.
     static int open_checked(const std::string& path, int flags) {
-        if (path.find('\0') != std::string::npos) throw std::invalid_argument("a ledger's path must not hold a zero byte");
+        if (path.find('\0') != std::string::npos)
+            throw std::invalid_argument("a ledger's path must not hold a zero byte");
         return ::open(path.c_str(), flags | O_CLOEXEC, 0644);
     }
     struct stat status() const {
-        struct stat found {};
+        struct stat found{};
         if (::fstat(descriptor_, &found) != 0) throw_system(path_);
         return found;
     }
@@ -99,14 +100,16 @@ class File {
 bool sane(const Record& record) {
     return record.successes <= record.attempts && record.last_step >= 0 && record.entropy_sum >= 0 &&
            record.entropy_sum <= kEntropyMax && record.decayed_successes >= 0.0 && record.decayed_failures >= 0.0 &&
-           record.decayed_successes <= record.successes && record.decayed_failures <= record.attempts - record.successes;
+           record.decayed_successes <= record.successes &&
+           record.decayed_failures <= record.attempts - record.successes;
 }
 
 // A name that no other save, thread or process has: two of them would write into one file.
 std::string temporary_name(const std::string& path) {
     static std::atomic<std::uint64_t> count{0};
     const auto now = std::chrono::steady_clock::now().time_since_epoch().count();
-    const std::uint64_t salt = splitmix64(static_cast<std::uint64_t>(now) ^ (std::uint64_t{std::random_device{}()} << 32));
+    const std::uint64_t salt =
+        splitmix64(static_cast<std::uint64_t>(now) ^ (std::uint64_t{std::random_device{}()} << 32));
     return message(path, ".tmp.", ::getpid(), ".", count++, ".", salt);
 }
 
@@ -114,7 +117,8 @@ Header read_header(File& file, const std::string& path, std::optional<double> de
     const auto fail = [&path](const auto&... what) { throw std::invalid_argument(message(path, ": ", what...)); };
     Header header{};
     const std::size_t got = file.read(&header, sizeof header);
-    if (got < sizeof header.magic || std::memcmp(header.magic, kMagic, sizeof kMagic) != 0) fail("not a difficulty ledger file");
+    if (got < sizeof header.magic || std::memcmp(header.magic, kMagic, sizeof kMagic) != 0)
+        fail("not a difficulty ledger file");
     if (got < sizeof header) fail("truncated: ", got, " bytes, the header alone has ", sizeof header);
     if (header.format_version != kFormatVersion)
         fail("format version ", header.format_version, "; this build reads version ", kFormatVersion,
@@ -190,7 +194,8 @@ std::unique_ptr<Ledger> Ledger::load(const std::string& path, std::optional<doub
         checksum.update(block.data(), n * sizeof(Record));
         for (std::size_t i = 0; i < n; ++i) {
             if (!sane(block[i]) || (start + i > 0 && block[i].key <= previous))
-                throw std::invalid_argument(message(path, ": corrupt: record ", start + i, " is out of order or out of range"));
+                throw std::invalid_argument(
+                    message(path, ": corrupt: record ", start + i, " is out of order or out of range"));
             previous = block[i].key;
             ledger->append(block[i]);
         }

@@ -33,7 +33,8 @@ std::ptrdiff_t bin_of(Span<const double> edges, double x) {
 
 }  // namespace
 
-std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking ranking, BetaPrior prior, std::int64_t step) {
+std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking ranking, BetaPrior prior,
+                                 std::int64_t step) {
     if (k < 0) throw std::invalid_argument(message("k=", k, " must be >= 0"));
     check_prior(prior);
     check_step(step);
@@ -78,18 +79,22 @@ std::vector<std::int64_t> histogram2d(const Ledger& ledger, Span<const double> d
         const double entropy = static_cast<double>(record.entropy_sum) * kEntropyUnit / record.token_count;
         const std::ptrdiff_t row = bin_of(difficulty_edges, 1.0 - ledger.posterior_mean(record, prior, step));
         const std::ptrdiff_t column = bin_of(entropy_edges, entropy);
-        if (row >= 0 && column >= 0) ++counts[static_cast<std::size_t>(row) * columns + static_cast<std::size_t>(column)];
+        if (row >= 0 && column >= 0)
+            ++counts[static_cast<std::size_t>(row) * columns + static_cast<std::size_t>(column)];
     });
     return counts;
 }
 
-std::vector<double> difficulty_quantiles(const Ledger& ledger, Span<const double> q, BetaPrior prior, std::int64_t step) {
+std::vector<double> difficulty_quantiles(const Ledger& ledger, Span<const double> q, BetaPrior prior,
+                                         std::int64_t step) {
     check_prior(prior);
     check_step(step);
     for (std::size_t i = 0; i < q.size; ++i)
-        if (!(q[i] >= 0.0 && q[i] <= 1.0)) throw std::invalid_argument(message("q[", i, "]=", q[i], " must be in [0, 1]"));
+        if (!(q[i] >= 0.0 && q[i] <= 1.0))
+            throw std::invalid_argument(message("q[", i, "]=", q[i], " must be in [0, 1]"));
     std::vector<double> difficulties;
-    ledger.visit([&](const Record& record) { difficulties.push_back(1.0 - ledger.posterior_mean(record, prior, step)); });
+    ledger.visit(
+        [&](const Record& record) { difficulties.push_back(1.0 - ledger.posterior_mean(record, prior, step)); });
     if (difficulties.empty()) throw std::invalid_argument("quantiles: the ledger is empty");
     std::sort(difficulties.begin(), difficulties.end());
     std::vector<double> values(q.size);

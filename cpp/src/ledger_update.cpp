@@ -1,7 +1,8 @@
-// The ledger's batch updates. A large batch is first partitioned by shard (one pass that counts, one that scatters), then
-// applied shard by shard: a shard's records and index fit a core's cache, so that each line of the table travels between
-// memory and core once per batch instead of once per entry, and threads own disjoint shards. A small batch is applied
-// directly. All additions are exact (record.hpp), so that neither path nor number of threads shows in the result.
+// The ledger's batch updates. A large batch is first partitioned by shard (one pass that counts, one that scatters),
+// then applied shard by shard: a shard's records and index fit a core's cache, so that each line of the table travels
+// between memory and core once per batch instead of once per entry, and threads own disjoint shards. A small batch is
+// applied directly. All additions are exact (record.hpp), so that neither path nor number of threads shows in the
+// result.
 #include <algorithm>
 #include <array>
 #include <memory>
@@ -106,7 +107,8 @@ struct Partition {
 // Entries of one shard, in blocks: index lines, then records, then the arithmetic, so that latencies overlap. They are
 // latencies of the core's own cache where a dense batch makes it worth to fetch the shard whole beforehand.
 template <class Batch>
-void apply(RecordShard& shard, std::size_t number, Span<const typename Batch::Entry> entries, std::int64_t step, const Decay& decay) {
+void apply(RecordShard& shard, std::size_t number, Span<const typename Batch::Entry> entries, std::int64_t step,
+           const Decay& decay) {
     constexpr std::size_t kBlock = 64;
     std::array<Record*, kBlock> records;
     if (shard.size() <= kCachedRecords && shard.size() <= kDensity * entries.size) shard.touch_all();
@@ -170,12 +172,15 @@ void apply_all(RecordTable& table, const Batch& batch, std::int64_t step, std::s
 // The batch's sums; throws for an entry out of range. Without branches, so that it vectorises.
 LedgerTotals checked_totals(const LedgerBatch& batch) {
     const std::size_t n = batch.prompt_ids.size;
-    if (batch.attempts.size != n || batch.successes.size != n || batch.entropy_sum.size != n || batch.token_count.size != n)
-        throw std::invalid_argument("update: prompt_ids, attempts, successes, entropy_sum and token_count must have one length");
+    if (batch.attempts.size != n || batch.successes.size != n || batch.entropy_sum.size != n ||
+        batch.token_count.size != n)
+        throw std::invalid_argument(
+            "update: prompt_ids, attempts, successes, entropy_sum and token_count must have one length");
     constexpr std::uint64_t kHigh = ~std::uint64_t{kCountMax};
     std::uint64_t bad = 0, attempts = 0, tokens = 0;
     for (std::size_t i = 0; i < n; ++i) {
-        const auto tries = static_cast<std::uint64_t>(batch.attempts[i]), wins = static_cast<std::uint64_t>(batch.successes[i]);
+        const auto tries = static_cast<std::uint64_t>(batch.attempts[i]),
+                   wins = static_cast<std::uint64_t>(batch.successes[i]);
         bad |= (tries | wins | (tries - wins) | static_cast<std::uint64_t>(batch.token_count[i])) & kHigh;
         attempts += tries;
         tokens += static_cast<std::uint64_t>(batch.token_count[i]);
@@ -205,8 +210,8 @@ void Ledger::check_order(Span<const std::uint64_t> prompt_ids, std::int64_t step
     table_.find_each(prompt_ids, [&](std::size_t, const Record* record) {
         if (record != nullptr && record->last_step > step)
             throw std::invalid_argument(message("update: prompt ", record->prompt_id(), " was last updated at step ",
-                                                record->last_step, "; step=", step, " would go back; pass a step >= ",
-                                                record->last_step));
+                                                record->last_step, "; step=", step,
+                                                " would go back; pass a step >= ", record->last_step));
     });
 }
 
@@ -233,8 +238,14 @@ void Ledger::update(const LedgerBatch& batch, std::int64_t step, std::int64_t nu
         std::vector<Record> added(batch.prompt_ids.size);
         for (std::size_t i = 0; i < added.size(); ++i) {
             const Aggregates::Entry entry = Aggregates{batch}.entry(i);
-            added[i] = Record{entry.key, 0.0, 0.0, entry.added.entropy_sum, entry.added.token_count,
-                              entry.added.attempts, entry.added.successes, 0};
+            added[i] = Record{entry.key,
+                              0.0,
+                              0.0,
+                              entry.added.entropy_sum,
+                              entry.added.token_count,
+                              entry.added.attempts,
+                              entry.added.successes,
+                              0};
         }
         check_capacity(std::move(added));
     });
@@ -246,8 +257,8 @@ void Ledger::update(const VerdictBatch& batch, std::int64_t step, std::int64_t n
     check_step(step);
     const std::size_t threads = checked_threads(num_threads);
     if (batch.solved.size != batch.prompt_ids.size)
-        throw std::invalid_argument(message("update_verdicts: prompt_ids has ", batch.prompt_ids.size, " entries and solved ",
-                                            batch.solved.size, "; they must be equal"));
+        throw std::invalid_argument(message("update_verdicts: prompt_ids has ", batch.prompt_ids.size,
+                                            " entries and solved ", batch.solved.size, "; they must be equal"));
     const std::unique_lock<std::shared_mutex> lock(mutex_);
     check_order(batch.prompt_ids, step);
     reserve_totals({batch.prompt_ids.size, 0, 0.0}, [&] {

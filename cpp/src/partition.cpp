@@ -125,7 +125,8 @@ Parts karmarkar_karp(Span<const std::int64_t> weights, std::size_t num_parts, bo
 }
 
 // (heaviest part, heaviest - lightest)
-std::pair<std::int64_t, std::int64_t> cost(Span<const std::int64_t> weights, const Parts& parts, std::size_t num_parts) {
+std::pair<std::int64_t, std::int64_t> cost(Span<const std::int64_t> weights, const Parts& parts,
+                                           std::size_t num_parts) {
     std::vector<std::int64_t> sums(num_parts, 0);
     for (std::size_t i = 0; i < parts.size(); ++i) sums[static_cast<std::size_t>(parts[i])] += weights[i];
     const auto [least, most] = std::minmax_element(sums.begin(), sums.end());
@@ -134,9 +135,11 @@ std::pair<std::int64_t, std::int64_t> cost(Span<const std::int64_t> weights, con
 
 }  // namespace
 
-std::vector<std::int64_t> balanced_partition(Span<const std::int64_t> weights, std::int64_t num_parts, bool equal_size) {
+std::vector<std::int64_t> balanced_partition(Span<const std::int64_t> weights, std::int64_t num_parts,
+                                             bool equal_size) {
     if (num_parts < 1 || static_cast<std::uint64_t>(num_parts) > weights.size)
-        throw std::invalid_argument(message("num_parts=", num_parts, " must be in [1, ", weights.size, "], the number of weights"));
+        throw std::invalid_argument(
+            message("num_parts=", num_parts, " must be in [1, ", weights.size, "], the number of weights"));
     std::int64_t total = 0;
     for (std::size_t i = 0; i < weights.size; ++i) {
         if (weights[i] < 0) throw std::invalid_argument(message("weights[", i, "]=", weights[i], " must be >= 0"));

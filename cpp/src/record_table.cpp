@@ -37,7 +37,8 @@ Record& RecordShard::find_or_insert(std::uint64_t key) {
 Record& RecordShard::insert(std::uint64_t key) {
     if (room_ == 0) {
         const std::size_t size = chunk_size(chunks_.size());
-        if (size > std::size_t{1} << kOffsetBits) throw std::length_error("a difficulty ledger holds at most 2^35 prompts");
+        if (size > std::size_t{1} << kOffsetBits)
+            throw std::length_error("a difficulty ledger holds at most 2^35 prompts");
         if (chunks_.size() == chunks_.capacity()) chunks_.reserve(chunks_.size() + 16);
         chunks_.emplace_back(new Record[size]);
         room_ = size;

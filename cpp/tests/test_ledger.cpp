@@ -102,7 +102,8 @@ TEST_CASE("a large batch gives the same ledger as its small pieces, for any numb
             for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
                 const Columns columns = random_columns(10 * static_cast<std::uint32_t>(step) + piece, kSize, 9000);
                 pieces.update(columns.batch(), step, 1);
-                for (std::size_t i = 0; i < kSize; ++i) all.add(columns.prompt_ids[i], columns.attempts[i], columns.successes[i]);
+                for (std::size_t i = 0; i < kSize; ++i)
+                    all.add(columns.prompt_ids[i], columns.attempts[i], columns.successes[i]);
             }
             whole.update(all.batch(), step, num_threads);
         }
@@ -133,9 +134,12 @@ TEST_CASE("verdicts are batches of single rollouts") {
             aggregates.update(batch, step, 1);
         }
         CHECK(verdicts.equals(aggregates));
-        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 0, 1), std::invalid_argument);
-        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size - 1}}, 2, 1), std::invalid_argument);
-        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 2, 0), std::invalid_argument);
+        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 0, 1),
+                        std::invalid_argument);
+        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size - 1}}, 2, 1),
+                        std::invalid_argument);
+        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 2, 0),
+                        std::invalid_argument);
         CHECK(verdicts.equals(aggregates));
     }
 }
@@ -170,7 +174,8 @@ TEST_CASE("a refused batch changes nothing") {
 
 TEST_CASE("save and load are the identity; damage is found") {
     Ledger ledger(0.97, 0);
-    for (int step = 0; step < 3; ++step) ledger.update(random_columns(static_cast<std::uint32_t>(step), 20000, 9000).batch(), step, 1);
+    for (int step = 0; step < 3; ++step)
+        ledger.update(random_columns(static_cast<std::uint32_t>(step), 20000, 9000).batch(), step, 1);
     const std::string path = temporary_path("ledger");
     ledger.save(path);
     CHECK(Ledger::load(path, 0.97)->equals(ledger));
@@ -224,15 +229,20 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
     for (std::thread& reader : readers) reader.join();
     std::remove(path.c_str());
     for (int w = 0; w < kWriters; ++w)
-        for (int r = 0; r < kRounds; ++r) serial.update(random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000).batch(), 4, 1);
+        for (int r = 0; r < kRounds; ++r)
+            serial.update(random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000).batch(), 4, 1);
     CHECK(shared.equals(serial));
 }
 
 TEST_CASE("two ledgers that merge into each other do not deadlock") {
     Ledger one(1.0, 0), two(1.0, 0);
     one.update(random_columns(1, 50, 50).batch(), 0, 1);
-    std::thread forward([&] { for (int i = 0; i < 5; ++i) one.merge(two); });
-    std::thread backward([&] { for (int i = 0; i < 5; ++i) two.merge(one); });
+    std::thread forward([&] {
+        for (int i = 0; i < 5; ++i) one.merge(two);
+    });
+    std::thread backward([&] {
+        for (int i = 0; i < 5; ++i) two.merge(one);
+    });
     forward.join();
     backward.join();
     CHECK(one.size() == two.size());

@@ -46,12 +46,13 @@ def test_the_sbom_lists_every_package_that_is_needed(bom: dict[str, Any]) -> Non
     expected: dict[str, metadata.Distribution] = {}
     reachable("aer-megatron", frozenset(), expected)
     own = expected.pop("aer-megatron")
-    assert {item["name"]: item["version"] for item in bom["components"]} == {
+    installed = [item for item in bom["components"] if item.get("scope") != "excluded"]
+    assert {item["name"]: item["version"] for item in installed} == {
         name: distribution.version for name, distribution in expected.items()
     }
     assert len(expected) > 40
     assert bom["metadata"]["component"]["version"] == own.version
-    for item in bom["components"]:
+    for item in installed:
         assert item["purl"] == f"pkg:pypi/{item['name']}@{item['version'].replace('+', '%2B')}"
         assert sbom.licence_text(item["licenses"][0]).strip()
     unstated = [item["name"] for item in bom["components"] if sbom.licence_text(item["licenses"][0]) == "not stated"]
@@ -68,12 +69,25 @@ def test_the_sbom_has_the_form_of_cyclonedx(bom: dict[str, Any]) -> None:
     references = [item["bom-ref"] for item in bom["components"]]
     assert len(set(references)) == len(references)
     for item in bom["components"]:
-        assert set(item) == {"type", "bom-ref", "name", "version", "licenses", "purl"}
+        assert set(item) - {"scope"} == {"type", "bom-ref", "name", "version", "licenses", "purl"}
         (entry,) = item["licenses"]
         assert set(entry) == {"expression"} or set(entry["license"]) == {"name"}
     known = {*references, bom["metadata"]["component"]["bom-ref"]}
     assert {item["ref"] for item in bom["dependencies"]} == known
     assert all(set(item["dependsOn"]) <= known for item in bom["dependencies"])
+
+
+def test_the_sbom_and_the_notice_name_what_the_repository_holds_of_others(bom: dict[str, Any]) -> None:
+    header = (ROOT / "cpp/third_party/doctest/doctest.h").read_text()
+    numbers = re.findall(r"^#define DOCTEST_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)$", header, re.MULTILINE)
+    (doctest,) = [item for item in bom["components"] if item.get("scope") == "excluded"]
+    assert (doctest["name"], doctest["version"]) == ("doctest", ".".join(numbers))
+    assert doctest["licenses"] == [{"expression": "MIT"}]
+    licence = (ROOT / "cpp/third_party/doctest/LICENSE.txt").read_text()
+    copyright_line = next(line for line in licence.splitlines() if line.startswith("Copyright"))
+    notice = (ROOT / "NOTICE").read_text()
+    assert "The MIT License (MIT)" in licence
+    assert f"doctest {doctest['version']} (cpp/third_party/doctest" in notice and copyright_line in notice
 
 
 def test_the_same_environment_gives_the_same_document(bom: dict[str, Any]) -> None:
@@ -113,7 +127,7 @@ def test_the_licence_is_apache_2_in_full_and_in_the_metadata() -> None:
         assert words in text
     project = (ROOT / "pyproject.toml").read_text()
     assert 'license = "Apache-2.0"' in project
-    assert 'license-files = ["LICENSE"]' in project
+    assert 'license-files = ["LICENSE", "NOTICE"]' in project
 
 
 def last_user(stage: list[str]) -> str:

@@ -118,7 +118,7 @@ class Ledger {
 
     Decay decay_;
     RecordTable table_;
-    LedgerTotals most_;             // at least the lifetime totals of every prompt
+    LedgerTotals most_;              // at least the lifetime totals of every prompt
     std::int64_t newest_step_ = -1;  // the latest last_step of any prompt
     mutable std::shared_mutex mutex_;
 };

@@ -18,7 +18,8 @@ enum class Ranking {
 };
 
 // At most k prompt ids. All functions throw std::invalid_argument for bad arguments.
-std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking ranking, BetaPrior prior, std::int64_t step);
+std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking ranking, BetaPrior prior,
+                                 std::int64_t step);
 
 // Row-major [difficulty bins][entropy bins] counts of prompts with tokens; entropy is nats per token. Bins are
 // [e_i, e_i+1), the last one closed; prompts outside are not counted.
@@ -26,6 +27,7 @@ std::vector<std::int64_t> histogram2d(const Ledger& ledger, Span<const double> d
                                       Span<const double> entropy_edges, BetaPrior prior, std::int64_t step);
 
 // Difficulty quantiles, linearly interpolated between order statistics.
-std::vector<double> difficulty_quantiles(const Ledger& ledger, Span<const double> q, BetaPrior prior, std::int64_t step);
+std::vector<double> difficulty_quantiles(const Ledger& ledger, Span<const double> q, BetaPrior prior,
+                                         std::int64_t step);
 
 }  // namespace aer

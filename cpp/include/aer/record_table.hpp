@@ -70,7 +70,8 @@ class RecordShard {
     };
     static_assert(sizeof(Bucket) == 64);
 
-    // The first 16 chunks hold 8 records each, the next 16 chunks 16 each, and so on: a new chunk is at most 1/16 of all.
+    // The first 16 chunks hold 8 records each, the next 16 chunks 16 each, and so on: a new chunk is at most 1/16 of
+    // all.
     static std::size_t chunk_size(std::size_t chunk) { return std::size_t{8} << (chunk / 16); }
     Record& at(std::uint32_t place) const { return chunks_[place >> kOffsetBits][place & ((1U << kOffsetBits) - 1)]; }
     static std::uint8_t tag_of(std::uint64_t key) { return static_cast<std::uint8_t>(key); }
@@ -87,7 +88,7 @@ class RecordShard {
     std::vector<Bucket> buckets_;
     std::vector<std::unique_ptr<Record[]>> chunks_;
     std::size_t size_ = 0;
-    std::size_t room_ = 0;  // records that the last chunk can still take
+    std::size_t room_ = 0;    // records that the last chunk can still take
     std::size_t number_ = 0;  // of the shard
     int level_ = -1;          // buckets_.size() == ceil(2^(level + number / 256))
 };
@@ -123,7 +124,8 @@ class RecordTable {
 inline std::uint32_t RecordShard::Bucket::matches(std::uint8_t tag) const {
 #if defined(__SSE2__)  // every x86-64
     const __m128i line = _mm_load_si128(reinterpret_cast<const __m128i*>(this));
-    const auto found = static_cast<std::uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(line, _mm_set1_epi8(static_cast<char>(tag)))));
+    const auto found =
+        static_cast<std::uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(line, _mm_set1_epi8(static_cast<char>(tag)))));
 #else
     std::uint32_t found = 0;
     for (std::uint32_t slot = 0; slot < kBucketSlots; ++slot) found |= std::uint32_t{tags[slot] == tag} << slot;

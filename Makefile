@@ -66,7 +66,7 @@ format: install ## ruff format, and clang-format where it is installed
 	@$(BIN)/ruff format --quiet .
 	@if command -v clang-format >/dev/null; then clang-format -i $(CPP_ALL); else echo "format: no clang-format, C++ left alone"; fi
 
-check-cpp: ## clang-format and clang-tidy, where they are installed, find nothing
+check-cpp: ## clang-format and clang-tidy (both must be installed) find nothing
 	@clang-format --dry-run --Werror $(CPP_ALL)
 	@clang-tidy --quiet $(CPP_SOURCES) -- -std=c++17 -Icpp/include
 

@@ -3,7 +3,8 @@
     python tools/sbom.py [--extra test] [--output build/sbom.cdx.json] [--licences build/licences.md]
 
 It lists aer-megatron and everything that it needs, directly or not, as this environment has it, and what the repository
-holds of others (scope "excluded": not installed). The same environment gives the same bytes: there is no time in it. Exit code 1 where a needed package is not installed (each is named).
+holds of others (scope "excluded": it is not installed). The same environment gives the same bytes: there is no time in
+it. Exit code 1 where a needed package is not installed (each is named).
 """
 
 from __future__ import annotations

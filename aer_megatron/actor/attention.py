@@ -70,11 +70,11 @@ class ExactAttention(torch.nn.Module):
         del attention_mask, attn_mask_type
         assert attention_bias is None
         if packed_seq_params is None:
-            out_bShd = self._attend(*(x.transpose(0, 1) for x in (query, key, value)))
+            out_bShd = self._attention(*(x.transpose(0, 1) for x in (query, key, value)))
             return out_bShd.transpose(0, 1).flatten(2).contiguous()
         parts = []
         for rows, length in self._runs(packed_seq_params):
-            out_nlhd = self._attend(*(x[rows].unflatten(0, (-1, length)) for x in (query, key, value)))
+            out_nlhd = self._attention(*(x[rows].unflatten(0, (-1, length)) for x in (query, key, value)))
             parts.append(out_nlhd.flatten(0, 1))
         return torch.cat(parts).flatten(1)
 
@@ -90,7 +90,7 @@ class ExactAttention(torch.nn.Module):
                     yield slice(start, stop), length
                 first, start = index + 1, stop
 
-    def _attend(self, query_nlhd: Tensor, key_nlgd: Tensor, value_nlgd: Tensor) -> Tensor:
+    def _attention(self, query_nlhd: Tensor, key_nlgd: Tensor, value_nlgd: Tensor) -> Tensor:
         """Returns [n, l, h, d] of n sequences of one length, which see nothing of one another."""
         query = query_nlhd.transpose(1, 2)
         if self._cp_group is None:

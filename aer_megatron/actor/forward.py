@@ -93,7 +93,7 @@ class MicroBatchRunner:
         return result
 
     def forward_only(self, micros: list[MicroBatch], collect: Callable[[Tensor, MicroBatch], None]) -> None:
-        """Returns when ``collect`` has seen the scores of every micro-batch (last stages only)."""
+        """Gives ``collect`` the scores of every micro-batch (on last pipeline stages only)."""
 
         def finish(output_Kt: Tensor, *, micro: MicroBatch, non_loss_data: bool) -> None:
             del non_loss_data

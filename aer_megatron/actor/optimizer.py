@@ -71,7 +71,7 @@ def gradient_norm(optimizer: Any) -> float:
 
 
 def apply_gradients(optimizer: Any, norm: float) -> None:
-    """Returns when the weights have moved: clips by ``norm``, which ``gradient_norm`` gave, and steps."""
+    """Clips the gradients by ``norm``, which ``gradient_norm`` gave, and takes the optimizer step."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:

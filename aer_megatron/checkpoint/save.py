@@ -71,7 +71,7 @@ class SaveJob:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Returns once the work is done: None, or why there is no checkpoint, the same on every rank."""
+        """Does the work and returns None, or why there is no checkpoint, the same on every rank."""
         if self._thread is not None:
             self._thread.join()
         return self._failure

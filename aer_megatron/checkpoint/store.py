@@ -150,7 +150,7 @@ class CheckpointStore:
             self._job.run()
 
     def wait(self) -> None:
-        """Returns once the checkpoint that was begun is on disk under its final name, at once where none was begun.
+        """Waits until the checkpoint that was begun is on disk under its final name; at once where none was begun.
 
         Raises:
             SaveError: on every rank, where any of them could not write it.

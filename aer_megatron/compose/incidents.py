@@ -68,7 +68,7 @@ class GuardedPolicy:
         )
 
     def _handle(self, update: KeptUpdate, diagnosis: Diagnosis) -> None:
-        """Returns when the update is kept and may be skipped."""
+        """Keeps the update's reproducer; raises RuntimeError where the run must end, else the update is skipped."""
         again = self._skipped_at == diagnosis.update
         self._skipped_in_a_row, self._skipped_at = self._skipped_in_a_row + 1 if again else 1, diagnosis.update
         update = dataclasses.replace(update, minibatch=diagnosis.minibatch, num_updates=diagnosis.update)

@@ -40,7 +40,7 @@ from aer_megatron.rollout.seeds import stream_seed
 
 
 def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequence[str]) -> None:
-    """Returns when the run is saved, at its last step or where it is asked to stop.
+    """Trains, and saves the run at its last step or where it is asked to stop.
 
     It continues from the newest checkpoint of ``run.output_dir``.
     """

@@ -65,7 +65,7 @@ class RunSaves:
             self._settle()
 
     def finish(self) -> None:
-        """Returns once the checkpoint that was begun last is on disk.
+        """Waits until the checkpoint that was begun last is on disk.
 
         Raises:
             RuntimeError: on every rank, where it could not be written.

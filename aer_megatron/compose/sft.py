@@ -30,7 +30,7 @@ STAGE_FILE = "aer_stage.json"
 
 
 def run_sft(config: Config, process: Process, topology: Topology, arguments: Sequence[str]) -> None:
-    """Returns when ``model.path`` is written, by this process or by another that was at it, or the stage is stopped."""
+    """Writes ``model.path`` unless it is there; refused while another run is at it."""
     with held(supervised_locks(config), process.platform):
         if not is_made(config):
             _make(config, process, topology, arguments, Path(config.run.output_dir) / "sft")

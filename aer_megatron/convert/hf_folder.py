@@ -176,7 +176,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Returns once the file's bytes, or the folder's entries, are on disk."""
+    """Waits until the file's bytes, or the folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -76,7 +76,7 @@ class LineFile:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Returns once all bytes are with the operating system; a full disk may take some of them before it raises."""
+    """Writes all bytes to the operating system; a full disk may take some of them before it raises."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(descriptor, rest) :]

@@ -86,6 +86,6 @@ def all_sum_disjoint(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def barrier() -> None:
-    """Returns when every rank has arrived."""
+    """Waits until every rank has arrived."""
     if dist.get_world_size() > 1:
         dist.barrier()

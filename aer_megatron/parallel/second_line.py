@@ -26,7 +26,7 @@ def count(gap_s: float, period_s: float) -> float:
 
 
 def listen(pid: int, limit_s: float, period_s: float) -> None:
-    """Returns when standard input ends; ends process ``pid``, its parent, after ``limit_s`` without a byte from it.
+    """Waits for the end of standard input; ends process ``pid``, its parent, after ``limit_s`` without a byte from it.
 
     SIGUSR2 first, for which faulthandler writes every thread's stack without asking the interpreter, then SIGKILL.
     """

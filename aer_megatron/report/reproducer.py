@@ -86,7 +86,7 @@ class Reproducer:
 
 
 def write_reproducer(folder: Path, update: KeptUpdate, config: Config, more: Mapping[str, Any]) -> None:
-    """Returns when batch and description are in ``folder``, which exists; ``more`` goes into the JSON.
+    """Writes batch and description into ``folder``, which exists; ``more`` goes into the JSON.
 
     Raises:
         OSError: it cannot be written.

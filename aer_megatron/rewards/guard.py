@@ -90,7 +90,7 @@ def run_guarded(parent: int, serve: Callable[[], None], descriptor: int) -> None
 
 
 def _watch(worker: int, parent: int, wake_in: int, output_in: int) -> tuple[int | None, bytes]:
-    """Returns when it is time to end: the worker's exit code (None: it runs) and the end of what was printed."""
+    """Waits until it is time to end; returns the worker's exit code (None: it runs) and the end of its output."""
     poller = select.poll()
     for descriptor in (0, wake_in, output_in):
         poller.register(descriptor, select.POLLIN)

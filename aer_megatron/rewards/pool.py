@@ -191,7 +191,7 @@ class VerifierPool:
                 worker.load(names)
 
     def load(self, verifiers: Sequence[str]) -> None:
-        """Returns when one process has loaded ``verifiers``.
+        """Loads ``verifiers`` in one process.
 
         Raises:
             UnusableVerifier: one of them cannot be used.

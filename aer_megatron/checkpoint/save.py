@@ -21,9 +21,10 @@ from aer_megatron.checkpoint.buffer import TensorFile
 from aer_megatron.checkpoint.folder import CheckpointFolder
 from aer_megatron.checkpoint.manifest import FileEntry, Manifest, file_entry
 from aer_megatron.files.disk_space import lacks_space, space_report
+from aer_megatron.parallel.agreement import FAILURES, raise_first_failure
 from aer_megatron.parallel.mailbox import Mailbox
 
-FAILURES = (OSError, ValueError, RuntimeError, SafetensorError, MemoryError)
+SAVE_FAILURES: tuple[type[Exception], ...] = (*FAILURES, SafetensorError, MemoryError)
 
 Writer = Callable[[Path], None]
 
@@ -115,27 +116,17 @@ class SaveJob:
         """On rank 0: makes a checkpoint of what all ranks wrote, or raises after removing it."""
         fresh, manifest = self._plan.fresh, self._plan.manifest
         try:
-            first_failure(answers, f"cannot write {fresh}")
+            raise_first_failure(answers, f"write {fresh}")
             entries = (answer["result"] for answer in answers)
             files = {name: FileEntry(**entry) for part in entries for name, entry in part.items()}
             self._folder.publish(fresh, manifest.step, dataclasses.replace(manifest, files=files).to_json())
-        except FAILURES:
+        except SAVE_FAILURES:
             self._folder.discard(fresh)
             raise
 
     def _answer(self, work: Callable[[], Any]) -> dict[str, Any]:
         try:
             return {"result": work()}
-        except FAILURES as failure:
+        except SAVE_FAILURES as failure:
             room = f"; {space_report(self._plan.fresh, self._plan.num_bytes)}" if lacks_space(failure) else ""
-            return {"failure": f"{failure}{room}"}
-
-
-def first_failure(answers: list[dict[str, Any]], action: str = "", error: type[Exception] = RuntimeError) -> None:
-    """Raises ``error`` where one of the ranks' answers is a failure, naming the first and how many there are."""
-    failures = [(rank, answer["failure"]) for rank, answer in enumerate(answers) if "failure" in answer]
-    if failures:
-        rank, message = failures[0]
-        what = f"{action} (rank {rank}): " if action else ""
-        others = f" ({len(failures) - 1} more ranks failed)" if len(failures) > 1 else ""
-        raise error(f"{what}{message}{others}")
+            return {"failure": f"{failure}{room}", "refused": False}

@@ -13,11 +13,12 @@ This file does NOT know what the tensors are (tensors.py), how a save goes on on
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import platform
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ from aer_megatron.checkpoint.manifest import (
     manifest_from_json,
     read_manifest_text,
 )
-from aer_megatron.checkpoint.save import FAILURES, SaveJob, SavePlan, Writer, first_failure
+from aer_megatron.checkpoint.save import SAVE_FAILURES, SaveJob, SavePlan, Writer
 from aer_megatron.checkpoint.tensors import (
     ActorTensors,
     actor_dtype,
@@ -49,7 +50,7 @@ from aer_megatron.checkpoint.tensors import (
     read_actor_tensors,
 )
 from aer_megatron.convert.architecture import ModelArchitecture, MoeArchitecture
-from aer_megatron.parallel.agreement import exchange_json
+from aer_megatron.parallel.agreement import on_all_ranks
 from aer_megatron.parallel.mailbox import Mailbox
 from aer_megatron.parallel.topology import Topology
 
@@ -94,7 +95,7 @@ class CheckpointStore:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1: the newest checkpoint is always kept")
         self._folder = CheckpointFolder(folder, keep)
         self._topology = topology
-        self._device = device
+        self._on_all_ranks = functools.partial(on_all_ranks, device=device, failures=SAVE_FAILURES)
         self._buffer = HostBuffer(device)
         self._mailbox: Mailbox | None = None
         self._job: SaveJob | None = None
@@ -190,7 +191,7 @@ class CheckpointStore:
                     _LOG.warning("%s has no %s: not finished, going on from step %d", path.name, MANIFEST_NAME, newest)
             return {"name": finished[newest].name, "text": read_manifest_text(finished[newest])} if finished else {}
 
-        found = self._together(look, action=f"read {self._folder.path}")[0]
+        found = self._on_all_ranks(look, action=f"read {self._folder.path}", error=RuntimeError)[0]
         if not found:
             return None
         folder = self._folder.path / found["name"]
@@ -230,7 +231,7 @@ class CheckpointStore:
 
         # two rounds: nobody parses a file before the rank that owns it has found it intact
         for part in (verify, read_tensors):
-            self._together(part, error=ValueError)
+            self._on_all_ranks(part, error=ValueError)
         apply_actor_tensors(actor, read[0], manifest.num_updates)
         return manifest.state
 
@@ -248,21 +249,9 @@ class CheckpointStore:
             return [self._folder.prepare(manifest.step, num_bytes).name, secrets.token_hex(8)]
 
         action = f"begin the checkpoint of step {manifest.step}"
-        num_bytes = sum(self._together(measure, action=action, error=SaveError))
-        name, token = self._together(prepare, action=action, error=SaveError)[0]
+        num_bytes = sum(self._on_all_ranks(measure, action=action, error=SaveError))
+        name, token = self._on_all_ranks(prepare, action=action, error=SaveError)[0]
         return SavePlan(self._folder.path / name, f"aer_megatron/checkpoint/{token}", num_bytes, manifest)
-
-    def _together(
-        self, work: Callable[[], Any], *, action: str = "", error: type[Exception] = RuntimeError
-    ) -> list[Any]:
-        """Returns every rank's result of ``work``, in rank order; raises ``error`` on all if it failed on any."""
-        try:
-            answer: dict[str, Any] = {"result": work()}
-        except FAILURES as failure:
-            answer = {"failure": f"{failure}"}
-        answers = exchange_json(answer, device=self._device)
-        first_failure(answers, f"cannot {action}" if action else "", error)
-        return [answer["result"] for answer in answers]
 
 
 def _begun_manifest(actor: Actor, step: int, state: dict[str, Any]) -> Manifest:

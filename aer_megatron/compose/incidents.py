@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from aer_megatron.compose.common import MAX_SHARD_BYTES
 from aer_megatron.config import Config
 from aer_megatron.convert.hf_folder import write_hf_folder
 from aer_megatron.costs.model_size import parameter_count
-from aer_megatron.parallel.agreement import exchange_json
+from aer_megatron.parallel.agreement import on_all_ranks, on_first_rank
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.report.reproducer import (
     WEIGHTS_FOLDER,
@@ -116,14 +116,22 @@ class GuardedPolicy:
             fresh.rename(final)
             prune_reproducers(parent, max(1, self._config.run.keep_reproducers))
 
-        failure = self._agreed(self._on_first_rank(prepare))
-        if not failure and whole:
+        def write_weights() -> None:
             weights = self._actor.hf_weights()
-            failure = self._on_first_rank(lambda: self._write_weights(fresh / WEIGHTS_FOLDER, weights))
-            for _ in weights:  # the ranks hand them over together, to the end, whatever the disk says
-                pass
-        failure = self._agreed(failure or self._on_first_rank(finish))
-        if failure:
+            try:
+                if self._platform.rank == 0:
+                    self._write_weights(fresh / WEIGHTS_FOLDER, weights)
+            finally:
+                for _ in weights:  # the ranks hand them over together, to the end, whatever the disk says
+                    pass
+
+        first = partial(on_first_rank, rank=self._platform.rank, device=self._platform.device)
+        try:
+            first(prepare)
+            if whole:
+                on_all_ranks(write_weights, device=self._platform.device)
+            first(finish)
+        except (ValueError, RuntimeError) as failure:
             return f"its batch could not be kept in {final}: {failure}"
         without = "" if whole else f", without its {megabytes:,.0f} MB of weights (run.reproducer_gb)"
         return f"batch, seed and weights are in {final}{without}: aer replay-batch {final}"
@@ -140,18 +148,6 @@ class GuardedPolicy:
         folder = Path(self._config.run.output_dir) / "checkpoints"
         finished = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
         return str(max(finished, default=Path(self._config.model.path)))
-
-    def _on_first_rank(self, work: Callable[[], None]) -> str:
-        if self._platform.rank != 0:
-            return ""
-        try:
-            work()
-        except (OSError, ValueError, RuntimeError) as error:
-            return str(error) or type(error).__name__
-        return ""
-
-    def _agreed(self, failure: str) -> str:
-        return str(exchange_json(failure, device=self._platform.device)[0])
 
     def _say(self, text: str) -> None:
         if self._platform.rank == 0:

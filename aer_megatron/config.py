@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from aer_megatron.algo.options import AlgoSection, Section
+from aer_megatron.algo.options import AlgoSection
+from aer_megatron.config_section import Section
 
 _SEED_LIMIT = 2**63  # torch, NumPy and the servers all take seeds below it
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import describe_options, load_config, refuse_misspelt
+from aer_megatron.config_loading import load_config, refuse_misspelt
+from aer_megatron.config_section import describe
 from aer_megatron.console.failures import LOG_FOLDER, Edge, run_command
 from aer_megatron.console.standard_streams import say
 from aer_megatron.parallel.stop import StopRequests, StopRun
@@ -102,7 +103,7 @@ def parse_command_line(arguments: Sequence[str]) -> CommandLine:
 def help_text() -> str:
     """Returns the usage with every option, its default and its meaning."""
     lines = [USAGE, "options (defaults in brackets):"]
-    for key, _, default, description in describe_options():
+    for key, _, default, description in describe(Config):
         lines.append(f"  --{key} [{default}]" + (f"\n        {description}" if description else ""))
     return "\n".join(lines)
 

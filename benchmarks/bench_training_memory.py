@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.parallel.platform import install_platform
@@ -43,7 +43,7 @@ FORMS = ("textbook", "logits", "fused")
 def measure(rank: int, world_size: int, form: str, sequences: int, length: int) -> dict[str, float]:
     """Returns the peak in bytes and the losses of one update."""
     install_platform()
-    config = config_from_table(
+    config = Config.from_table(
         {
             "model": {"path": "unused", "dtype": "fp32", "head": "fused" if form == "fused" else "logits"},
             "data": {"train": {"task": "countdown"}},

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from aer_megatron.config_loading import describe_options
+from aer_megatron.config import Config
+from aer_megatron.config_section import describe
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -32,7 +33,7 @@ folder, and `--dry-run` prints it without training.
 def render() -> str:
     """Returns the text of docs/configuration.md."""
     parts = [HEADER]
-    for section, options in groupby(describe_options(), key=lambda option: option[0].rpartition(".")[0]):
+    for section, options in groupby(describe(Config), key=lambda option: option[0].rpartition(".")[0]):
         parts.append(f"## [{section}]\n" if section else "## top level\n")
         parts.append("| option | type | default | meaning |\n|---|---|---|---|")
         for key, kind, default, description in options:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aer_megatron.actor.model import gpt_arguments
 from aer_megatron.actor.weights import load_hf_weights
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.megatron_folder import MegatronFolder
@@ -78,7 +78,7 @@ def megatron_logits(
 
 def build_gpt(arch: ModelArchitecture, topology: Topology) -> GPTModel:
     """Returns this rank's stage of an unmodified fp32 GPTModel, without meaningful weights."""
-    config = config_from_table(
+    config = Config.from_table(
         {
             "model": {"path": "unused", "dtype": "fp32"},
             "data": {"train": {"task": "countdown"}},

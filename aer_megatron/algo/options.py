@@ -7,17 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """A frozen table of the run file.
-
-    Strict: a number is a number and never text, true or false; only an integer may stand where a float belongs. A list
-    of the file becomes a tuple where the field says ``strict=False``, its elements stay strict.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+from aer_megatron.config_section import Section
 
 
 class EntropySection(Section):

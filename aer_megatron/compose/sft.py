@@ -108,11 +108,12 @@ def supervised_source(config: Config, init: str, *, dp: int, on_skip: OnSkip) ->
 
 def _reported(config: Config, folder: Path) -> Config:
     """Returns the configuration under which the stage reports: a run of its own in ``folder``."""
-    run = {"output_dir": str(folder), "name": f"{config.run.name} (sft)", "num_steps": config.sft.num_steps}
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update=run),
-            "report": config.report.model_copy(update={"picture": False}),
+    return config.with_options(
+        {
+            "run.output_dir": str(folder),
+            "run.name": f"{config.run.name} (sft)",
+            "run.num_steps": config.sft.num_steps,
+            "report.picture": False,
         }
     )
 

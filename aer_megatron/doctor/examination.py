@@ -115,7 +115,7 @@ class Examiner:
             changes["rollout.quantization"] = "none"
             reason = "rounded weights hide what is looked for: examined without"
             self._notes.checks.append(diagnosis.skipped("rollout", "all", "rollout.quantization", reason))
-        self._run_config = layouts.changed(config, changes)
+        self._run_config = config.with_options(changes)
         check_model(self._run_config, path)
         self._arch: ModelArchitecture = architecture(path)
         self._get = checked_weights(path)

@@ -16,7 +16,6 @@ from torch import Tensor
 from aer_megatron.actor.actor import Actor
 from aer_megatron.compose.common import architecture, build_actor, build_topology
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.architecture import ModelArchitecture, check_parallel
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.doctor.layout_comparison import Measurement, tensor_sketch
@@ -49,18 +48,6 @@ class Variant:
     config: Config
 
 
-def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Returns ``config`` with dotted options replaced; ValueError where they do not fit together."""
-    table = config.model_dump()
-    for key, value in changes.items():
-        *parents, leaf = key.split(".")
-        node = table
-        for parent in parents:
-            node = node[parent]
-        node[leaf] = value
-    return config_from_table(table)
-
-
 def doctor_config(config: Config, *, num_sequences: int, weight_norm: float) -> Config:
     """Returns the run's configuration with a loss and an optimizer step that can be compared across layouts.
 
@@ -68,8 +55,7 @@ def doctor_config(config: Config, *, num_sequences: int, weight_norm: float) -> 
     Adam with a tiny eps turns the rounding of a near-zero gradient into a whole step, so eps and the gradient's bound
     are set to where its step is linear, and the learning rate to where the step is 3 % of the weights' length.
     """
-    return changed(
-        config,
+    return config.with_options(
         {
             "rollout.prompts_per_step": num_sequences // 2,
             "rollout.group_size": 2,
@@ -98,7 +84,7 @@ def variants(
     fitting, left_out, seen = [], [], []
     for name, changes in _table(config, arch, num_ranks, num_sequences, longest):
         try:
-            candidate = changed(config, changes)
+            candidate = config.with_options(changes)
             dp = candidate.check_world_size(num_ranks)
             parallel = candidate.parallel
             padded = architecture(config.model.path, tp=parallel.tp)

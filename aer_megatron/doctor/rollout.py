@@ -132,7 +132,7 @@ def _prompts(config: Config, count: int) -> tuple[list[Prompt], tuple[int, ...]]
     tokenizer = load_tokenizer(config.model.path)
     source = config.data.train
     if source.task is not None:  # a procedural set need not be made whole for a few prompts
-        source = source.model_copy(update={"size": min(source.size, 4 * count)})
+        source = source.with_options({"size": min(source.size, 4 * count)})
     records = load_records(
         source,
         on_bad_record=config.data.on_bad_record,

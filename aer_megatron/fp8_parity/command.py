@@ -183,12 +183,15 @@ def _report_config(config: Config, num_steps: int) -> Config:
         raise ValueError(f"--steps={num_steps} must be at least 1")
     if config.parallel.pp > 1:
         raise ValueError(f"parallel.pp={config.parallel.pp}: the report looks at all layers; use --parallel.pp=1")
-    run = config.run.model_copy(update={"num_steps": num_steps, "eval_every": 0})
-    rollout = config.rollout.model_copy(update={"logprob_gate": 0.0})
-    # every precision drifts away from the policy whose rollouts it replays: that must not hold its controller
-    entropy = config.algo.entropy.model_copy(update={"mismatch_bound": 0.0})
-    algo = config.algo.model_copy(update={"entropy": entropy})
-    return config.model_copy(update={"run": run, "rollout": rollout, "algo": algo})
+    return config.with_options(
+        {
+            "run.num_steps": num_steps,
+            "run.eval_every": 0,
+            "rollout.logprob_gate": 0.0,
+            # every precision drifts away from the policy whose rollouts it replays: that must not hold its controller
+            "algo.entropy.mismatch_bound": 0.0,
+        }
+    )
 
 
 def run_report(config: Config, recipes: Sequence[str], folder: Path) -> str:
@@ -222,7 +225,7 @@ def _measure_all(config: Config, recipes: Sequence[str], platform: Any, topology
         replays = replace(first, weight_sync=NoSync())
 
         def measure(name: str, megatron: Mapping[str, Any], rollouts: RolloutParts) -> Measured:
-            changed = config.model_copy(update={"megatron": dict(megatron)})
+            changed = config.with_options({"megatron": dict(megatron)})
             replayed = _measure(name, changed, data, rollouts, (platform, topology))
             still = _measure(name, _standing(changed), data, replays, (platform, topology))
             return replace(replayed, grad_norm=float(still.series(Metric.TRAIN_GRAD_NORM)[-1]))
@@ -231,8 +234,7 @@ def _measure_all(config: Config, recipes: Sequence[str], platform: Any, topology
         for recipe in recipes:
             fp8 = {"fp8": FORMATS[recipe]} | dict(config.megatron) | {"fp8_recipe": recipe}
             result.append(measure(recipe, fp8, replays))
-        run = config.run.model_copy(update={"num_steps": 1})
-        once = config.model_copy(update={"megatron": exact, "run": run})
+        once = config.with_options({"megatron": exact, "run.num_steps": 1})
         rounded = _measure("rollout weights", once, data, replays, (platform, topology), round_weights=True)
         return [*result, replace(rounded, metrics=())]
 
@@ -242,11 +244,12 @@ def _standing(config: Config) -> Config:
 
     Two of them, where there are two batches: the first update of delayed scaling has uncalibrated gradient scales.
     """
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"num_steps": min(2, config.run.num_steps)}),
-            "algo": config.algo.model_copy(update={"num_minibatches": 1}),
-            "optimizer": config.optimizer.model_copy(update={"lr": 1e-30, "min_lr": 0.0}),
+    return config.with_options(
+        {
+            "run.num_steps": min(2, config.run.num_steps),
+            "algo.num_minibatches": 1,
+            "optimizer.lr": 1e-30,
+            "optimizer.min_lr": 0.0,
         }
     )
 

@@ -166,14 +166,17 @@ def possible_layouts(setting: Setting) -> Iterator[Layout]:
         _context_sizes(setting),
         range(1, min(num_gpus, arch.moe.num_experts if arch.moe else 1) + 1),
     ):
-        if num_gpus % (tp * pp * cp):
+        if num_gpus % (tp * pp * cp) or num_gpus // (tp * pp) % ep:
+            continue
+        try:
+            sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep}
+            dp = config.with_options({"parallel": sizes}).check_world_size(num_gpus)
+        except ValueError:  # no multiple of it is a mini-batch: not a layout
             continue
         for vpp in sorted({*range(1, MAX_CHUNKS + 1), config.parallel.vpp}) if pp > 1 else (1,):
-            parallel = config.parallel.model_copy(update={"tp": tp, "pp": pp, "cp": cp, "ep": ep})
             try:
-                dp = config.model_copy(update={"parallel": parallel}).check_world_size(num_gpus)
                 check_parallel(arch, tp, pp, vpp=vpp, ep=ep)
-            except ValueError:  # this one does not fit the model or the ranks: not a layout
+            except ValueError:  # this one does not fit the model
                 continue
             for sequence_parallel in (False, True) if tp > 1 and not arch.moe else (tp > 1,):
                 yield Layout(tp, pp, dp, ep, sequence_parallel, "none", cp, vpp)

@@ -22,7 +22,8 @@ import numpy as np
 from aer_megatron.algo import controller
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
 from aer_megatron.algo.options import EntropySection
-from aer_megatron.config_loading import config_from_table, parse_value
+from aer_megatron.config import Config
+from aer_megatron.config_loading import parse_value
 from aer_megatron.console.failures import run_command
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
@@ -127,8 +128,10 @@ def replay_run(command: CommandLine) -> str:
     manifest = read_run_manifest(command.run)
     if not manifest:
         raise ValueError(f"{command.run} has no {MANIFEST_FILE}, which names the options; give a whole run folder")
-    recorded = config_from_table(manifest["config"]).algo.entropy
-    options = _replayed_options(manifest["config"], command.options)
+    config = Config.from_table(manifest["config"])
+    recorded = config.algo.entropy
+    changes = {f"algo.entropy.{name}": value for name, value in command.options.items()}
+    options = config.with_options(changes).algo.entropy
     steps = replay(records, options, recorded=recorded)
     records = records[-len(steps) :]
     picture = Path(command.output) if command.output else Path(command.run) / "replay.png"
@@ -226,12 +229,6 @@ def _draw(
         recorded=_describe(recorded),
         replayed=_describe(replayed),
     )
-
-
-def _replayed_options(table: Mapping[str, Any], options: Mapping[str, Any]) -> EntropySection:
-    """Returns the run's own entropy options with ``options`` in their place, validated as a run file would be."""
-    algo = {**table["algo"], "entropy": {**table["algo"]["entropy"], **options}}
-    return config_from_table({**table, "algo": algo}).algo.entropy
 
 
 def _last_stretch(records: Sequence[FlightRecord]) -> Sequence[FlightRecord]:

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from aer_megatron.config import Config, SourceSection
-from aer_megatron.config_loading import describe_options, load_config
+from aer_megatron.config_loading import load_config
+from aer_megatron.config_section import describe
 from aer_megatron.data.sources import Record, load_records
 from benchmarks.reliability.fuzz_mutators import (
     mutate_bytes,
@@ -146,7 +147,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def _options() -> list[tuple[str, str]]:
-    return [(name, default) for name, _, default, _ in describe_options()]
+    return [(name, default) for name, _, default, _ in describe(Config)]
 
 
 def _put(table: dict[str, Any], dotted: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aer_megatron.actor.batching import MicroBatch, packed_micro_batches, padded_micro_batches
 from aer_megatron.actor.packing import TokenCut, context_positions, pack_micro_batches, padded_lengths, sequence_costs
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from benchmarks.bench_packing import FORMS, MODEL, RANKS, draw_lengths, measure
 
 
@@ -151,7 +151,7 @@ def test_positions_of_whole_sequences_need_no_padding() -> None:
 
 
 def config(**parallel: Any) -> Any:
-    return config_from_table(
+    return Config.from_table(
         {
             "model": {"path": "unused"},
             "data": {"train": {"task": "countdown"}, "max_prompt_tokens": 10},

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from aer_megatron.compose.dry_run import Findings, dry_run
-from aer_megatron.config_loading import config_with_overrides, refuse_misspelt
+from aer_megatron.config_loading import load_config, refuse_misspelt
 from aer_megatron.files.run_lock import RunLock
 from aer_megatron.report.writer import write_run_manifest
 from aer_megatron.train import parse_command_line
@@ -26,9 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def look(folder: Path, *overrides: str, stage: str = "rl", ranks: int = 1) -> tuple[str, Findings]:
-    table: dict[str, Any] = tomllib.loads((folder / "run.toml").read_text())
     before = sorted(folder.rglob("*"))
-    result = dry_run(config_with_overrides(table, overrides), stage, ranks)
+    result = dry_run(load_config(folder / "run.toml", overrides), stage, ranks)
     assert sorted(folder.rglob("*")) == before
     return result
 
@@ -97,7 +94,7 @@ def test_a_damaged_checkpoint_of_the_folder_is_a_problem(folder: Path, tmp_path:
     checkpoint = tmp_path / "out" / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{")
-    config = config_with_overrides(tomllib.loads((folder / "run.toml").read_text()), ())
+    config = load_config(folder / "run.toml")
     write_run_manifest(tmp_path / "out", config, {}, command=["x"], num_ranks=1)
     problems = look(folder, f"--run.output_dir={tmp_path}/out")[1].problems
     assert any("manifest.json" in text for text in problems)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,15 @@ import pytest
 from pydantic import ValidationError
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_digest, config_from_table, describe_options, load_config
+from aer_megatron.config_loading import config_digest, load_config
+from aer_megatron.config_section import describe
 from tools import write_configuration_docs
 
 MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
 
 
 def build(**sections: dict[str, Any]) -> Config:
-    return config_from_table({**MINIMAL, **sections})
+    return Config.from_table({**MINIMAL, **sections})
 
 
 def write_run(tmp_path: Path, text: str = "") -> Path:
@@ -246,7 +248,7 @@ def test_the_configuration_is_frozen() -> None:
 
 def test_a_resolved_run_loads_back_to_the_same_run() -> None:
     config = build(megatron={"num_layers": 2}, algo={"entropy": {"tau": 0.7}})
-    assert config_from_table(json.loads(config.model_dump_json())) == config
+    assert Config.from_table(json.loads(config.model_dump_json())) == config
 
 
 def test_the_digest_is_that_of_the_sorted_json_text() -> None:
@@ -259,8 +261,8 @@ def test_the_digest_changes_with_any_value_and_not_with_the_process() -> None:
     digest = config_digest(build().model_dump(mode="json"))
     assert digest != config_digest(build(run={"seed": 1}).model_dump(mode="json"))
     program = (
-        "from aer_megatron.config_loading import config_digest, config_from_table;"
-        f"print(config_digest(config_from_table({MINIMAL!r}).model_dump(mode='json')))"
+        "from aer_megatron.config import Config; from aer_megatron.config_loading import config_digest;"
+        f"print(config_digest(Config.from_table({MINIMAL!r}).model_dump(mode='json')))"
     )
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
@@ -271,7 +273,7 @@ def test_every_option_is_described_by_the_default_that_a_run_gets() -> None:
     source = {"task": "countdown"}
     resolved = build(data={"train": source, "eval": source}, sft={"source": source}).model_dump(mode="json")
     given = {"model.path", "data.train.task", "data.eval.task", "sft.source.task"}
-    described = {key: default for key, _, default, _ in describe_options()}
+    described = {key: default for key, _, default, _ in describe(Config)}
     assert described["model.path"] == "required"
     for key, default in described.items():
         value: Any = resolved
@@ -282,10 +284,29 @@ def test_every_option_is_described_by_the_default_that_a_run_gets() -> None:
 
 
 def test_every_section_is_described() -> None:
-    sections = {key.split(".")[0] for key, *_ in describe_options()}
+    sections = {key.split(".")[0] for key, *_ in describe(Config)}
     assert sections == set(Config.model_fields)
 
 
 def test_the_configuration_document_is_current() -> None:
     written = write_configuration_docs.PATH.read_text(encoding="utf-8")
     assert written == write_configuration_docs.render(), "run: python tools/write_configuration_docs.py"
+
+
+def test_changed_options_are_validated_together_and_leave_the_rest() -> None:
+    config = Config.from_table({**MINIMAL, "run": {"seed": 7}, "parallel": {"tp": 2, "sequence_parallel": True}})
+    changed = config.with_options({"parallel.pp": 2, "rollout": {"group_size": 4}, "megatron.fp8": "e4m3"})
+    assert (changed.run.seed, changed.parallel.tp, changed.parallel.pp) == (7, 2, 2)
+    assert changed.rollout.group_size == 4
+    assert changed.megatron == {"fp8": "e4m3"} and config.megatron == {}
+    assert changed == Config.from_table(json.loads(changed.model_dump_json()))
+    for options, words in (
+        ({"parallel.tp": 1}, "sequence_parallel=true needs parallel.tp > 1"),
+        ({"parallel.tpp": 1}, "did you mean parallel.tp?"),
+        ({"run.seed.low": 1}, "seed is a value, not a table"),
+        ({"run..seed": 1}, "without empty parts"),
+        ({"run.seed": "7"}, "option run.seed='7' is not valid: must be an integer"),
+        ({"algo.num_minibatches": 7}, "algo.num_minibatches=7 must divide"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            config.with_options(options)

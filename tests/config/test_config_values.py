@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_from_table, describe_options, load_config
+from aer_megatron.config_loading import load_config
+from aer_megatron.config_section import describe
 
 BASE = ["--model.path=base", "--data.train.task=countdown"]
 MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
@@ -23,7 +24,7 @@ def load(*overrides: str) -> Config:
 
 
 def options_of(kind: str) -> list[str]:
-    return [key for key, found, *_ in describe_options() if found == kind]
+    return [key for key, found, *_ in describe(Config) if found == kind]
 
 
 def refused(*overrides: str) -> str:
@@ -203,7 +204,7 @@ TEXT = '[model]\npath = "base"\n[data.train]\ntask = "countdown"\n'
 def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(codecs.BOM_UTF8 + TEXT.encode())
-    assert load_config(path) == config_from_table(MINIMAL)
+    assert load_config(path) == Config.from_table(MINIMAL)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | 
 VALUES = st.recursive(SCALARS, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(), part, max_size=3))
 
 
-@given(key=st.sampled_from([key for key, *_ in describe_options()]), value=VALUES)
+@given(key=st.sampled_from([key for key, *_ in describe(Config)]), value=VALUES)
 def test_any_value_of_any_option_is_taken_or_named(key: str, value: Any) -> None:
     table = json.loads(json.dumps(MINIMAL))
     node = table
@@ -251,11 +252,11 @@ def test_any_value_of_any_option_is_taken_or_named(key: str, value: Any) -> None
         node = node.setdefault(parent, {})
     node[leaf] = value
     try:
-        config = config_from_table(table)
+        config = Config.from_table(table)
     except ValueError as error:
         assert key in str(error) or key.rpartition(".")[0] in str(error)
     else:
-        assert config_from_table(json.loads(config.model_dump_json())) == config
+        assert Config.from_table(json.loads(config.model_dump_json())) == config
 
 
 @given(st.text())

@@ -51,7 +51,7 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
     from aer_megatron.actor.actor import Actor
     from aer_megatron.checkpoint.buffer import HostBuffer, tensor_file
     from aer_megatron.checkpoint.tensors import own_files
-    from aer_megatron.config_loading import config_from_table
+    from aer_megatron.config import Config
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.parallel import platform
     from aer_megatron.parallel.topology import initialize_topology, leave_layout
@@ -63,7 +63,7 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
         table = {**QWEN3, **changes}
         leave_layout()
         parallel = {"micro_batch_size": sequences, "tp": tp, "sequence_parallel": sequence_parallel}
-        config = config_from_table(
+        config = Config.from_table(
             {
                 "model": {"path": "unused", "dtype": "fp32", "head": "fused" if form == "fused" else "logits"},
                 "data": {"train": {"task": "countdown"}},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.files.whole_files import LineFile, replace_file
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.masking import is_secret_name, mask_arguments, mask_table, mask_text
@@ -30,7 +30,7 @@ SECRETS = ("s3cr3t-value", "hf_AbCdEfGhIjKlMnOpQrSt", "p4ss")
 
 
 def config(**run: Any) -> Any:
-    return config_from_table(
+    return Config.from_table(
         {
             "run": run,
             "model": {"path": "base"},
@@ -121,7 +121,7 @@ def test_a_full_disk_ends_neither_events_nor_picture_nor_the_run(
 
 def config_without_progress() -> Any:
     table = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": {"progress": False}}
-    return config_from_table(table)
+    return Config.from_table(table)
 
 
 def test_lines_that_went_with_a_killed_run_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -190,7 +190,7 @@ def test_run_json_is_the_owners_and_holds_no_secret(tmp_path: Path) -> None:
     assert table["config"]["sglang"]["launch"] == {"api_key": "***", "tp_size": 2, "extra": '{"admin_api_key": "***"}'}
     assert table["config"]["megatron"] == {"moe_token_dispatcher_type": "alltoall"}
     assert table["command"][-1] == "--run.seed=1"
-    assert config_from_table(table["config"]).sglang.urls == ("http://***@host:1",)
+    assert Config.from_table(table["config"]).sglang.urls == ("http://***@host:1",)
 
 
 def test_the_dry_run_prints_no_secret(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.report.flight import read_flight
 from tests.support.runs import MODEL, metric_lines, train, write_run_file
 from tests.support.sglang_double import SGLangDouble
@@ -136,4 +136,4 @@ def test_over_sampling_aborts_stragglers_and_counts_whole_groups_alone(
     assert sum(server.num_completed for server in servers) > 3 * NUM_SEQUENCES
     assert sum(len(server.aborts) for server in servers) > 0
     table = json.loads((tmp_path / "out" / "run.json").read_text())["config"]
-    assert config_from_table(table).rollout.oversample == 1.5
+    assert Config.from_table(table).rollout.oversample == 1.5

@@ -14,7 +14,7 @@ import pytest
 
 from aer_megatron.algo.difficulty import normalize_difficulty
 from aer_megatron.algo.flight import BUCKETS, replayed_difficulty
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.report.flight import read_flight
 from tests.support.runs import metric_lines, run_command, train, write_run_file
 
@@ -39,7 +39,7 @@ def replay(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_record_and_the_metrics_tell_the_same(straight: Path) -> None:
     lines = metric_lines(straight / "out")
     records = read_flight(straight / "out")
-    entropy = config_from_table(json.loads((straight / "out" / "run.json").read_text())["config"]).algo.entropy
+    entropy = Config.from_table(json.loads((straight / "out" / "run.json").read_text())["config"]).algo.entropy
     assert [record.step for record in records] == list(range(6))
     for line, record in zip(lines, records, strict=True):
         observation = record.observation

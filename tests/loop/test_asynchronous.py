@@ -13,7 +13,6 @@ from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.controller import initial_state
 from aer_megatron.algo.experience import pack_groups
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_from_table
 from aer_megatron.loop.asynchronous import train_ahead
 from aer_megatron.loop.parts import Parts, Progress, RolloutParts
 from aer_megatron.loop.phases import Phases
@@ -36,7 +35,7 @@ TIMEOUT_S = 20.0
 
 
 def run_config(staleness: int, **rollout: Any) -> Config:
-    return config_from_table(
+    return Config.from_table(
         {
             "run": {"num_steps": NUM_STEPS, "checkpoint_every": 1},
             "model": {"path": "unused"},
@@ -240,14 +239,14 @@ def test_over_sampling_launches_more_and_counts_what_it_gives_up() -> None:
 def test_what_the_configuration_refuses(table: dict[str, Any], message: str) -> None:
     base = {"model": {"path": "unused"}, "data": {"train": {"task": "countdown", "options": {"split": "train"}}}}
     with pytest.raises(ValueError, match=message):
-        config_from_table(base | table)
+        Config.from_table(base | table)
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 @pytest.mark.parametrize("every", [0, 1, 2])
 def test_a_run_that_is_asked_to_stop_is_saved_once_and_goes_on_the_same(staleness: int, every: int) -> None:
     config = run_config(staleness)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"checkpoint_every": every})})
+    config = config.with_options({"run.checkpoint_every": every})
     straight, world = World(), World()
     run(straight, config)
     world.stops_behind = 2

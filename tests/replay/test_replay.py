@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from aer_megatron.algo.options import EntropySection
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.replay import command
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.writer import write_run_manifest
@@ -21,7 +21,7 @@ OPTIONS = {"update": "pi", "k_p": 0.3, "eta": 0.02, "tau": 0.9, "alpha_max": 0.2
 
 
 def make_run(folder: Path, options: dict[str, Any], *, num_steps: int = 12, first_step: int = 0) -> Path:
-    config = config_from_table(
+    config = Config.from_table(
         {
             "run": {"name": "synthetic"},
             "model": {"path": "unused"},

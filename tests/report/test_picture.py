@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aer_megatron.config_loading import config_from_table
+from aer_megatron.config import Config
 from aer_megatron.report.__main__ import main
 from aer_megatron.report.picture import draw_comparison, draw_report, load_runs, smooth
 from aer_megatron.report.writer import MetricsWriter, write_run_manifest
@@ -22,7 +22,7 @@ def make_run(folder: Path, num_steps: int, *, eval_every: int = 0, name: str = "
         "data": {"train": {"task": "countdown"}},
         "algo": {"entropy": entropy},
     }
-    write_run_manifest(folder, config_from_table(table), {}, command=["x"], num_ranks=1)
+    write_run_manifest(folder, Config.from_table(table), {}, command=["x"], num_ranks=1)
     writer = MetricsWriter(folder)
     for step in range(num_steps):
         metrics: dict[str, Any] = {

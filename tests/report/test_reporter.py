@@ -12,7 +12,6 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_from_table
 from aer_megatron.report.reporter import NullReporter, Reporter, StepReporter
 from aer_megatron.report.tensorboard import TensorBoardWriter
 from aer_megatron.report.timer import PHASES, PhaseTimer, peak_rss_gb
@@ -20,7 +19,7 @@ from aer_megatron.report.writer import read_metrics
 
 
 def config(**report: bool) -> Config:
-    return config_from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": report})
+    return Config.from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": report})
 
 
 def open_reporter(folder: Path, start_step: int, **report: bool) -> Reporter:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_digest, config_from_table
+from aer_megatron.config_loading import config_digest
 from aer_megatron.report.writer import (
     MetricsWriter,
     changed_options,
@@ -184,7 +184,7 @@ def test_a_line_outlives_the_process_that_is_killed_after_it(tmp_path: Path) -> 
     assert lines(tmp_path) == b'{"step": 0}\n'
 
 
-CONFIG = config_from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "run": {"name": "n"}})
+CONFIG = Config.from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "run": {"name": "n"}})
 
 
 def test_the_manifest_holds_what_repeats_the_run(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_the_manifest_holds_what_repeats_the_run(tmp_path: Path) -> None:
     manifest = read_run_manifest(tmp_path / "run")
     assert path == tmp_path / "run" / "run.json"
     assert json.loads(path.read_text("utf-8")) == manifest
-    assert config_from_table(manifest["config"]) == CONFIG
+    assert Config.from_table(manifest["config"]) == CONFIG
     assert manifest["config_digest"] == config_digest(CONFIG.model_dump(mode="json"))
     assert manifest["command"] == ["aer_megatron.train", "run.toml", "--run.seed=0"]
     assert manifest["versions"] == {"torch": "2.13.0", "megatron-core": None}
@@ -213,7 +213,7 @@ def launch(folder: Path, config: Config, first_step: int) -> dict[str, Any]:
 
 
 def test_every_launch_is_kept_and_the_newest_that_made_a_step_stands_on_top(tmp_path: Path) -> None:
-    other = CONFIG.model_copy(update={"run": CONFIG.run.model_copy(update={"seed": 7})})
+    other = CONFIG.with_options({"run.seed": 7})
     launch(tmp_path, CONFIG, 0)
     begun = launch(tmp_path, other, 5)  # goes on at step 5 and has not made it yet
     assert [entry["first_step"] for entry in begun["launches"]] == [0, 5]

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from aer_megatron.compose.engines import _launch_options, _served_folder, build_engine
 from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.folders import hf_dtypes
 from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.convert.fp8_quantize import E4M3
@@ -45,7 +44,7 @@ O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 
 def run_config(model: str = "base", dtype: str = "bf16", **sections: dict[str, Any]) -> Config:
     table = {"model": {"path": model, "dtype": dtype}, "data": {"train": {"task": "countdown"}}}
-    return config_from_table(table | sections)
+    return Config.from_table(table | sections)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import config_from_table
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.types import TrainBatch
 from tests.support.experiences import experience_of
@@ -66,7 +65,7 @@ def policy_config(**sections: dict[str, Any]) -> Config:
     }
     for name, section in sections.items():
         table[name] = {**table.get(name, {}), **section}
-    return config_from_table(table)
+    return Config.from_table(table)
 
 
 def fixed_batch(num_sequences: int = 12, seed: int = 0) -> TrainBatch:

@@ -136,3 +136,14 @@ def test_the_messages_of_troubleshooting_are_the_program_s() -> None:
     said = texts_of_the_program()
     assert len(pieces) > 50
     assert not [piece for piece in pieces if len(piece) > 3 and piece not in said]
+
+
+def test_two_stars_of_a_paragraph_are_no_emphasis() -> None:
+    """mkdocs reads ``H* ... H*`` as emphasis, where GitHub does not: one of them is escaped."""
+    texts = {page: re.sub(r"`[^`]*`", "", prose(page)) for page in DOCS.rglob("*.md")}
+    blocks = [(page, block) for page, text in texts.items() for block in re.split(r"\n\s*\n|\n(?=[|-])", text)]
+    assert not [
+        f"{name_of(page)}: {block[:80]}"
+        for page, block in blocks
+        if block[:1] != "|" and len(re.findall(r"H\*", block)) > 1
+    ]

@@ -39,7 +39,8 @@ from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.sglang.disk import DiskSync
 from aer_megatron.sglang.distributed import DistributedSync
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from aer_megatron.sglang.protocol import WeightLabels, new_run_id
 from aer_megatron.sglang.server import LaunchOptions, ServerGroup
 from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         urls = stack.enter_context(receivers(scratch, config))
         broadcast = stack.enter_context(plain_broadcast(scratch, weights, given.rounds))
         fleet = stack.enter_context(
-            ServerFleet(urls, FleetOptions(max_concurrency=1, connect_timeout_s=5, control_timeout_s=60, api_key=None))
+            ServerFleet(urls, ClientOptions(max_concurrency=1, connect_timeout_s=5, control_timeout_s=60, api_key=None))
         )
         syncs = {name: transport(name, fleet, config, scratch, given.bucket_mb * 10**6) for name in TRANSPORTS}
         taken: dict[str, list[float]] = {}

@@ -30,7 +30,8 @@ from aer_megatron.sglang.calls import RequestLimits
 from aer_megatron.sglang.disk import DiskSync
 from aer_megatron.sglang.distributed import DistributedSync
 from aer_megatron.sglang.engine import SGLangEngine
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from aer_megatron.sglang.protocol import WeightLabels, new_run_id
 from aer_megatron.sglang.server import LaunchOptions, ServerGroup, command_line
 from aer_megatron.sglang.tensor import TensorSync
@@ -78,7 +79,7 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     fleet = stack.enter_context(
         ServerFleet(
             urls,
-            FleetOptions(
+            ClientOptions(
                 max_concurrency=options.max_concurrency,
                 connect_timeout_s=options.connect_timeout_s,
                 control_timeout_s=options.control_timeout_s,
@@ -107,7 +108,7 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     sync = _server_sync(config, platform, fleet, context)
     stack.callback(sync.close)
     if group:
-        group.watch(restore=sync.restore, renewed=fleet.renew)
+        group.watch(restore=sync.restore, renewed=fleet.allow_transfer)
     limits = RequestLimits(
         request_timeout_s=options.request_timeout_s,
         max_attempts=options.max_attempts,

@@ -17,8 +17,9 @@ from torch import Tensor
 from aer_megatron.convert.fp8_weights import fp8_config, fp8_specs
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.safetensors_writer import SafetensorsWriter, TensorSpec
+from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.transfer_folder import TransferFolder
-from aer_megatron.sglang.weight_sync import Fleet, Published, ServerSync, SyncContext, Untransferred
+from aer_megatron.sglang.weight_sync import Published, ServerSync, SyncContext, Untransferred
 
 
 class DiskSync(ServerSync):
@@ -34,7 +35,7 @@ class DiskSync(ServerSync):
 
     def __init__(
         self,
-        fleet: Fleet,
+        fleet: ServerFleet,
         context: SyncContext,
         *,
         folder: Path,

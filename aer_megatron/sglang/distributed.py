@@ -23,8 +23,9 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import Backend, PrefixStore
 
 from aer_megatron.sglang.buckets import Bucket, buckets
+from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.sessions import SessionSync
-from aer_megatron.sglang.weight_sync import Fleet, Published, SyncContext, Untransferred
+from aer_megatron.sglang.weight_sync import Published, SyncContext, Untransferred
 
 # what servers use too: the names under which the members find one another depend on it
 _new_group: Any = distributed_c10d._new_process_group_helper
@@ -53,13 +54,15 @@ class DistributedSync(SessionSync):
         bucket_bytes: of one broadcast (a larger tensor travels alone).
     """
 
-    def __init__(self, fleet: Fleet, context: SyncContext, *, backend: str, address: str, bucket_bytes: int) -> None:
+    def __init__(
+        self, fleet: ServerFleet, context: SyncContext, *, backend: str, address: str, bucket_bytes: int
+    ) -> None:
         super().__init__(fleet, context)
         self._backend = backend
         self._address = address
         self._bucket_bytes = bucket_bytes
         self._links: dict[int, _Link] = {}
-        self._calls = ThreadPoolExecutor(2 * fleet.num_servers, thread_name_prefix="sglang-transfer")
+        self._calls = ThreadPoolExecutor(2 * len(fleet.servers), thread_name_prefix="sglang-transfer")
 
     def close(self) -> None:
         """Leaves all groups."""

@@ -31,9 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -41,7 +39,7 @@ import aiohttp
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.calls import Call, CallFailed, RequestLimits
-from aer_megatron.sglang.fleet import Comeback, Server, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.protocol import (
     Expected,
     ForeignWeights,
@@ -57,17 +55,16 @@ from aer_megatron.sglang.protocol import (
     rest_of,
 )
 from aer_megatron.sglang.replies import BadReply, Reply, UnreadableReply, describe, is_ours, parse_json
+from aer_megatron.sglang.router import Router
+from aer_megatron.sglang.server_state import Comeback, Server
 from aer_megatron.types import Completion
 
 _LOG = logging.getLogger(__name__)
-_MAX_ABORTS = 256  # under way at a time: behind a router each goes to every server
-_ABORT_TIMEOUT_S = 2.0  # an abort is a courtesy to the server: nobody waits longer for it
 _FIRST_PAUSE_S = 0.05  # before a repetition; doubles each time
-_ABORT_AGAIN_S = 0.2  # an abort that overtook its request is not heard of again
 
 
-class _Enough(Exception):
-    """As many groups are whole as were wanted."""
+class _EnoughGroups(Exception):
+    """As many groups are complete as were wanted."""
 
 
 class SGLangEngine:
@@ -85,14 +82,8 @@ class SGLangEngine:
         self._limits = limits
         self._labels = labels
         self._vocab_size = vocab_size
-        self._prefix = f"aer-{uuid.uuid4().hex[:8]}"
-        self._numbers = itertools.count()
-        self._calls: dict[str, Call] = {}
-        self._idle = asyncio.Event()
         self._examining = asyncio.Lock()
-        self._aborting = asyncio.Semaphore(_MAX_ABORTS)
         self._examined: dict[int, float] = {}  # when a server was last tried past the router
-        fleet.interrupt = self._interrupt
 
     @property
     def policy_version(self) -> int:
@@ -107,52 +98,55 @@ class SGLangEngine:
             RuntimeError: no weights yet, closed, no server left within ``recovery_timeout_s``, or a request that
                 failed ``max_attempts`` times; every server's state is named.
         """
-        whole = self.generate_first([[request] for request in requests], options, wanted=len(requests))
-        return [whole[place][0] for place in range(len(requests))]
+        groups = self.generate_first([[request] for request in requests], options, wanted=len(requests))
+        return [groups[index][0] for index in range(len(requests))]
 
     def generate_first(
         self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, *, wanted: int
     ) -> dict[int, list[Completion]]:
-        """Returns the completions of the ``wanted`` groups that are whole first, by index; the others are aborted.
+        """Returns the completions of the ``wanted`` groups that are complete first, by index; the others are aborted.
 
         Groups begin in order, and a server has at most ``max_concurrency`` requests under way: so many groups as fit
         there are unfinished at any time. Raises what ``generate`` raises.
         """
         if self._fleet.policy_version < 0:
             raise RuntimeError("the rollout servers have no weights yet; publish some first")
-        return self._fleet.run(self._generate(groups, options, wanted))
+        return self._fleet.http.run(self._generate(groups, options, wanted))
 
     async def _generate(
         self, groups: Sequence[Sequence[GenerateRequest]], options: SamplingOptions, wanted: int
     ) -> dict[int, list[Completion]]:
         completions: list[dict[int, Completion]] = [{} for _ in groups]
-        places = iter([(index, place) for index, group in enumerate(groups) for place in range(len(group))])
-        whole: list[int] = []
+        queue = iter([(group, sample) for group, requests in enumerate(groups) for sample in range(len(requests))])
+        complete: list[int] = []
 
         async def work() -> None:
-            for index, place in places:
-                completions[index][place] = await self._complete(groups[index][place], options)
-                if len(completions[index]) == len(groups[index]):
-                    whole.append(index)
-                    if len(whole) == wanted:
-                        raise _Enough
+            for group, sample in queue:
+                completions[group][sample] = await self._complete(groups[group][sample], options)
+                if len(completions[group]) == len(groups[group]):
+                    complete.append(group)
+                    if len(complete) == wanted:
+                        raise _EnoughGroups
 
-        num_workers = len(self._fleet.servers) * self._fleet.options.max_concurrency
+        num_workers = len(self._fleet.servers) * self._fleet.http.options.max_concurrency
         num_requests = sum(map(len, groups))
         probe = asyncio.create_task(self._probe())
         try:
-            async with asyncio.TaskGroup() as group:
+            async with asyncio.TaskGroup() as tasks:
                 for _ in range(min(num_requests, num_workers)):
-                    group.create_task(work())
+                    tasks.create_task(work())
         except BaseExceptionGroup as failures:
-            if len(whole) < wanted:
+            if len(complete) < wanted:
                 raise failures.exceptions[0] from None
         finally:
             probe.cancel()
-            await self._fleet.settle()
-        return {index: [completions[index][place] for place in range(len(groups[index]))] for index in whole[:wanted]}
+            await self._fleet.http.settle()
+        return {
+            group: [completions[group][sample] for sample in range(len(groups[group]))] for group in complete[:wanted]
+        }
 
     async def _complete(self, request: GenerateRequest, options: SamplingOptions) -> Completion:
+        """Returns the completion of one request, over as many servers, tries and weight transfers as it takes."""
         tried: frozenset[int] = frozenset()
         failures: list[str] = []
         so_far: Completion | None = None
@@ -185,48 +179,33 @@ class SGLangEngine:
         raise RuntimeError(f"a request failed sglang.max_attempts={len(failures)} times: " + "; ".join(failures))
 
     async def _attempt(self, server: Server, request: GenerateRequest, options: SamplingOptions) -> Completion | None:
-        """Returns what the server sampled: whole, or, where a transfer interrupted the call, what there was by then."""
-        # SGLang aborts every request whose name begins with the given one: the dot keeps -1 from ending -12
-        rid = f"{self._prefix}-{next(self._numbers)}."
+        """Returns what the server sampled: all, or, where a transfer interrupted the call, what there was by then."""
+        timeout_s = self._limits.request_timeout_s
+        call = self._fleet.calls.new(server, timeout_s)
         # a transfer changes the version only when no call is under way
         expected = Expected(request, self._fleet.policy_version, self._labels, self._vocab_size)
-        body = generate_body(request, options, rid=rid)
-        timeout_s = self._limits.request_timeout_s
+        body = generate_body(request, options, rid=call.rid)
         try:
-            async with asyncio.timeout(timeout_s) as deadline:
-                call = self._calls[rid] = Call(server, deadline)
-                self._idle.clear()
-                reply = await self._fleet.call(
-                    server, "/generate", body, timeout_s=timeout_s, max_bytes=reply_limit(request)
-                )
-        except asyncio.CancelledError:
-            self._abort(server, rid)
-            raise
+            reply = await self._fleet.calls.generate(call, body, timeout_s=timeout_s, max_bytes=reply_limit(request))
         except TimeoutError:
-            self._abort(server, rid)
+            path = "/generate"
             if call.interrupted:
-                timeout_s = self._fleet.options.control_timeout_s
-            path = "/abort_request" if call.interrupted else "/generate"
-            raise self._out(server, f"no answer to {path} within {timeout_s:g} s", "transfer") from None
+                path, timeout_s = "/abort_request", self._fleet.http.options.control_timeout_s
+            raise self._retired(server, f"no answer to {path} within {timeout_s:g} s", "transfer") from None
         except UnreadableReply as error:
-            self._abort(server, rid)
-            raise self._out(server, describe(error), "restart") from None
+            raise self._retired(server, describe(error), "restart") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise self._unanswered(server, rid, error) from None
-        finally:
-            del self._calls[rid]
-            if not self._calls:
-                self._idle.set()
+            raise self._unanswered(server, error) from None
         if call.interrupted:
             # a request that had not begun is answered with an error
             return parse_partial(reply.json(), expected) if reply.status == 200 else None
         try:
-            return self._believed(server, reply, expected, rid)
+            return self._checked_completion(call, reply, expected)
         except CallFailed as failure:
             failure.answered_by = reply.answered_by
             raise
 
-    def _unanswered(self, server: Server, rid: str, error: aiohttp.ClientError | OSError) -> CallFailed:
+    def _unanswered(self, server: Server, error: aiohttp.ClientError | OSError) -> CallFailed:
         """Returns the failure of a call that broke off, with what it means for the server."""
         if is_ours(error):
             return CallFailed(
@@ -236,11 +215,12 @@ class SGLangEngine:
         if isinstance(error, aiohttp.ClientConnectorError):
             self._fleet.retire(server, describe(error), "probe")  # the router, too
             return CallFailed(describe(error))
-        self._abort(server, rid)
         return self._failed(server, describe(error), "probe")
 
-    def _believed(self, server: Server, reply: Reply, expected: Expected, rid: str) -> Completion:
-        if reply.status in (400, 422) and server is not self._fleet.router:  # a router has other reasons, too
+    def _checked_completion(self, call: Call, reply: Reply, expected: Expected) -> Completion:
+        """Returns the completion of a reply; raises for a reply that is none, after what it means for the server."""
+        server = call.server
+        if reply.status in (400, 422) and not isinstance(server, Router):  # a router has other reasons, too
             raise ValueError(f"{server.name} refuses a request: {reply.text}")
         if reply.status in (401, 403):
             raise RuntimeError(
@@ -254,11 +234,11 @@ class SGLangEngine:
             if is_empty_abort(table):
                 raise CallFailed("the request was aborted on the server")
             completion = parse_completion(table, expected)
-            check_name(table, rid)
+            check_name(table, call.rid)
         except ForeignWeights as error:
-            raise self._out(server, str(error), "transfer") from None
+            raise self._retired(server, str(error), "transfer") from None
         except BadReply as error:
-            raise self._out(server, f"it answers garbage: {error}", "restart") from None
+            raise self._retired(server, f"it answers garbage: {error}", "restart") from None
         if completion.finish_reason == "abort":  # by somebody else: no sign of a fault
             raise CallFailed("the request was aborted on the server")
         server.num_failures = 0
@@ -266,10 +246,14 @@ class SGLangEngine:
 
     async def _examine(self, failure: CallFailed, request: GenerateRequest, options: SamplingOptions) -> str:
         """Returns which servers may have caused a failure behind the router; those that fail a trial are retired."""
-        now = asyncio.get_running_loop().time
-        router, began, suspects = self._fleet.router, now(), self._fleet.suspects(failure.answered_by)
-        if router is None or not router.in_service or not suspects:
+        router, now = self._fleet.router, asyncio.get_running_loop().time
+        if router is None:
             return ""
+        router.forget()
+        began, suspects = now(), self._fleet.suspects(failure.answered_by)
+        if not router.in_service or not suspects:
+            return ""
+        # each suspect is tried once, however many requests failed meanwhile
         async with self._examining:
             untried = [server for server in suspects if self._examined.get(server.index, -1.0) < began]
             self._examined |= {server.index: now() for server in untried}
@@ -298,46 +282,20 @@ class SGLangEngine:
         with contextlib.suppress(CallFailed):
             await self._attempt(server, request, options)
 
-    def _out(self, server: Server, reason: str, comeback: Comeback) -> CallFailed:
-        if server is not self._fleet.router:
+    def _retired(self, server: Server, reason: str, comeback: Comeback) -> CallFailed:
+        """Returns the failure of a call for which its server is taken out of service; a router stays."""
+        if not isinstance(server, Router):
             self._fleet.retire(server, reason, comeback)
         return CallFailed(reason)
 
     def _failed(self, server: Server, reason: str, comeback: Comeback) -> CallFailed:
-        if server is self._fleet.router:
-            return CallFailed(reason)
-        server.num_failures += 1
-        if server.in_service and server.num_failures >= self._limits.max_failures:
-            text = f"{server.num_failures} calls in a row failed, the last: {reason}"
-            self._fleet.retire(server, text, comeback)
+        """Returns the failure of a call; ``max_failures`` in a row take a server out of service."""
+        if not isinstance(server, Router):
+            server.num_failures += 1
+            if server.in_service and server.num_failures >= self._limits.max_failures:
+                text = f"{server.num_failures} calls in a row failed, the last: {reason}"
+                self._fleet.retire(server, text, comeback)
         return CallFailed(reason)
-
-    def _abort(self, server: Server, rid: str) -> None:
-        self._fleet.start_background(self._send_abort(server, rid))
-
-    async def _send_abort(self, server: Server, rid: str) -> None:
-        """Aborts a call; one to the router at every server, because it may be any of them that has it."""
-
-        async def abort(target: Server) -> None:
-            # an error: the server is gone, and the request with it
-            async with self._aborting:
-                with contextlib.suppress(aiohttp.ClientError, OSError):
-                    await self._fleet.call(target, "/abort_request", {"rid": rid}, timeout_s=_ABORT_TIMEOUT_S)
-
-        targets = self._fleet.servers if server is self._fleet.router else [server]
-        await asyncio.gather(*map(abort, targets))
-
-    async def _interrupt(self) -> None:
-        """Returns when no call is under way; nothing begins meanwhile, because no server is in service."""
-        limit = asyncio.get_running_loop().time() + self._fleet.options.control_timeout_s
-        for call in self._calls.values():
-            call.interrupted = True
-            if not call.deadline.expired():
-                call.deadline.reschedule(limit)
-        while self._calls:
-            await asyncio.gather(*(self._send_abort(call.server, rid) for rid, call in list(self._calls.items())))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), _ABORT_AGAIN_S)
 
     async def _probe(self) -> None:
         """Puts servers that are back, still with the verified version, into service again."""
@@ -352,16 +310,13 @@ class SGLangEngine:
                     self._fleet.admit(server)
 
     async def _is_back(self, server: Server) -> bool:
-        path = "/workers" if server is self._fleet.router else "/model_info"
+        """Returns whether a server answers as the verified version, or the router at all."""
+        path = "/workers" if isinstance(server, Router) else "/model_info"
         try:
-            reply = await self._fleet.call(server, path, timeout_s=self._fleet.options.control_timeout_s)
+            reply = await self._fleet.http.call(server.url + path)
         except (aiohttp.ClientError, OSError):
             return False
-        if server is self._fleet.router:
+        if isinstance(server, Router) or reply.status != 200:
             return reply.status == 200
-        table = reply.json()
-        return (
-            reply.status == 200
-            and isinstance(table, Mapping)
-            and table.get("weight_version") == self._labels.verified(self._fleet.policy_version)
-        )
+        table, label = reply.json(), self._labels.verified(self._fleet.policy_version)
+        return isinstance(table, Mapping) and table.get("weight_version") == label

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from aer_megatron.sglang.weight_sync import Fleet, Published, ServerSync, SyncContext, Untransferred
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.weight_sync import Published, ServerSync, SyncContext, Untransferred
 
 FAREWELL_S = 5.0  # for the calls that tidy up a server after a failure
 _LOG = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _T = TypeVar("_T")
 class SessionSync(ServerSync):
     """A transport whose servers load inside a session. Nothing is kept of the weights."""
 
-    def __init__(self, fleet: Fleet, context: SyncContext) -> None:
+    def __init__(self, fleet: ServerFleet, context: SyncContext) -> None:
         super().__init__(fleet, context)
         self._has_sessions: dict[int, bool] = {}
 

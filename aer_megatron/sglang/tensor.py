@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from aer_megatron.sglang.buckets import Bucket, buckets
+from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.sessions import SessionSync
-from aer_megatron.sglang.weight_sync import Fleet, SyncContext
+from aer_megatron.sglang.weight_sync import SyncContext
 
 _DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor
 
@@ -42,7 +43,7 @@ class TensorSync(SessionSync):
         bucket_bytes: of one request (a larger tensor travels alone).
     """
 
-    def __init__(self, fleet: Fleet, context: SyncContext, *, bucket_bytes: int) -> None:
+    def __init__(self, fleet: ServerFleet, context: SyncContext, *, bucket_bytes: int) -> None:
         super().__init__(fleet, context)
         self._bucket_bytes = bucket_bytes
 

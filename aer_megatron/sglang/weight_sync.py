@@ -23,13 +23,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.fp8_weights import iter_fp8_weights
+from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.metering import Meter
+from aer_megatron.sglang.protocol import WeightLabels
+from aer_megatron.sglang.replies import Reply
 from aer_megatron.sglang.served_weights import ServedChecksums, by_rank, first_difference, holds_fp8, probe_of_fp8
 
 _LOG = logging.getLogger(__name__)
@@ -37,42 +40,8 @@ _RECOVERY_POLL_S = 0.5
 _IDLE_S = 30.0  # how long a server may take to finish what it was asked
 
 
-class ControlReply(Protocol):
-    @property
-    def status(self) -> int: ...
-    @property
-    def text(self) -> str: ...
-    def json(self) -> Any: ...
-
-
-class Fleet(Protocol):
-    """What a transport needs of the servers; ``rollout.fleet.ServerFleet`` has it."""
-
-    @property
-    def num_servers(self) -> int: ...
-    def control(
-        self, index: int, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = None
-    ) -> ControlReply: ...
-    def withdraw(self, reason: str) -> None: ...
-    def serve(self, version: int, refused: Mapping[int, str]) -> None: ...
-    def may_transfer(self, index: int) -> bool: ...
-    def distrust(self, index: int) -> None: ...
-    def renew(self, index: int) -> None: ...
-    def describe(self) -> str: ...
-
-
 class Untransferred(Exception):
     """A server that did not take the weights, verified; the message is the reason."""
-
-
-class Labels(Protocol):
-    """How a server's weight version is spelled; ``sglang.protocol.WeightLabels`` has it."""
-
-    @property
-    def run(self) -> str: ...
-    def verified(self, version: int) -> str: ...
-    def unverified(self, version: int) -> str: ...
-    def is_foreign(self, label: Any) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +49,7 @@ class SyncContext:
     """What every transport is given."""
 
     arch: ModelArchitecture
-    labels: Labels
+    labels: WeightLabels
     timeout_s: float  # of one transfer call
     recovery_s: float  # how long a transfer waits when no server answers
     leads: bool  # whether this rank talks to the servers
@@ -103,7 +72,7 @@ class Published:
 class ServerSync:
     """Publishes policy weights to the servers of a fleet; subclasses are the transports."""
 
-    def __init__(self, fleet: Fleet, context: SyncContext) -> None:
+    def __init__(self, fleet: ServerFleet, context: SyncContext) -> None:
         self._fleet = fleet
         self._context = context
         self._lock = threading.Lock()  # between publishing and restoring a restarted server
@@ -190,10 +159,10 @@ class ServerSync:
         reports = self._context.exchange([i for i in self._all() if not self._fleet.may_transfer(i)])
         for index in {index for report in reports for index in report}:
             if self._context.leads:
-                self._fleet.distrust(index)
+                self._fleet.require_restart(index)
                 self._context.replace(index)
             else:
-                self._fleet.renew(index)  # it is out of service until the leader has verified it
+                self._fleet.allow_transfer(index)  # it is out of service until the leader has verified it
 
     def _lead(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
         published = Published(version)
@@ -220,14 +189,14 @@ class ServerSync:
                 indices = [i for i in indices if i not in refused]
                 refused |= self._in_parallel(lambda index: self._verify(index, published), indices)
                 published.expected.result()
-            if len(refused) == self._fleet.num_servers and self._silent:
+            if len(refused) == len(self._fleet.servers) and self._silent:
                 refused = self._send_later(published)
         except (OSError, ValueError, RuntimeError) as error:
             return {"error": str(error)}
         finally:
             for _ in named_tensors:  # the other ranks gather until the stream ends
                 pass
-        if len(refused) == self._fleet.num_servers:
+        if len(refused) == len(self._fleet.servers):
             return {"error": f"no server took the weights: {refused}"}
         self._published = published
         return {"refused": refused, "checksums": next(iter(published.expected.result().values()))[0]}
@@ -251,13 +220,13 @@ class ServerSync:
             indices = [i for i in self._all() if i not in distrusted]
             refused = distrusted | self._in_parallel(action, indices, level=level)
             awaited = self._silent or distrusted
-            if len(refused) < self._fleet.num_servers or not awaited or time.monotonic() > deadline:
+            if len(refused) < len(self._fleet.servers) or not awaited or time.monotonic() > deadline:
                 return refused
             level = logging.DEBUG
             time.sleep(_RECOVERY_POLL_S)
 
     def _all(self) -> range:
-        return range(self._fleet.num_servers)
+        return range(len(self._fleet.servers))
 
     def _in_parallel(
         self, action: Callable[[int], None], indices: Sequence[int], *, level: int = logging.WARNING
@@ -388,7 +357,7 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _checked(reply: ControlReply, path: str) -> Mapping[str, Any]:
+def _checked(reply: Reply, path: str) -> Mapping[str, Any]:
     table = reply.json()
     if reply.status != 200 or not isinstance(table, Mapping) or table.get("success") is False:
         raise Untransferred(f"{path} answers {reply.status}: {reply.text}")

@@ -83,7 +83,9 @@ def _answers(made: Rollouts, url: str) -> bool:
 def _workers(made: Rollouts) -> list[dict[str, Any]]:
     router = made.fleet.router
     assert router is not None
-    rows: list[dict[str, Any]] = made.fleet.run(made.fleet.call(router, "/workers", timeout_s=5.0)).json()["workers"]
+    rows: list[dict[str, Any]] = made.fleet.http.run(
+        made.fleet.http.call(router.url + "/workers", timeout_s=5.0)
+    ).json()["workers"]
     return rows
 
 
@@ -129,7 +131,7 @@ def test_control_calls_are_unknown_to_the_router(made: Rollouts) -> None:
     router = made.fleet.router
     assert router is not None
     for path in ("/abort_request", "/update_weights_from_disk", "/weights_checker", "/release_memory_occupation"):
-        assert made.fleet.run(made.fleet.call(router, path, {}, timeout_s=5.0)).status == 404
+        assert made.fleet.http.run(made.fleet.http.call(router.url + path, {}, timeout_s=5.0)).status == 404
 
 
 def test_a_killed_server_loses_no_sample_and_gets_no_traffic_until_it_is_back(

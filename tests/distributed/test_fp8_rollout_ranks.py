@@ -16,7 +16,8 @@ from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.agreement import exchange_json
 from aer_megatron.sglang.disk import DiskSync
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from aer_megatron.sglang.protocol import WeightLabels
 from aer_megatron.sglang.weight_sync import SyncContext
 from tests.support.fp8_models import fp8_tensors, save_fp8_model
@@ -46,7 +47,7 @@ def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[st
     def stream() -> Any:
         return iter_hf_weights(model, arch, topology, bucket_bytes=10**6)
 
-    options = FleetOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
+    options = ClientOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
     if urls:
         with ServerFleet(urls, options) as fleet:
             context = SyncContext(

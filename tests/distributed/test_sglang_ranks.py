@@ -12,7 +12,8 @@ import torch
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.parallel.agreement import exchange_json, on_first_rank
 from aer_megatron.sglang.disk import DiskSync
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from aer_megatron.sglang.protocol import WeightLabels
 from aer_megatron.sglang.weight_sync import SyncContext
 from tests.support.sglang_double import SGLangDouble
@@ -27,7 +28,7 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
     """Returns what a rank sees after one publication; ``distrusts`` is a server that rank 1 caught with garbage."""
     hf_config = json.loads((Path(folder) / "config.json").read_text())
     replaced: list[int] = []
-    options = FleetOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
+    options = ClientOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
     with ServerFleet(urls, options) as fleet:
         context = SyncContext(
             arch=architecture_from_hf_config(hf_config),
@@ -60,7 +61,7 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
         seen = {"version": fleet.policy_version, "serves": fleet.in_service(), "read": read, "error": error}
         if distrusts is not None:
             if rank == 0:
-                fleet.renew(distrusts)  # as the supervisor does once it has restarted the server
+                fleet.allow_transfer(distrusts)  # as the supervisor does once it has restarted the server
             sync.publish(stream(), 5)
         sync.close()
         return seen | {"replaced": replaced, "serves_later": fleet.in_service()}

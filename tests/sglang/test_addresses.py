@@ -21,11 +21,12 @@ from aer_megatron.sglang.addresses import (
     server_url,
     without_proxies,
 )
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
 
-LIMITS = FleetOptions(max_concurrency=1, connect_timeout_s=1.0, control_timeout_s=1.0, api_key=None)
+LIMITS = ClientOptions(max_concurrency=1, connect_timeout_s=1.0, control_timeout_s=1.0, api_key=None)
 
 
 @pytest.fixture(scope="module")

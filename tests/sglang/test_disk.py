@@ -122,7 +122,7 @@ def test_a_server_that_answered_garbage_is_replaced_not_updated(
         made.sync.publish(iter(weights(1).items()), 1)
         assert made.replaced == [0]
         assert made.fleet.in_service() == [1]
-        made.fleet.renew(0)  # its process is a new one
+        made.fleet.allow_transfer(0)  # its process is a new one
         made.sync.publish(iter(weights(0).items()), 2)
         assert made.fleet.in_service() == [0, 1]
 

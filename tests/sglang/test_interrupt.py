@@ -131,7 +131,7 @@ def test_closing_aborts_what_is_under_way(pair: tuple[Watched, Watched], folder:
         made.sync.publish(iter(weights(0).items()), 0)
         generating = Generating(made, requests(4, 1000))
         wait_until(lambda: len(pair[0].running) == 4)
-        made.fleet.close()
+        made.fleet.http.close()
         generating.join(10)
         assert "closed" in str(generating.error)
         assert sorted(pair[0].aborts) == sorted(pair[0].rids)
@@ -168,7 +168,7 @@ def test_a_server_that_ignores_the_interruption_does_not_hold_up_the_transfer(
     pair: tuple[Watched, Watched], folder: Path
 ) -> None:
     with rollouts([server.url for server in pair], folder) as made:
-        made.fleet.options = dataclasses.replace(made.fleet.options, control_timeout_s=0.5)
+        made.fleet.http.options = dataclasses.replace(made.fleet.http.options, control_timeout_s=0.5)
         made.sync.publish(iter(weights(0).items()), 0)
         pair[0].deaf = True
         generating = Generating(made, requests(4, LONG))
@@ -178,7 +178,7 @@ def test_a_server_that_ignores_the_interruption_does_not_hold_up_the_transfer(
         made.fleet.withdraw("weights are about to be transferred")
         assert 0.4 < time.monotonic() - began < 5
         assert "no answer to /abort_request within 0.5 s" in made.fleet.servers[0].reason
-        assert not made.engine._calls
+        assert not made.fleet.calls._under_way
         pair[0].deaf = False
         made.sync.publish(iter(weights(1).items()), 1)
         generating.join(30)

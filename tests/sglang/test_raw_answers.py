@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from tests.support.raw_server import answering, repeats, says
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
@@ -69,7 +70,7 @@ def test_an_answer_to_a_request(kind: str, folder: Path, few_mb: None) -> None:
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_an_answer_to_a_control_call(kind: str, few_mb: None) -> None:
-    limits = FleetOptions(max_concurrency=1, connect_timeout_s=1.0, control_timeout_s=1.0, api_key="sesame")
+    limits = ClientOptions(max_concurrency=1, connect_timeout_s=1.0, control_timeout_s=1.0, api_key="sesame")
     with answering(ANSWERS[kind]) as url, ServerFleet([url], limits) as fleet:
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"server 0 \(http.*: /server_info failed: ") as failed:

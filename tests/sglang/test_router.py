@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+import socket
 import threading
 import time
 from collections import Counter
@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.sglang.replies import Reply
-from aer_megatron.sglang.router import RouterWorkers
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
+from aer_megatron.sglang.router import Router
 from aer_megatron.types import Completion
+from tests.support.raw_server import answering
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import Rollouts, model_folder, requests, rollouts, weights
 from tests.support.sglang_router_double import RouterDouble, kill, set_pace
@@ -247,16 +249,19 @@ BAD_IDS = (None, 7, "..", "a/b", "", "a" * 300)
     "row", [7, None, {}, {"url": 7, "id": "a"}, *({"url": "http://h:1", "id": name} for name in BAD_IDS)]
 )
 def test_a_list_of_workers_that_cannot_be_is_refused_before_anything_is_removed(row: Any) -> None:
-    sent: list[str] = []
+    body = json.dumps({"workers": [row]}).encode()
+    asked: list[socket.socket] = []
 
-    async def send(method: str, path: str, body: Any) -> Reply:
-        sent.append(method)
-        return Reply(200, json.dumps({"workers": [row]}).encode(), None)
+    def talk(peer: socket.socket) -> None:
+        asked.append(peer)
+        peer.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
 
-    workers = RouterWorkers("http://r:1", ["http://h:1"], None, send)
-    with pytest.raises(RuntimeError, match=r"the router \(http://r:1\) lists a worker without an address or an id"):
-        asyncio.run(workers.follow(frozenset()))
-    assert sent == ["GET"]
+    limits = ClientOptions(max_concurrency=1, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
+    with answering(talk) as url, ServerFleet(["http://127.0.0.1:1"], limits) as fleet:
+        router = Router(url, ["http://127.0.0.1:1"], fleet.http)
+        with pytest.raises(RuntimeError, match=rf"the router \({url}\) lists a worker without an address or an id"):
+            fleet.http.run(router.follow(frozenset()))
+    assert len(asked) == 1  # for the list, and nothing more
 
 
 def test_a_router_that_cannot_be_used_is_explained_at_the_start(pair: Pair, folder: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_killed_server_is_restored_before_it_serves_and_no_completion_is_lost(
 ) -> None:
     with rollouts(group.urls, folder, recovery_timeout_s=60.0) as made:
         made.sync.publish(iter(weights(7).items()), 5)
-        group.watch(restore=made.sync.restore, renewed=made.fleet.renew)
+        group.watch(restore=made.sync.restore, renewed=made.fleet.allow_transfer)
         victim = processes_of(port_of(group.urls[0]))
         for process in victim:
             os.kill(process, signal.SIGKILL)

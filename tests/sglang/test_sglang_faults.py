@@ -243,7 +243,7 @@ def test_nothing_is_generated_before_the_first_transfer_or_after_the_end(folder:
         with pytest.raises(RuntimeError, match="no weights yet"):
             made.engine.generate(requests(1), OPTIONS)
         made.sync.publish(iter(weights(0).items()), 0)
-        made.fleet.close()
-        made.fleet.close()
+        made.fleet.http.close()
+        made.fleet.http.close()
         with pytest.raises(RuntimeError, match="closed"):
             made.engine.generate(requests(1), OPTIONS)

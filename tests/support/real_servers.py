@@ -11,7 +11,8 @@ from typing import Any
 
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from aer_megatron.sglang.served_weights import ServedChecksums, first_difference
 from aer_megatron.sglang.server import LaunchOptions
 from tests.support.runs import ROOT, environment
@@ -62,7 +63,7 @@ def real_server_options(model: Path, logs: Path, **more: Any) -> LaunchOptions:
 
 def served(urls: list[str]) -> tuple[list[Any], list[str]]:
     """Returns (ranks of /weights_checker, weight version) of every server."""
-    limits = FleetOptions(max_concurrency=1, connect_timeout_s=5.0, control_timeout_s=60.0, api_key=None)
+    limits = ClientOptions(max_concurrency=1, connect_timeout_s=5.0, control_timeout_s=60.0, api_key=None)
     with ServerFleet(urls, limits) as fleet:
         places = range(len(urls))
         ranks = [fleet.control(i, "/weights_checker", {"action": "checksum"}).json()["ranks"] for i in places]

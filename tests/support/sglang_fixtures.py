@@ -17,7 +17,8 @@ from aer_megatron.sglang.calls import RequestLimits
 from aer_megatron.sglang.disk import DiskSync
 from aer_megatron.sglang.distributed import DistributedSync
 from aer_megatron.sglang.engine import SGLangEngine
-from aer_megatron.sglang.fleet import FleetOptions, ServerFleet
+from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.http_loop import ClientOptions
 from aer_megatron.sglang.protocol import WeightLabels, new_run_id
 from aer_megatron.sglang.tensor import TensorSync
 from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
@@ -82,7 +83,7 @@ def rollouts(
         fleet = stack.enter_context(
             ServerFleet(
                 urls,
-                FleetOptions(
+                ClientOptions(
                     max_concurrency=max_concurrency, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=api_key
                 ),
             )

@@ -1,8 +1,9 @@
 """The servers that a rank talks to: which are in service, and how busy they are.
 
 ``serve`` puts servers into service with a policy version that was verified on them; a server that fails is retired
-with a reason, and with what may bring it back (``server_state.py``). With a router in front, a slot at a server is still what
-a request waits for, and the router is given the servers in service as its workers before the request goes to it.
+with a reason, and with what may bring it back (``server_state.py``). With a router in front, a slot at a server is
+still what a request waits for, and the router is given the servers in service as its workers before the request goes
+to it.
 
 This file does NOT know what the calls mean, and starts no processes.
 """

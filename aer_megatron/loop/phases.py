@@ -185,7 +185,7 @@ class Phases:
         entropy, experience = self.config.algo.entropy, collected.experience
         scores = self.score(step, experience)
         assessed = self.assess(experience, scores, step, policy_version)
-        # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/aer.md)
+        # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/adr/0002)
         controller_state = controller.anchor(controller_state, entropy, assessed.observation)
         decision = controller.update(controller_state, entropy, assessed.observation)
         coefficient = controller.loss_coefficient(decision.state, entropy, assessed.observation.token_mean)

@@ -7,7 +7,10 @@
 A record is never edited: a stage that knows more makes the next record. Arrays are NumPy, ragged data is
 concatenated ("packed") with one length per sequence.
 
-Shape suffixes: P prompts, G rollouts per prompt, B sequences (B = P * G), T packed response tokens,
+A sequence is a prompt and a response. The policy sampled the response, or parts of it: a tool may speak in between.
+Loss, entropy, ratio, difficulty and mismatch are over sampled tokens; the rest of a sequence is context.
+
+Shape suffixes: P prompts, G rollouts per prompt, B sequences (B = P * G), T packed sampled tokens,
 L packed prompt + response tokens.
 
 This file does NOT hold behaviour, defaults or anything that needs torch.
@@ -26,6 +29,7 @@ Int64Array = NDArray[np.int64]
 UInt64Array = NDArray[np.uint64]
 Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -56,12 +60,16 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled answer: ids in, ids out, nothing re-tokenised.
+    """One answer: ids in, ids out, nothing re-tokenised.
 
-    ``logprobs[t]`` is log pi(token_ids[t] | ...) of softmax(logits / temperature), before top-p/top-k truncation,
+    ``policy_versions`` says, in order, which tokens were sampled: all of a single-turn answer. What lies outside of
+    every span (a tool's output) is context: it has no version and no log-probability and is not trained on.
+    ``logprobs[t]`` is log pi(t-th sampled token | ...) of softmax(logits / temperature), before top-p/top-k truncation,
     natural logarithm. The end-of-sequence token, where one was sampled, is part of ``token_ids``.
 
-    Example: ``Completion((9, 7, 1), (-0.11, -0.92, -0.01), "stop", (VersionSpan(4, 0, 3),))``
+    Example: ``Completion((9, 7, 1), (-0.11, -0.92, -0.01), "stop", (VersionSpan(4, 0, 3),))``, and with a tool that
+    said 5 6 after the first token: ``Completion((9, 5, 6, 7, 1), (-0.11, -0.92, -0.01), "stop", (VersionSpan(4, 0, 1),
+    VersionSpan(4, 3, 5)))``
     """
 
     token_ids: tuple[int, ...]
@@ -98,31 +106,54 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
-    """The whole rollout batch of a step, identical on every rank: groups in prompt order, rollouts adjacent.
+class PackedSequences:
+    """The tokens of a batch: each sequence is a prompt and a response.
 
-    Example with two sequences of one prompt (prompt ids 5 6, responses 7 1 and 8 9 1):
-    ``token_ids_L=[5 6 7 1 5 6 8 9 1], prompt_length_B=[2 2], response_length_B=[2 3], group_index_B=[0 0]``
+    ``sampled_L`` is true where the policy sampled the token (in a supervised batch: where it carries loss), at least
+    once in every response and never in a prompt. None is what single-turn answers have: every response token.
+
+    Example with two sequences (prompts 5 6, responses 7 1 and 8 9 1): ``prompt_length_B=[2 2], response_length_B=[2 3],
+    token_ids_L=[5 6 7 1 5 6 8 9 1]``; had a tool said the 9: ``sampled_L=[0 0 1 1 0 0 1 0 1], sampled_length_B=[2 2]``.
     """
 
-    prompt_id_B: UInt64Array
-    group_index_B: Int64Array  # 0..P-1
     prompt_length_B: Int64Array
     response_length_B: Int64Array
     token_ids_L: Int64Array
-    rollout_logprob_T: Float32Array
-    reward_B: Float64Array
-    truncated_B: NDArray[np.bool_]
-    policy_version_B: Int64Array  # the oldest version that produced a token of the sequence
-    policy_version_sum_B: Int64Array  # the sum of its tokens' versions
+    sampled_L: BoolArray | None = field(default=None, kw_only=True)
 
     @property
     def num_sequences(self) -> int:
         return int(self.prompt_length_B.shape[0])
 
     @property
-    def num_response_tokens(self) -> int:
-        return int(self.response_length_B.sum())
+    def length_B(self) -> Int64Array:
+        """Tokens of each sequence, its prompt and its response."""
+        return self.prompt_length_B + self.response_length_B
+
+    @property
+    def sampled_length_B(self) -> Int64Array:
+        """How many tokens of each response were sampled: their sum is T."""
+        if self.sampled_L is None:
+            return self.response_length_B
+        return np.add.reduceat(self.sampled_L, np.cumsum(self.length_B) - self.length_B, dtype=np.int64)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """T"""
+        return int((self.response_length_B if self.sampled_L is None else self.sampled_L).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Experience(PackedSequences):
+    """The whole rollout batch of a step, identical on every rank: groups in prompt order, rollouts adjacent."""
+
+    prompt_id_B: UInt64Array
+    group_index_B: Int64Array  # 0..P-1
+    rollout_logprob_T: Float32Array
+    reward_B: Float64Array
+    truncated_B: BoolArray
+    policy_version_B: Int64Array  # the oldest version that produced a token of the sequence
+    policy_version_sum_B: Int64Array  # the sum of its sampled tokens' versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,16 +188,8 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SupervisedBatch:
+class SupervisedBatch(PackedSequences):
     """Prompt/response pairs for the supervised stage; only response tokens carry loss."""
-
-    prompt_length_B: Int64Array
-    response_length_B: Int64Array
-    token_ids_L: Int64Array
-
-    @property
-    def num_sequences(self) -> int:
-        return int(self.prompt_length_B.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

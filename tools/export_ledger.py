@@ -3,7 +3,8 @@
 The first argument is a checkpoint folder (RUN/checkpoints/step_N) or a ledger file. Columns: prompt_id (16 hex
 digits), attempts, successes, accuracy (successes / attempts), posterior_mean (of the Beta posterior at the
 ledger's newest step), decayed_successes and decayed_failures (as of last_step), last_step, token_entropy_mean
-(nats per response token), response_length_mean (tokens per response). A ratio without a denominator is left empty.
+(nats per sampled token), response_length_mean (sampled tokens per response). A ratio without a denominator is left
+empty.
 Lines are sorted by prompt id; numbers are written in full.
 """
 

@@ -22,7 +22,7 @@ from megatron.core.distributed import finalize_model_grads
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aer_megatron.actor.batching import MicroBatch, PackedSequences, minibatch_indices
+from aer_megatron.actor.batching import MicroBatch, minibatch_indices
 from aer_megatron.actor.forward import MicroBatchRunner
 from aer_megatron.actor.fp8_emulation import has_fresh_scales
 from aer_megatron.actor.model import build_chunks
@@ -41,6 +41,7 @@ from aer_megatron.types import (
     Experience,
     Float32Array,
     Int64Array,
+    PackedSequences,
     PolicyScores,
     StepStats,
     SupervisedBatch,
@@ -110,13 +111,13 @@ class Actor:
         self._reference = ReferenceWeights(self.model.parameters(), load)
 
     def score_reference(self, experience: Experience) -> Float32Array:
-        """Returns the log-probability of every response token under the reference weights, fp32 [T]."""
+        """Returns the log-probability of every sampled token under the reference weights, fp32 [T]."""
         assert self._reference is not None, "hold_reference comes first"
         with self._reference.in_place():
             return self.score(experience).logprob_T
 
     def score(self, experience: Experience, *, seed: int | None = None) -> PolicyScores:
-        """Returns log-probability and exact entropy of every response token under the current weights.
+        """Returns log-probability and exact entropy of every sampled token under the current weights.
 
         With ``seed`` the batch is cut into micro-batches as ``train`` cuts it with that seed, so that the first
         update's probability ratios are 1 to the last bit: a kernel's rounding, and an FP8 scale even more, may depend
@@ -134,7 +135,7 @@ class Actor:
         The rows [2 or 5, T] are the fields of ``PolicyScores``; tokens of other sequences are 0.
         """
         num_rows = 5 if self._config.report.flight_recorder else 2
-        scores_KT = torch.zeros(num_rows, experience.num_response_tokens, dtype=torch.float32, device=self.device)
+        scores_KT = torch.zeros(num_rows, experience.num_sampled_tokens, dtype=torch.float32, device=self.device)
 
         def collect(output_Kt: Tensor, micro: MicroBatch) -> None:
             if self.topology.writes_results:
@@ -174,8 +175,8 @@ class Actor:
         return self._updates.make(chosen, batch.experience, report, always=POLICY_STATISTICS)
 
     def train_supervised(self, batch: SupervisedBatch, *, report: Report = stop) -> StepStats:
-        """Returns the sums of one supervised update over the response tokens; ``report`` as in ``train``."""
-        normalizer = float(batch.response_length_B.sum())
+        """Returns the sums of one supervised update over the tokens that carry loss; ``report`` as in ``train``."""
+        normalizer = float(batch.num_sampled_tokens)
 
         def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
             del entropy_t, micro
@@ -206,10 +207,10 @@ class Actor:
         logprob_T = self._score(experience, indices_b)[0] if moved else batch.old_logprob_T
         member_B = np.zeros(experience.num_sequences, dtype=np.bool_)
         member_B[indices_b] = True
-        member_T = np.repeat(member_B, experience.response_length_B)
+        member_T = np.repeat(member_B, experience.sampled_length_B)
         selected_T = np.zeros_like(member_T)
         selected_T[member_T] = select_tokens(
-            np.repeat(batch.advantage_B, experience.response_length_B)[member_T],
+            np.repeat(batch.advantage_B, experience.sampled_length_B)[member_T],
             logprob_T[member_T],
             batch.old_logprob_T[member_T],
             key=(seed, self.num_updates),
@@ -221,7 +222,7 @@ class Actor:
         self, batch: TrainBatch, indices_b: Int64Array, selected_T: BoolArray | None, *, entropy_gradient: bool
     ) -> tuple[list[MicroBatch], LossFunction]:
         algo = self._config.algo
-        length_b = batch.experience.response_length_B[indices_b]
+        length_b = batch.experience.sampled_length_B[indices_b]
         weight_B = np.zeros(batch.experience.num_sequences)
         weight_B[indices_b] = sequence_weights(
             length_b, rule=algo.normalizer, max_new_tokens=self._config.rollout.max_new_tokens

@@ -4,40 +4,28 @@ A micro-batch is a padded rectangle, or a row of packed sequences that do not se
 which sequences are packed together. Under context parallelism a rank builds its own share of the tokens.
 
 Shape suffixes: B sequences, b rows of one micro-batch, n its sequences, S tokens of a row on this rank, T packed
-response tokens, t response tokens of one micro-batch on this rank, L packed prompt + response tokens.
+sampled tokens, t sampled tokens of one micro-batch on this rank, L packed prompt + response tokens.
 
-The logits at position s predict token s + 1, so the rows that carry loss are positions prompt_length - 1 up to
-prompt_length + response_length - 2. Padding is on the right and never seen by a real token (causal attention); it is
-found by length, never by a pad id.
+The logits at position s predict token s + 1, so the rows that carry loss are those before a sampled token: of a
+single-turn answer positions prompt_length - 1 up to prompt_length + response_length - 2. Padding is on the right and
+never seen by a real token (causal attention); it is found by length, never by a pad id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aer_megatron.actor.packing import TokenCut, context_positions, padded_lengths
-from aer_megatron.types import Int64Array
-
-
-class PackedSequences(Protocol):
-    """What Experience and SupervisedBatch share."""
-
-    @property
-    def prompt_length_B(self) -> Int64Array: ...
-    @property
-    def response_length_B(self) -> Int64Array: ...
-    @property
-    def token_ids_L(self) -> Int64Array: ...
+from aer_megatron.types import Int64Array, PackedSequences
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """This rank's tokens of a micro-batch and the flat places of the response tokens among them.
+    """This rank's tokens of a micro-batch and the flat places of the sampled tokens among them.
 
     Example, prompt [5 6], response [7 1], padded to S = 6: ``tokens_bS=[[5 6 7 1 0 0]]``, ``row_t=[1 2]`` (flat b * S
     positions whose logits are scored), ``label_t=[7 1]``, ``packed_t`` (their indices in the batch's T order).
@@ -48,7 +36,7 @@ class MicroBatch:
     row_t: Int64Array
     label_t: Int64Array
     packed_t: Int64Array
-    sequence_t: Int64Array  # index 0..B-1 of the sequence that each response token belongs to
+    sequence_t: Int64Array  # index 0..B-1 of the sequence that each sampled token belongs to
     packed_length_n: Int64Array | None = None  # over all context-parallel ranks; None: a rectangle
 
     @property
@@ -56,7 +44,7 @@ class MicroBatch:
         return int(self.tokens_bS.shape[1])
 
     def some_tokens(self, mask_t: NDArray[np.bool_]) -> MicroBatch:
-        """Returns the micro-batch with those of its response tokens alone."""
+        """Returns the micro-batch with those of its sampled tokens alone."""
         return replace(
             self,
             row_t=self.row_t[mask_t],
@@ -102,7 +90,7 @@ def padded_micro_batches(
 
     With ``same_shape`` all have the rows and the width of the largest.
     """
-    length_B = sequences.prompt_length_B + sequences.response_length_B
+    length_B = sequences.length_B
     longest = [int(length_B[part].max(initial=1)) for part in parts]
     width = [-(-length // cut.total_multiple) * cut.total_multiple for length in longest]
     rows = [max(1, len(part)) for part in parts]
@@ -121,7 +109,7 @@ def packed_micro_batches(
 
     With ``same_shape`` the last sequence of each is padded until all rows are as long as the longest.
     """
-    length_B = sequences.prompt_length_B + sequences.response_length_B
+    length_B = sequences.length_B
     width = [padded_lengths(length_B[part], cut) for part in parts]
     if same_shape:
         total = max(int(width_n.sum()) for width_n in width)
@@ -137,17 +125,16 @@ def _micro_batch(
 
     Sharing the prompt of a group's rollouts would happen here: its tokens laid down once, the responses after it.
     """
-    prompt_B, response_B = sequences.prompt_length_B, sequences.response_length_B
-    start_L, start_T, start_n = offsets(prompt_B + response_B), offsets(response_B), offsets(width_n)
+    length_B, sampled_B = sequences.length_B, sequences.sampled_length_B
+    start_L, start_T, start_n = offsets(length_B), offsets(sampled_B), offsets(width_n)
     tokens = np.zeros(int(width_n.sum()), dtype=np.int64)
     rows, in_batch = [], []
     for place, index in enumerate(indices_n.tolist()):
-        prompt, response, first = int(prompt_B[index]), int(response_B[index]), int(start_n[place])
-        source = int(start_L[index])
-        tokens[first : first + prompt + response] = sequences.token_ids_L[source : source + prompt + response]
-        rows.append(np.arange(first + prompt - 1, first + prompt - 1 + response, dtype=np.int64))
-        in_batch.append(np.arange(start_T[index], start_T[index] + response, dtype=np.int64))
-    row, packed_t, sequence_t = _concatenate(rows), _concatenate(in_batch), np.repeat(indices_n, response_B[indices_n])
+        length, first, source = int(length_B[index]), int(start_n[place]), int(start_L[index])
+        tokens[first : first + length] = sequences.token_ids_L[source : source + length]
+        rows.append(first - 1 + sampled_positions(sequences, index, source))
+        in_batch.append(np.arange(start_T[index], start_T[index] + sampled_B[index], dtype=np.int64))
+    row, packed_t, sequence_t = _concatenate(rows), _concatenate(in_batch), np.repeat(indices_n, sampled_B[indices_n])
     label_t = tokens[row + 1]
     mine = context_positions(width_n, cp_rank=cut.cp_rank, cp_size=cut.cp_size)
     if cut.cp_size > 1:
@@ -163,6 +150,14 @@ def _micro_batch(
         sequence_t=sequence_t,
         packed_length_n=width_n if packed else None,
     )
+
+
+def sampled_positions(sequences: PackedSequences, sequence: int, start: int) -> Int64Array:
+    """Returns the positions of the sampled tokens in their sequence, which begins at ``start`` of L, int64 [t]."""
+    prompt, response = int(sequences.prompt_length_B[sequence]), int(sequences.response_length_B[sequence])
+    if sequences.sampled_L is None:
+        return np.arange(prompt, prompt + response, dtype=np.int64)
+    return np.flatnonzero(sequences.sampled_L[start : start + prompt + response])
 
 
 def offsets(length_B: NDArray[np.int64]) -> Int64Array:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from aer_megatron.actor.batching import (
     MicroBatch,
-    PackedSequences,
     micro_batch_indices,
     packed_micro_batches,
     padded_micro_batches,
@@ -30,7 +29,7 @@ from aer_megatron.actor.packing import TokenCut, pack_micro_batches, sequence_co
 from aer_megatron.config import ParallelSection
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.types import Int64Array
+from aer_megatron.types import Int64Array, PackedSequences
 
 # (scores, micro-batch) -> Megatron's (loss, number of tokens, anything that the caller collects)
 Finish = Callable[[Tensor, MicroBatch], tuple[Tensor, Tensor, Any]]
@@ -65,7 +64,7 @@ class MicroBatchRunner:
         topology, budget = self._topology, self._options.tokens_per_micro_batch
         interleaved = topology.vpp > 1
         multiple = topology.pp if interleaved else 1
-        length_B = sequences.prompt_length_B + sequences.response_length_B
+        length_B = sequences.length_B
         if budget:
             parts = pack_micro_batches(
                 indices_b,

@@ -2,8 +2,8 @@
 
     tokens [b, S] -> decoder -> hidden [S, b, H] -> rows that carry loss [t, H] -> head -> (logprob_t, token_entropy_t)
 
-Only rows of response tokens enter the language-model head. Shape suffixes: b sequences of a micro-batch, S padded
-length, t response tokens, H hidden size, W vocabulary shard.
+Only rows of sampled tokens enter the language-model head. Shape suffixes: b sequences of a micro-batch, S padded
+length, t sampled tokens, H hidden size, W vocabulary shard.
 
 This file does NOT know losses, optimizers or files. Version differences of Megatron-Core are absorbed here.
 """

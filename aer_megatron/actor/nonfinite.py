@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aer_megatron.actor.batching import MicroBatch, PackedSequences
+from aer_megatron.actor.batching import MicroBatch
 from aer_megatron.actor.model import PolicyModel, global_name, named_weights
 from aer_megatron.actor.nonfinite_findings import (
     MAX_SHOWN,
@@ -40,6 +40,7 @@ from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_tensors_of
 from aer_megatron.parallel.agreement import exchange_json
 from aer_megatron.parallel.topology import Topology
+from aer_megatron.types import PackedSequences
 
 
 class Probe:

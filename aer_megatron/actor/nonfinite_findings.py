@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aer_megatron.actor.batching import PackedSequences, offsets
-from aer_megatron.types import Experience, Int64Array, TrainBatch
+from aer_megatron.actor.batching import offsets, sampled_positions
+from aer_megatron.types import Experience, Int64Array, PackedSequences, TrainBatch
 
 MAX_SHOWN = 4  # findings that the message spells out, and places that a finding names
 
@@ -134,7 +134,7 @@ def nonfinite_inputs(batch: TrainBatch, indices_b: Int64Array) -> list[Finding]:
     experience = batch.experience
     member_B = np.zeros(experience.num_sequences, dtype=np.bool_)
     member_B[indices_b] = True
-    sequence_T = np.repeat(np.arange(experience.num_sequences), experience.response_length_B)
+    sequence_T = np.repeat(np.arange(experience.num_sequences), experience.sampled_length_B)
     of_sequences = {
         "reward_B": experience.reward_B,
         "advantage_B": batch.advantage_B,
@@ -176,13 +176,16 @@ def place_of_sequence(sequences: PackedSequences, sequence: int, token: int | No
 
 
 def places_of_tokens(sequences: PackedSequences, token_t: NDArray[np.int64]) -> tuple[Place, ...]:
-    """Returns the sequences, each with its first token, of packed response tokens; at most a few."""
-    start_T = offsets(sequences.response_length_B)
+    """Returns the sequences, each with its first token, of packed sampled tokens; at most a few."""
+    start_T = offsets(sequences.sampled_length_B)
+    start_L = offsets(sequences.length_B)
     places: dict[int, Place] = {}
     for token in np.sort(token_t).tolist():
         sequence = int(np.searchsorted(start_T, token, side="right")) - 1
         if sequence not in places:
-            places[sequence] = place_of_sequence(sequences, sequence, token - int(start_T[sequence]))
+            position_t = sampled_positions(sequences, sequence, int(start_L[sequence]))
+            place = int(position_t[token - start_T[sequence]] - sequences.prompt_length_B[sequence])
+            places[sequence] = place_of_sequence(sequences, sequence, place)
         if len(places) == MAX_SHOWN:
             break
     return tuple(places.values())

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aer_megatron.actor.batching import MicroBatch, PackedSequences
+from aer_megatron.actor.batching import MicroBatch
 from aer_megatron.actor.forward import MicroBatchRunner
 from aer_megatron.actor.nonfinite import Probe, uncounted_gradients
 from aer_megatron.actor.nonfinite_findings import Diagnosis, Finding, nonfinite_sums, ordered
@@ -29,7 +29,7 @@ from aer_megatron.algo.loss import LossOutput
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.exchange import all_sum
 from aer_megatron.parallel.topology import Topology
-from aer_megatron.types import StepStats
+from aer_megatron.types import PackedSequences, StepStats
 
 # maps one micro-batch's scores [2, t] to its loss; tensors of the micro-batch are looked up by its packed places
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossOutput]

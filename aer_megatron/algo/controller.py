@@ -42,7 +42,7 @@ class ControllerState:
 class Observation:
     """What one rollout batch shows, reduced over all ranks.
 
-    ``entropy_sum`` and ``token_count`` run over ALL response tokens, unweighted by difficulty.
+    ``entropy_sum`` and ``token_count`` run over ALL sampled tokens, unweighted by difficulty.
     ``difficulty_mean`` is the mean over prompts of d BEFORE any normalisation: divided by its mean it would
     always be 1 and hide lost authority. ``mismatch_kl`` is ``algo.mismatch.Mismatch.kl`` of the batch; 0 stands for an
     engine that agrees with the trainer, and for recordings made before it was measured.

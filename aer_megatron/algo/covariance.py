@@ -2,14 +2,14 @@
 
 Both rules (Cui et al., arXiv 2505.22617) start from the share of each token in the covariance of advantage and
 log-probability, C_t = (A_t - mean A) (logp_t - mean logp), which is what drives entropy down. The means and the ranking
-are those of ALL response tokens of the mini-batch, so the arrays here are the gathered ones: computed on a micro-batch
+are those of ALL sampled tokens of the mini-batch, so the arrays here are the gathered ones: computed on a micro-batch
 or on one rank's share, the same formulas would pick other tokens for every split.
 
 What is left of the split is rounding: log-probabilities of two layouts differ by about 1e-7, so a token that lies
 within that of a threshold, or two tokens that are as close to one another, may be picked under one layout and not under
 the other. All ranks of one run see the same bits and always agree.
 
-Shape suffix: T response tokens of the mini-batch, in the order of the rollout batch.
+Shape suffix: T sampled tokens of the mini-batch, in the order of the rollout batch.
 
 This file does NOT touch torch, ranks or losses.
 """

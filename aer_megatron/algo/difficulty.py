@@ -2,7 +2,7 @@
 
     accuracy (of this group, or the ledger's posterior mean) --difficulty--> d in [0, 1] --normalize--> mean <= 1
 
-Shape suffixes: P prompts, B sequences, T packed response tokens.
+Shape suffixes: P prompts, B sequences, T packed sampled tokens.
 
 This file does NOT hold the coefficient (controller.py) or the evidence itself (the C++ ``DifficultyLedger``).
 """
@@ -69,20 +69,20 @@ def normalize_difficulty(d_P: Float64Array, *, mode: Literal["none", "mean"], fl
 
 
 def group_token_entropy(experience: Experience, token_entropy_T: Float32Array) -> tuple[Float64Array, Int64Array]:
-    """Returns (entropy_sum_P in nats, float64 [P]; token_count_P, int64 [P]) over each prompt's responses.
+    """Returns (entropy_sum_P in nats, float64 [P]; token_count_P, int64 [P]) over each prompt's sampled tokens.
 
     A token whose entropy is not finite is in neither: the ledger lives longer than the fault that made it.
 
     Raises:
-        ValueError: ``token_entropy_T`` is not one value per response token.
+        ValueError: ``token_entropy_T`` is not one value per sampled token.
     """
-    if token_entropy_T.shape != (experience.num_response_tokens,):
+    if token_entropy_T.shape != (experience.num_sampled_tokens,):
         raise ValueError(
-            f"token_entropy_T {token_entropy_T.shape} must hold one value per response token, "
-            f"{experience.num_response_tokens}"
+            f"token_entropy_T {token_entropy_T.shape} must hold one value per sampled token, "
+            f"{experience.num_sampled_tokens}"
         )
     num_prompts = int(experience.group_index_B.max()) + 1 if experience.num_sequences else 0
-    group_index_T = np.repeat(experience.group_index_B, experience.response_length_B)
+    group_index_T = np.repeat(experience.group_index_B, experience.sampled_length_B)
     entropy_sum_P: Float64Array = np.zeros(num_prompts, dtype=np.float64)
     token_count_P: Int64Array = np.zeros(num_prompts, dtype=np.int64)
     usable_T = np.isfinite(token_entropy_T)

@@ -3,7 +3,7 @@
     Experience, PolicyScores, advantages --profile_batch--> BatchProfile (sums by difficulty, histograms, gradients)
     FlightRecord of every step --replay--> what another controller would have done with the same observations
 
-Shape suffixes: P prompts, B sequences, T packed response tokens, D difficulty buckets, K entropy bins, Q position bins,
+Shape suffixes: P prompts, B sequences, T packed sampled tokens, D difficulty buckets, K entropy bins, Q position bins,
 I any of P, B and T.
 
 Difficulty buckets are cut by g, the share of a prompt's own group that is right in this step (``BUCKETS``):
@@ -69,8 +69,8 @@ class GradientGeometry:
 class BatchProfile:
     """What a rollout batch looks like before its update: sums by difficulty, entropy histograms, gradients.
 
-    ``entropy_by_position_QK[q]`` counts the tokens at positions 2^q - 1 to 2^(q+1) - 2 of their responses (0, 1-2, 3-6,
-    ...) by entropy; there are as many rows as the longest response needs.
+    ``entropy_by_position_QK[q]`` counts tokens by entropy, those that were sampled as number 2^q - 1 to 2^(q+1) - 2
+    (0, 1-2, 3-6, ...) of their response; there are as many rows as the longest response needs.
     """
 
     buckets: BucketSums
@@ -131,7 +131,7 @@ def profile_batch(
     """
     bucket_P = difficulty_buckets(advantages.successes_P, advantages.counts_P)
     bucket_B = bucket_P[experience.group_index_B]
-    length_B = experience.response_length_B
+    length_B = experience.sampled_length_B
     bucket_T = np.repeat(bucket_B, length_B)
     entropy_T = scores.token_entropy_T
     num = len(BUCKETS)
@@ -206,7 +206,7 @@ def gradient_geometry(
 ) -> GradientGeometry | None:
     """Returns norms and cosine of g_P = sum_t (A_t / N) d logprob_t / dx and g_H = sum_t (w_t / N) d H_t / dx.
 
-    x = logits / T_rollout, N = T the response tokens of the batch, ratio 1: the gradients at the start of the step,
+    x = logits / T_rollout, N = T the sampled tokens of the batch, ratio 1: the gradients at the start of the step,
     before any clipping. Different tokens have different logits, so squares and products add over the tokens:
     |g_P|^2 = sum (A_t / N)^2 |d logprob_t / dx|^2, and so on. None where the scores carry no gradient statistics.
     """

@@ -4,7 +4,7 @@ Coefficients are data: the entropy weight and the weight in the mean arrive as o
 covariance rule picked as a mask, the normaliser as the token count of the GLOBAL batch. Partial losses of any split of
 the batch over ranks and micro-batches therefore add up to the whole.
 
-Shape suffixes: T packed response tokens of this part of the batch (T = 0 is a legal part), b sequences of the
+Shape suffixes: T packed sampled tokens of this part of the batch (T = 0 is a legal part), b sequences of the
 mini-batch.
 
 This file does NOT reduce over ranks, compute entropies, select tokens or choose a coefficient.
@@ -74,7 +74,7 @@ def policy_loss(
         logprob_T: log pi(token) under the policy being trained, fp32 [T], with graph.
         entropy_T: exact full-vocabulary entropy in nats, fp32 [T]; its gradient flows if it carries one.
         tokens: everything that is data.
-        normalizer: N, response tokens of the global batch, not of this part.
+        normalizer: N, sampled tokens of the global batch, not of this part.
 
     ``sums``, each over the T tokens: policy_loss (w p), entropy_bonus (w e H), token_entropy, ratio, clip_low,
     clip_high and dual_clip (tokens whose gradient that bound removes), approx_kl (r - 1 - log r >= 0, whose mean under
@@ -110,8 +110,8 @@ def supervised_loss(logprob_T: Tensor, *, normalizer: float) -> LossOutput:
     """Returns -(1/N) sum_t logprob_t; ``sums`` has supervised_loss (-logprob).
 
     Args:
-        logprob_T: log pi(token) of the response tokens, fp32 [T], with graph.
-        normalizer: N, response tokens of the global batch, not of this part.
+        logprob_T: log pi(token) of the tokens that carry loss, fp32 [T], with graph.
+        normalizer: N, sampled tokens of the global batch, not of this part.
 
     Raises:
         ValueError: ``normalizer`` is not positive or ``logprob_T`` is not 1-D.
@@ -120,14 +120,14 @@ def supervised_loss(logprob_T: Tensor, *, normalizer: float) -> LossOutput:
     return LossOutput(-logprob_T.sum() / normalizer, {"supervised_loss": _sum(-logprob_T)})
 
 
-def sequence_weights(response_length_b: Int64Array, *, rule: str, max_new_tokens: int) -> Float64Array:
+def sequence_weights(sampled_length_b: Int64Array, *, rule: str, max_new_tokens: int) -> Float64Array:
     """Returns w float64 [b] that turns the token mean (1/N) sum_i w_i sum_t l_it into the mean of ``rule``.
 
-    N is the token count of the mini-batch. ``tokens``: that mean itself, w = 1. ``sequences``: the mean over sequences
-    of their token means, w_i = N / (b length_i). ``constant``: the sum over b * max_new_tokens, which no response's
-    length enters (Dr.GRPO, arXiv 2503.20783), w = N / (b max_new_tokens).
+    N is the mini-batch's count of sampled tokens. ``tokens``: that mean itself, w = 1. ``sequences``: the mean over
+    sequences of their token means, w_i = N / (b length_i). ``constant``: the sum over b * max_new_tokens, which no
+    response's length enters (Dr.GRPO, arXiv 2503.20783), w = N / (b max_new_tokens).
     """
-    length_b = response_length_b.astype(np.float64)
+    length_b = sampled_length_b.astype(np.float64)
     if rule == "tokens":
         return np.ones_like(length_b)
     divisor_b = length_b if rule == "sequences" else np.full_like(length_b, max_new_tokens)

@@ -3,7 +3,7 @@
 x_t = log pi_train(o_t) - log pi_rollout(o_t), w_t = exp(x_t): the tokens o_t were sampled by the rollout engine, with
 its weights (older ones, where rollouts are stale), kernels and precision.
 
-Shape suffix: T packed response tokens.
+Shape suffix: T packed sampled tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Sums over the response tokens of a batch, in float64; never means.
+    """Sums over the sampled tokens of a batch, in float64; never means.
 
     Example, two tokens with x = 0 and x = ln 2: ``Mismatch(num_tokens=2, largest=0.693, difference_sum=0.693,
     k3_sum=0.307, weight_sum=3.0, weight_square_sum=5.0)``.
@@ -78,7 +78,7 @@ def measure_mismatch(train_logprob_T: Float32Array, rollout_logprob_T: Float32Ar
     if train_logprob_T.shape != rollout_logprob_T.shape:
         raise ValueError(
             f"train_logprob_T {train_logprob_T.shape} and rollout_logprob_T {rollout_logprob_T.shape} must have one "
-            "entry per response token; score the batch that was sampled"
+            "entry per sampled token; score the batch that was sampled"
         )
     x_T = train_logprob_T.astype(np.float64) - rollout_logprob_T
     limited_T = np.clip(x_T, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)

@@ -1,6 +1,6 @@
 """The batch that the doctor measures with, and the comparison of what different layouts made of it.
 
-Shape suffixes: B sequences, T packed response tokens, L packed prompt + response tokens, C buckets of a sketch.
+Shape suffixes: B sequences, T packed sampled tokens, L packed prompt + response tokens, C buckets of a sketch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aer_megatron.actor.batching import offsets, sampled_positions
 from aer_megatron.algo.experience import pack_groups
 from aer_megatron.doctor.diagnosis import Check, PositionProfile, bounded, compared
 from aer_megatron.types import (
@@ -122,15 +123,9 @@ def probe_batch(experience: Experience, logprob_T: Float32Array, *, seed: int) -
 
 
 def positions(experience: Experience) -> Int64Array:
-    """Returns, for every response token, the position (from 0) that predicts it, [T]."""
-    return np.concatenate(
-        [
-            np.arange(prompt - 1, prompt - 1 + response, dtype=np.int64)
-            for prompt, response in zip(
-                experience.prompt_length_B.tolist(), experience.response_length_B.tolist(), strict=True
-            )
-        ]
-    )
+    """Returns, for every sampled token, the position (from 0) that predicts it, [T]."""
+    start_L = offsets(experience.length_B).tolist()
+    return np.concatenate([sampled_positions(experience, index, start) - 1 for index, start in enumerate(start_L)])
 
 
 def position_profile(experience: Experience, logprob_T: Float32Array, reference_T: Float32Array) -> PositionProfile:

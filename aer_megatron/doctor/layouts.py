@@ -192,7 +192,7 @@ def measure(
     """
     scores = actor.score(batch.experience)
     stats = actor.train(batch, seed=0, entropy_gradient=True)
-    num_tokens = batch.experience.num_response_tokens
+    num_tokens = batch.experience.num_sampled_tokens
     step_C = {}
     for name, tensor in actor.hf_weights():
         if before_C is not None:

@@ -4,7 +4,7 @@ It reads the checkpoint's own config.json and shares nothing with the policy but
 layouts of the policy get wrong together (a rope base, a mapped tensor) shows here. Where it contradicts, ``explain``
 looks for the one change of the reference that reproduces the contradicting numbers, which names the cause.
 
-Shape suffixes: T packed response tokens, t response tokens of one sequence, V vocabulary.
+Shape suffixes: T packed sampled tokens, t sampled tokens of one sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aer_megatron.actor.batching import sampled_positions
 from aer_megatron.algo.loss import TokenData, policy_loss, sequence_weights
 from aer_megatron.config import Config
 from aer_megatron.doctor.diagnosis import Explanation, ExplanationKind, fit_temperature
@@ -48,7 +49,7 @@ class TransformersReference:
 
     @torch.no_grad()
     def logprobs(self, experience: Experience) -> Float32Array:
-        """Returns the log-probability of every response token, fp32 [T]."""
+        """Returns the log-probability of every sampled token, fp32 [T]."""
         parts = [logprob_t for logprob_t, _ in self._scores(experience)]
         result: Float32Array = torch.cat(parts).float().cpu().numpy()
         return result
@@ -145,7 +146,7 @@ class TransformersReference:
             _swap(ones, others)
 
     def _scores(self, experience: Experience) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (log-probability [t], entropy [t]) of each sequence's response tokens."""
+        """Yields (log-probability [t], entropy [t]) of each sequence's sampled tokens."""
         for logits_tV, label_t in self._logits(experience):
             logprob_tV = (logits_tV / self._temperature).log_softmax(-1)
             entropy_t = -(logprob_tV.exp() * logprob_tV).sum(-1)
@@ -153,15 +154,14 @@ class TransformersReference:
 
     def _logits(self, experience: Experience) -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
-        lengths = zip(experience.prompt_length_B.tolist(), experience.response_length_B.tolist(), strict=True)
-        for prompt, response in lengths:
-            ids = torch.from_numpy(experience.token_ids_L[start : start + prompt + response]).to(self._device)
-            start += prompt + response
-            logits_tV = self._model(ids[None], use_cache=False).logits[0, prompt - 1 : prompt + response - 1]
-            yield logits_tV, ids[prompt:]
+        for index, length in enumerate(experience.length_B.tolist()):
+            ids = torch.from_numpy(experience.token_ids_L[start : start + length]).to(self._device)
+            position_t = torch.from_numpy(sampled_positions(experience, index, start)).to(self._device)
+            start += length
+            yield self._model(ids[None], use_cache=False).logits[0, position_t - 1], ids[position_t]
 
     def _token_data(self, batch: TrainBatch) -> TokenData:
-        length_B = batch.experience.response_length_B
+        length_B = batch.experience.sampled_length_B
         weight_B = sequence_weights(
             length_B, rule=self._config.algo.normalizer, max_new_tokens=self._config.rollout.max_new_tokens
         )

@@ -24,10 +24,15 @@ def gather_batch(
     labels.
     """
     mine = pack_groups(groups)
-    names = [field.name for field in dataclasses.fields(Experience)]
+    names = [field.name for field in dataclasses.fields(Experience) if field.name != "sampled_L"]
+    # an empty array stands for None: other ranks may have one, and all send as many arrays
+    mask_L = np.zeros(0, dtype=np.bool_) if mine.sampled_L is None else mine.sampled_L
     labels = np.frombuffer(json.dumps(dict(counts)).encode(), dtype=np.uint8)
-    of_ranks = all_gather_arrays([*(getattr(mine, name) for name in names), labels], device=device)
-    parts = [Experience(**dict(zip(names, arrays[:-1], strict=True))) for arrays in of_ranks]
+    of_ranks = all_gather_arrays([*(getattr(mine, name) for name in names), mask_L, labels], device=device)
+    parts = [
+        Experience(**dict(zip(names, arrays, strict=True)), sampled_L=mask_L if mask_L.size else None)
+        for *arrays, mask_L, _ in of_ranks
+    ]
     total: dict[str, int] = {}
     for *_, raw in of_ranks:
         for label, number in json.loads(raw.tobytes()).items():

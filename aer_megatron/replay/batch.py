@@ -142,7 +142,7 @@ def _text(kept: Reproducer, path: str, stats: StepStats, heard: list[Diagnosis])
     which = "all mini-batches" if update.minibatch is None else f"mini-batch {update.minibatch}"
     lines = [
         f"replay: step {update.step}, {which}, seed {update.seed}, {experience.num_sequences} sequences, "
-        f"{experience.num_response_tokens:,} response tokens, weights of {path}",
+        f"{experience.num_sampled_tokens:,} sampled tokens, weights of {path}",
         f"layout: tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, ep {parallel.ep}, {kept.config.model.dtype}",
     ]
     diagnosis = kept.description.get("diagnosis")

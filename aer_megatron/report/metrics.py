@@ -61,7 +61,7 @@ class Metric(StrEnum):
     ENTROPY_TOKEN_MEAN = (
         "entropy/token_mean",
         "nats",
-        "H: exact full-vocabulary entropy at the rollout temperature, mean over the step's response tokens",
+        "H: exact full-vocabulary entropy at the rollout temperature, mean over the step's sampled tokens",
     )
     ENTROPY_INITIAL = "entropy/initial", "nats", "H_0: token_mean of the first step's rollouts; measured once"
     ENTROPY_TARGET = "entropy/target", "nats", "H* = tau * H_0"
@@ -107,11 +107,11 @@ class Metric(StrEnum):
         "optimizer updates of the step left out because they were not finite (run.on_nonfinite = skip)",
     )
     TRAIN_LR = "train/lr", "1", "learning rate of the last optimizer step"
-    TRAIN_CLIP_LOW = "train/clip_low", "share", "response tokens whose ratio was cut below 1 - clip_low"
-    TRAIN_CLIP_HIGH = "train/clip_high", "share", "response tokens whose ratio was cut above 1 + clip_high"
-    TRAIN_APPROX_KL = "train/approx_kl", "nats", "k3 estimate of KL(old || new), mean over response tokens"
-    TRAIN_COV_SELECTED = "train/cov_selected", "share", "response tokens that clip_cov silenced or kl_cov penalised"
-    TRAIN_TIS_CUT = "train/tis_cut", "share", "response tokens whose train/rollout weight was cut at tis_clip"
+    TRAIN_CLIP_LOW = "train/clip_low", "share", "sampled tokens whose ratio was cut below 1 - clip_low"
+    TRAIN_CLIP_HIGH = "train/clip_high", "share", "sampled tokens whose ratio was cut above 1 + clip_high"
+    TRAIN_APPROX_KL = "train/approx_kl", "nats", "k3 estimate of KL(old || new), mean over sampled tokens"
+    TRAIN_COV_SELECTED = "train/cov_selected", "share", "sampled tokens that clip_cov silenced or kl_cov penalised"
+    TRAIN_TIS_CUT = "train/tis_cut", "share", "sampled tokens whose train/rollout weight was cut at tis_clip"
     TRAIN_TIS_SAMPLE_SIZE = (
         "train/tis_sample_size",
         "share",
@@ -126,12 +126,12 @@ class Metric(StrEnum):
     ROLLOUT_LOGPROB_DIFF_MEAN = (
         "rollout/logprob_diff_mean",
         "nats",
-        "mean of that difference over response tokens",
+        "mean of that difference over sampled tokens",
     )
     ROLLOUT_MISMATCH_KL = (
         "rollout/mismatch_kl",
         "nats",
-        "k3 estimate of KL(rollout engine || trainer), mean over response tokens",
+        "k3 estimate of KL(rollout engine || trainer), mean over sampled tokens",
     )
     ROLLOUT_SAMPLE_SIZE = (
         "rollout/sample_size",
@@ -141,13 +141,18 @@ class Metric(StrEnum):
     ROLLOUT_STALENESS_MAX = (
         "rollout/staleness_max",
         "versions",
-        "how many policy versions the oldest response token is behind the policy that trains on it",
+        "how many policy versions the oldest sampled token is behind the policy that trains on it",
     )
-    ROLLOUT_STALENESS_MEAN = "rollout/staleness_mean", "versions", "mean of that over response tokens"
+    ROLLOUT_STALENESS_MEAN = "rollout/staleness_mean", "versions", "mean of that over sampled tokens"
     ROLLOUT_RESPONSE_LENGTH_MEAN = "rollout/response_length_mean", "tokens", "mean response length"
     ROLLOUT_TRUNCATED_SHARE = "rollout/truncated_share", "share", "responses cut at rollout.max_new_tokens"
     ROLLOUT_PROMPT_TOKENS = "rollout/prompt_tokens", "tokens", "prompt tokens of the step, once per rollout"
     ROLLOUT_RESPONSE_TOKENS = "rollout/response_tokens", "tokens", "response tokens of the step"
+    ROLLOUT_SAMPLED_TOKENS = (
+        "rollout/sampled_tokens",
+        "tokens",
+        "those of them that the policy sampled; absent where it sampled all",
+    )
     ROLLOUT_GROUPS_DROPPED = "rollout/groups_dropped", "groups", "groups that dynamic sampling removed"
     ROLLOUT_GROUPS_ABORTED = (
         "rollout/groups_aborted",
@@ -229,10 +234,10 @@ _BY_DIFFICULTY = {
         "prompts of the trained batch that are unsolved (g = 0), hard (0 < g <= 1/3), medium, or easy (g >= 2/3); "
         "g is the share of right rollouts. The other difficulty/* are of these prompts, absent where there are none",
     ),
-    "tokens": ("tokens", "response tokens of these prompts: the count behind difficulty/token_entropy"),
-    "token_entropy": ("nats", "token_entropy of these prompts, mean over their response tokens"),
+    "tokens": ("tokens", "sampled tokens of these prompts: the count behind difficulty/token_entropy"),
+    "token_entropy": ("nats", "token_entropy of these prompts, mean over their sampled tokens"),
     "reward": ("reward", "mean reward of the rollouts of these prompts"),
-    "response_length": ("tokens", "mean response length of these prompts"),
+    "response_length": ("tokens", "mean number of sampled tokens of a response to these prompts"),
     "coefficient": ("1", "coefficient * d that the loss used, mean over these prompts"),
 }
 DIFFICULTY = {

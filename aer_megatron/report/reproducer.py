@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from aer_megatron.algo.experience import sampled_mask
 from aer_megatron.config import Config
 from aer_megatron.config_loading import parse_override
 from aer_megatron.config_section import merged
@@ -52,6 +53,7 @@ _DTYPES = {
     "rollout_logprob_T": np.float32,
     "reward_B": np.float64,
     "truncated_B": np.bool_,
+    "sampled_L": np.bool_,
     "advantage_B": np.float64,
     "entropy_weight_B": np.float64,
     "old_logprob_T": np.float32,
@@ -93,7 +95,8 @@ def write_reproducer(folder: Path, update: KeptUpdate, config: Config, more: Map
         OSError: it cannot be written.
     """
     arrays = {f"{_PREFIX}{name}": value for name, value in _fields(update.batch.experience).items()}
-    arrays |= {name: value for name, value in _fields(update.batch).items() if isinstance(value, np.ndarray)}
+    arrays |= {name: value for name, value in _fields(update.batch).items() if name != "experience"}
+    arrays = {name: value for name, value in arrays.items() if value is not None}
     save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, folder / BATCH_FILE)
     resolved = config.model_dump(mode="json")
     options = {
@@ -163,16 +166,17 @@ def _read_batch(file: Path) -> TrainBatch:
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
     names = [field.name for field in dataclasses.fields(Experience)]
-    expected = [f"{_PREFIX}{name}" for name in names] + ["advantage_B", "entropy_weight_B", "old_logprob_T"]
-    missing = sorted(set(expected) - set(arrays))
-    extra = sorted(set(arrays) - {*expected, "ref_logprob_T"})
+    expected = {f"{_PREFIX}{name}" for name in names} | {"advantage_B", "entropy_weight_B", "old_logprob_T"}
+    optional = {f"{_PREFIX}sampled_L", "ref_logprob_T"}
+    missing = sorted(expected - optional - set(arrays))
+    extra = sorted(set(arrays) - expected - optional)
     if missing or extra:
         raise ValueError(f"{file}: missing {missing}, unexpected {extra}")
     for name, values in arrays.items():
         dtype = np.dtype(_DTYPES.get(name.removeprefix(_PREFIX), np.int64))
         if values.ndim != 1 or values.dtype != dtype:
             raise ValueError(f"{file}: {name} is {values.dtype} {values.shape}, expected one axis of {dtype}")
-    experience = Experience(**{name: arrays[_PREFIX + name] for name in names})
+    experience = Experience(**{name: arrays.get(_PREFIX + name) for name in names})  # type: ignore[arg-type]
     _check_lengths(file, experience, arrays)
     return TrainBatch(
         experience=experience,
@@ -190,9 +194,17 @@ def _check_lengths(file: Path, experience: Experience, arrays: Mapping[str, NDAr
         raise ValueError(f"{file}: {len(prompt_B)} prompts and {len(response_B)} responses")
     if not all(bool(((each >= 1) & (each <= limit)).all()) for each in (prompt_B, response_B)):
         raise ValueError(f"{file}: a prompt or response has no token, or more than there are")
-    sizes = {"B": len(prompt_B), "T": int(response_B.sum()), "L": int((prompt_B + response_B).sum())}
+    _check_sizes(file, arrays, {"B": len(prompt_B), "L": int(experience.length_B.sum())})
+    if experience.sampled_L is not None:
+        responses_L = sampled_mask(dataclasses.replace(experience, sampled_L=None))
+        if (experience.sampled_L & ~responses_L).any() or not experience.sampled_length_B.all():
+            raise ValueError(f"{file}: sampled_L names a token of a prompt, or no token of a response")
+    _check_sizes(file, arrays, {"T": experience.num_sampled_tokens})
+
+
+def _check_sizes(file: Path, arrays: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> None:
     for name, values in arrays.items():
-        if len(values) != sizes[name[-1]]:
+        if name[-1] in sizes and len(values) != sizes[name[-1]]:
             raise ValueError(f"{file}: {name} has {len(values)} entries, expected {sizes[name[-1]]}")
 
 

@@ -70,12 +70,15 @@ def difficulty_metrics(profile: BatchProfile, coefficient: float) -> dict[str, A
 
 def experience_metrics(experience: Experience) -> dict[str, float]:
     """Returns lengths and token counts of the rollout batch."""
-    return {
+    metrics: dict[str, float] = {
         Metric.ROLLOUT_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean()),
         Metric.ROLLOUT_TRUNCATED_SHARE: float(experience.truncated_B.mean()),
         Metric.ROLLOUT_PROMPT_TOKENS: int(experience.prompt_length_B.sum()),
-        Metric.ROLLOUT_RESPONSE_TOKENS: experience.num_response_tokens,
+        Metric.ROLLOUT_RESPONSE_TOKENS: int(experience.response_length_B.sum()),
     }
+    if experience.sampled_L is not None:
+        metrics[Metric.ROLLOUT_SAMPLED_TOKENS] = experience.num_sampled_tokens
+    return metrics
 
 
 def engine_metrics(mismatch: Mismatch, staleness: Staleness) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,19 +13,14 @@ from hypothesis import strategies as st
 
 from aer_megatron.actor.batching import MicroBatch, packed_micro_batches, padded_micro_batches
 from aer_megatron.actor.packing import TokenCut, context_positions, pack_micro_batches, padded_lengths, sequence_costs
+from aer_megatron.algo.experience import sampled_mask
 from aer_megatron.config import Config
+from aer_megatron.types import PackedSequences
 from benchmarks.bench_packing import FORMS, MODEL, RANKS, draw_lengths, measure
-
-
-@dataclass
-class Sequences:
-    prompt_length_B: np.ndarray
-    response_length_B: np.ndarray
-    token_ids_L: np.ndarray
-
+from tests.support.experiences import random_mask
 
 # prompts [5 6] and [3], responses [7 1] and [8 9 2]
-TWO = Sequences(np.array([2, 1]), np.array([2, 3]), np.array([5, 6, 7, 1, 3, 8, 9, 2]))
+TWO = PackedSequences(np.array([2, 1]), np.array([2, 3]), np.array([5, 6, 7, 1, 3, 8, 9, 2]))
 BOTH = np.array([0, 1])
 WHOLE = TokenCut()
 
@@ -47,6 +42,17 @@ def test_a_packed_row_by_hand() -> None:
     assert micro.packed_t.tolist() == [0, 1, 2, 3, 4]
     assert micro.sequence_t.tolist() == [0, 0, 1, 1, 1]
     assert micro.packed_length_n is not None and micro.packed_length_n.tolist() == [4, 4]
+
+
+def test_a_row_with_a_tool_s_words_by_hand() -> None:
+    # the policy sampled the 1 of the first response, the 8 and the 2 of the second
+    sampled_L = np.array([0, 0, 0, 1, 0, 1, 0, 1], dtype=np.bool_)
+    (micro,) = packed_micro_batches(replace(TWO, sampled_L=sampled_L), [BOTH], TokenCut(), same_shape=False)
+    assert micro.tokens_bS.tolist() == [[5, 6, 7, 1, 3, 8, 9, 2]]
+    assert micro.row_t.tolist() == [2, 4, 6]
+    assert micro.label_t.tolist() == [1, 8, 2]
+    assert micro.packed_t.tolist() == [0, 1, 2]
+    assert micro.sequence_t.tolist() == [0, 1, 1]
 
 
 def test_a_context_parallel_share_by_hand() -> None:
@@ -104,17 +110,27 @@ def test_every_sequence_once_within_the_budget(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8), st.sampled_from([2, 4]))
-def test_context_ranks_share_the_rows_of_one(lengths: list[tuple[int, int]], cp: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8),
+    st.sampled_from([2, 4]),
+    st.none() | st.integers(0, 2**31),
+)
+def test_context_ranks_share_the_rows_of_one(lengths: list[tuple[int, int]], cp: int, mask: int | None) -> None:
     prompt_B, response_B = (np.array(column, dtype=np.int64) for column in zip(*lengths, strict=True))
     tokens = np.arange(int((prompt_B + response_B).sum()))
-    sequences, everyone = Sequences(prompt_B, response_B, tokens), np.arange(len(lengths))
+    sequences, everyone = PackedSequences(prompt_B, response_B, tokens), np.arange(len(lengths))
+    if mask is not None:
+        sequences = replace(sequences, sampled_L=random_mask(sequences, mask))
     for build in (packed_micro_batches, padded_micro_batches):
         shares = [build(sequences, [everyone], TokenCut(rank, cp), same_shape=False)[0] for rank in range(cp)]
         (whole,) = build(sequences, [everyone], TokenCut(), same_shape=False)
         found = {key: value for share in shares for key, value in _rows(share)}
         assert found == dict(_rows(whole))
         assert sum(len(share.row_t) for share in shares) == len(whole.row_t)
+        # each sampled token once, in the order of the batch, behind the token that predicts it
+        np.testing.assert_array_equal(whole.packed_t, np.arange(sequences.num_sampled_tokens))
+        np.testing.assert_array_equal(whole.label_t, np.flatnonzero(sampled_mask(sequences)))
+        np.testing.assert_array_equal(whole.tokens_bS.reshape(-1)[whole.row_t], whole.label_t - 1)
 
 
 def _rows(micro: MicroBatch) -> list[tuple[int, tuple[int, int, int]]]:

@@ -93,7 +93,7 @@ def test_group_token_entropy_sums_each_prompts_own_tokens():
     assert entropy_sum_P.tolist() == [0.75, 15.0]
     assert token_count_P.tolist() == [2, 4]
     assert (entropy_sum_P.dtype, token_count_P.dtype) == (np.float64, np.int64)
-    with pytest.raises(ValueError, match="one value per response token, 6"):
+    with pytest.raises(ValueError, match="one value per sampled token, 6"):
         group_token_entropy(two_prompts(), entropy_T[:5])
 
 

@@ -79,7 +79,7 @@ def test_every_token_is_counted_once_and_means_rebuild_the_batch(batch):
     advantages = group_advantages(experience, AlgoSection())
     profile = profile_batch(experience, scores, advantages, np.ones(num_groups(experience)))
     np.testing.assert_array_equal(profile.entropy_by_difficulty_DK.sum(1), profile.buckets.tokens_D)
-    assert profile.entropy_by_position_QK.sum() == experience.num_response_tokens
+    assert profile.entropy_by_position_QK.sum() == experience.num_sampled_tokens
     assert profile.entropy_by_position_QK[0].sum() == experience.num_sequences  # one first token each
     means = bucket_means(profile.buckets, 0.5)
     assert list(means) == [name for name in BUCKETS if name in means]

@@ -53,7 +53,7 @@ def test_a_tiny_difference_is_not_lost_to_rounding() -> None:
 
 
 def test_shapes_must_agree() -> None:
-    with pytest.raises(ValueError, match="one entry per response token"):
+    with pytest.raises(ValueError, match="one entry per sampled token"):
         measure_mismatch(np.zeros(2, dtype=np.float32), np.zeros(3, dtype=np.float32))
 
 

@@ -14,6 +14,7 @@ import pytest
 from aer_megatron.actor.batching import minibatch_indices
 from aer_megatron.algo.covariance import select_tokens
 from aer_megatron.parallel.platform import install_platform
+from tests.support.experiences import with_context
 from tests.support.policies import build_actor, build_topology, fixed_batch, policy_config, tiny_hf_model
 from tests.support.spawn import run_distributed
 
@@ -38,6 +39,8 @@ RULES: dict[str, dict[str, Any]] = {
     "constant": {"normalizer": "constant"},
     "reference_kl": {"kl_coefficient": 0.2},
     "tis": {"tis_clip": 1.1},
+    "clip_cov, masked": CLIP_COV,  # a tool said some of the response tokens
+    "kl_cov, masked": KL_COV,
     "everything": {**CLIP_COV, "dual_clip": 1.1, "normalizer": "sequences", "kl_coefficient": 0.2, "tis_clip": 1.1},
 }
 NUM_MINIBATCHES = 2
@@ -60,13 +63,17 @@ def _reference_weights(name: str) -> Any:
     return tiny_hf_model(seed=1).state_dict()[name]
 
 
-def _batch(actor: Any, options: dict[str, Any]) -> Any:
+def _fixed_batch(rule: str) -> Any:
+    return with_context(fixed_batch()) if rule.endswith("masked") else fixed_batch()
+
+
+def _batch(actor: Any, rule: str) -> Any:
     """The fixed batch as the trainer would hold it, with a rollout engine that is a little off."""
-    batch = fixed_batch()
+    batch = _fixed_batch(rule)
     old = actor.score(batch.experience).logprob_T
     noise = np.random.default_rng(5).normal(size=len(old)) * 0.2
     reference = None
-    if options.get("kl_coefficient"):
+    if RULES[rule].get("kl_coefficient"):
         actor.hold_reference(_reference_weights)
         reference = actor.score_reference(batch.experience)
     return dataclasses.replace(
@@ -77,9 +84,9 @@ def _batch(actor: Any, options: dict[str, Any]) -> Any:
     )
 
 
-def _train(layout: Layout, topology: Any, options: dict[str, Any], *, per_micro_batch: bool = False) -> dict[str, Any]:
-    actor = build_actor(_config(layout, options), topology=topology)
-    batch = _batch(actor, options)
+def _train(layout: Layout, topology: Any, rule: str, *, per_micro_batch: bool = False) -> dict[str, Any]:
+    actor = build_actor(_config(layout, RULES[rule]), topology=topology)
+    batch = _batch(actor, rule)
     selections = _record_selections(actor, per_micro_batch)
     stats = actor.train(batch, seed=3, entropy_gradient=True)
     after = actor.score(batch.experience)
@@ -99,7 +106,7 @@ def _record_selections(actor: Any, per_micro_batch: bool) -> list[Any]:
 
     def mutant(batch: Any, indices_b: Any, *, seed: int, moved: bool) -> Any:
         scores = actor._score(batch.experience, indices_b)
-        selected_T = np.zeros(batch.experience.num_response_tokens, dtype=np.bool_)
+        selected_T = np.zeros(batch.experience.num_sampled_tokens, dtype=np.bool_)
         for micro in actor._micro_batches(batch.experience, indices_b):
             selected_T[micro.packed_t] = select_tokens(
                 batch.advantage_B[micro.sequence_t],
@@ -124,9 +131,9 @@ def _all_rules(rank: int, world_size: int, layouts: list[Layout]) -> dict[Any, A
     for layout in layouts:
         topology = build_topology(_config(layout, {}))
         for name in _rules_of(layout):
-            results[layout, name] = _train(layout, topology, RULES[name])
+            results[layout, name] = _train(layout, topology, name)
         for name in ("clip_cov", "kl_cov") if layout in MUTATED else ():
-            results[layout, f"{name} per micro-batch"] = _train(layout, topology, RULES[name], per_micro_batch=True)
+            results[layout, f"{name} per micro-batch"] = _train(layout, topology, name, per_micro_batch=True)
     if world_size == 1:
         results["reference"] = _reference_round_trip(topology)
     return results
@@ -199,19 +206,19 @@ def test_every_rule_changes_the_update(rule: str, one_rank: dict[Any, Any]) -> N
     assert all(abs(one_rank[WHOLE, rule]["grad_norm"] - other) > 1e-5 for other in others)
 
 
-@pytest.mark.parametrize("rule", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("rule", ["clip_cov", "kl_cov", "clip_cov, masked", "kl_cov, masked"])
 def test_the_selection_is_that_of_the_rule_on_the_whole_mini_batch(rule: str, one_rank: dict[Any, Any]) -> None:
     result = one_rank[WHOLE, rule]
-    experience = fixed_batch().experience
+    experience = _fixed_batch(rule).experience
     parts = minibatch_indices(experience.num_sequences, NUM_MINIBATCHES, 3)
-    share = RULES[rule][f"{rule}_fraction"]
+    share = RULES[rule][f"{rule.removesuffix(', masked')}_fraction"]
     total = 0
     for selected_T, part in zip(result["selections"], parts, strict=True):
-        member_T = np.repeat(np.isin(np.arange(experience.num_sequences), part), experience.response_length_B)
+        member_T = np.repeat(np.isin(np.arange(experience.num_sequences), part), experience.sampled_length_B)
         assert not selected_T[~member_T].any()
         assert selected_T.sum() == int(share * member_T.sum())
         total += int(selected_T.sum())
-    assert result["sums"]["selected"] == (total, experience.num_response_tokens)
+    assert result["sums"]["selected"] == (total, experience.num_sampled_tokens)
 
 
 @pytest.mark.parametrize("rule", ["clip_cov", "kl_cov"])

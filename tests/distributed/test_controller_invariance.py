@@ -26,6 +26,7 @@ from aer_megatron.report.reporter import NullReporter
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.types import Experience, Float64Array, PolicyScores, Prompt
 from tests.support.diary_of_saves import Diary
+from tests.support.experiences import random_mask, with_mask
 from tests.support.policies import VOCAB_SIZE, build_actor, policy_config
 from tests.support.spawn import run_distributed
 
@@ -57,12 +58,15 @@ class Step:
 
 
 def rollouts(step: int) -> Experience:
-    """Returns the same ragged rollouts of the same prompts for every layout; lengths differ between prompts."""
+    """Returns the same ragged rollouts of the same prompts for every layout; lengths differ between prompts.
+
+    In every second step a tool speaks inside of the responses.
+    """
     rng = np.random.default_rng(100 + step)
     group_B = np.repeat(np.arange(NUM_PROMPTS), GROUP_SIZE)
     prompt_B = rng.integers(2, 6, NUM_SEQUENCES)
     response_B = 1 + rng.integers(0, 3, NUM_SEQUENCES) * (1 + group_B)
-    return Experience(
+    experience = Experience(
         prompt_id_B=(group_B + 7).astype(np.uint64),
         group_index_B=group_B,
         prompt_length_B=prompt_B,
@@ -74,6 +78,9 @@ def rollouts(step: int) -> Experience:
         policy_version_B=np.zeros(NUM_SEQUENCES, dtype=np.int64),
         policy_version_sum_B=np.zeros(NUM_SEQUENCES, dtype=np.int64),
     )
+    if step % 2 == 0:
+        return experience
+    return with_mask(experience, random_mask(experience, step))
 
 
 def run_config(layout: Layout) -> Config:
@@ -116,7 +123,7 @@ class MeanOfMeansPhases(WatchedPhases):
     def assess(self, experience: Experience, scores: PolicyScores, step: int, policy_version: int) -> Assessment:
         assessed = super().assess(experience, scores, step, policy_version)
         lengths_B = experience.prompt_length_B + experience.response_length_B
-        parts_T = np.split(scores.token_entropy_T.astype(np.float64), np.cumsum(experience.response_length_B)[:-1])
+        parts_T = np.split(scores.token_entropy_T.astype(np.float64), np.cumsum(experience.sampled_length_B)[:-1])
         dp = self.parts.policy.topology.dp  # type: ignore[attr-defined]
         means = [
             np.concatenate([parts_T[index] for index in micro]).mean()

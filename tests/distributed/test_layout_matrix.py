@@ -57,6 +57,10 @@ HALF_PRECISION = {
     "cp": replace(BF16, cp=2),
 }
 PACKED_THREE = Variant(packed=True, micro_batches=3)
+# a tool speaks inside of the responses: padded where the layout's packed rows are the matrix's own, and packed
+MASKED = Variant(masked=True)
+MASKED_PACKED = Variant(packed=True, micro_batches=3, masked=True)
+MASKED_LAYOUTS = {"sp": TWO["sp"], "vpp": TWO["vpp"], "cp": TWO["cp"], "dp": TWO["dp"]}
 
 
 def _changed_sequence(rank: int, world_size: int) -> list[tuple[Any, Any]]:
@@ -87,10 +91,11 @@ def _with_other_tokens(experience: Experience, changed: int) -> Experience:
 
 def _one_rank(rank: int, world_size: int) -> dict[str, Any]:
     results = run_layouts(rank, world_size, WHOLE, [Variant()])
-    variants = run_layouts(rank, world_size, [Layout()], VARIANTS[1:])[0]
+    cuts = [*VARIANTS[1:], MASKED, MASKED_PACKED]
+    variants = run_layouts(rank, world_size, [Layout()], cuts)[0]
     return {
         "whole": dict(zip(WHOLE, [of_layout[0] for of_layout in results], strict=True)),
-        "variants": dict(zip(VARIANTS[1:], variants, strict=True)),
+        "variants": dict(zip(cuts, variants, strict=True)),
         "isolation": _changed_sequence(rank, world_size),
     }
 
@@ -98,6 +103,7 @@ def _one_rank(rank: int, world_size: int) -> dict[str, Any]:
 def _two_ranks(rank: int, world_size: int) -> dict[str, Any]:
     matrix = run_layouts(rank, world_size, list(TWO.values()), VARIANTS)
     half = run_layouts(rank, world_size, list(HALF_PRECISION.values()), [PACKED_THREE])
+    masked = run_layouts(rank, world_size, list(MASKED_LAYOUTS.values()), [MASKED, MASKED_PACKED])
     isolation = _changed_sequence(rank, world_size)
     mutants = {}
     for name, (mutation, layout, variant) in MUTANTS.items():
@@ -108,6 +114,7 @@ def _two_ranks(rank: int, world_size: int) -> dict[str, Any]:
     return {
         "matrix": dict(zip(TWO, matrix, strict=True)),
         "half": dict(zip(HALF_PRECISION, [of_layout[0] for of_layout in half], strict=True)),
+        "masked": dict(zip(MASKED_LAYOUTS, masked, strict=True)),
         "isolation": isolation,
         "mutants": mutants,
     }
@@ -154,6 +161,22 @@ def test_four_ranks(name: str, variant: Variant, one_rank: dict[str, Any], four_
     assert differences(found, one_rank["whole"][whole(FOUR[name])], rtol=1e-5) == []
 
 
+def test_one_rank_with_a_tool_s_words_in_the_responses(one_rank: dict[str, Any]) -> None:
+    padded, packed = (one_rank["variants"][variant] for variant in (MASKED, MASKED_PACKED))
+    assert packed["micro_batches"] == 3
+    assert differences(packed, padded, rtol=1e-5) == []
+    assert padded["sums"]["token_entropy"][1] < one_rank["whole"][Layout()]["sums"]["token_entropy"][1]
+
+
+@pytest.mark.parametrize("variant", [MASKED, MASKED_PACKED], ids=str)
+@pytest.mark.parametrize("name", MASKED_LAYOUTS)
+def test_two_ranks_with_a_tool_s_words_in_the_responses(
+    name: str, variant: Variant, one_rank: dict[str, Any], two_ranks: dict[str, Any]
+) -> None:
+    found = two_ranks["masked"][name][(MASKED, MASKED_PACKED).index(variant)]
+    assert differences(found, one_rank["variants"][MASKED], rtol=1e-5) == []
+
+
 @pytest.mark.parametrize("name", HALF_PRECISION)
 def test_bf16_within_its_rounding(name: str, one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:
     found, expected = two_ranks["half"][name], one_rank["whole"][BF16]
@@ -166,8 +189,9 @@ def test_bf16_within_its_rounding(name: str, one_rank: dict[str, Any], two_ranks
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_seen(name: str, one_rank: dict[str, Any], two_ranks: dict[str, Any]) -> None:
-    _, layout, _ = MUTANTS[name]
-    assert differences(two_ranks["mutants"][name], one_rank["whole"][whole(layout)], rtol=1e-5) != []
+    _, layout, variant = MUTANTS[name]
+    expected = one_rank["variants"][MASKED] if variant.masked else one_rank["whole"][whole(layout)]
+    assert differences(two_ranks["mutants"][name], expected, rtol=1e-5) != []
 
 
 @pytest.mark.parametrize("ranks", ["one_rank", "two_ranks"])

@@ -60,7 +60,7 @@ def test_the_shortest_model_still_gets_a_batch() -> None:
 
 def test_old_logprobs_stay_inside_the_clip_range() -> None:
     experience = probe_experience(num_sequences=8, vocab_size=11, longest=40, seed=3)
-    logprob_T = np.full(experience.num_response_tokens, -1.5, dtype=np.float32)
+    logprob_T = np.full(experience.num_sampled_tokens, -1.5, dtype=np.float32)
     batch = probe_batch(experience, logprob_T, seed=0)
     ratio_T = np.exp(logprob_T - batch.old_logprob_T)
     assert ratio_T.min() > 0.9 and ratio_T.max() < 1.1 and ratio_T.std() > 0.01
@@ -69,7 +69,7 @@ def test_old_logprobs_stay_inside_the_clip_range() -> None:
 
 def test_the_profile_separates_the_first_position() -> None:
     experience = probe_experience(num_sequences=8, vocab_size=11, longest=40, seed=3)
-    reference_T = np.zeros(experience.num_response_tokens, dtype=np.float32)
+    reference_T = np.zeros(experience.num_sampled_tokens, dtype=np.float32)
     off_T = np.where(positions(experience) == 0, 0.0, 0.25).astype(np.float32)
     profile = position_profile(experience, off_T, reference_T)
     assert (profile.first, profile.later) == (0.0, 0.25)

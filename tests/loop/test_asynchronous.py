@@ -106,7 +106,7 @@ class World:
 
     # policy
     def score(self, experience: Any, *, seed: int) -> PolicyScores:
-        values_T = np.full(experience.num_response_tokens, 0.5, dtype=np.float32)
+        values_T = np.full(experience.num_sampled_tokens, 0.5, dtype=np.float32)
         return PolicyScores(-values_T, values_T)
 
     def train(self, batch: Any, *, seed: int, entropy_gradient: bool) -> StepStats:

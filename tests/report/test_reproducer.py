@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -19,21 +20,24 @@ from aer_megatron.report.reproducer import (
     read_reproducer,
     write_reproducer,
 )
+from aer_megatron.types import Experience
+from tests.support.experiences import with_context
 from tests.support.policies import fixed_batch, policy_config
 
 
 def _kept(folder: Path, **changes: Any) -> KeptUpdate:
     folder.mkdir(parents=True)
     config = policy_config(sglang={"environment": {"HF_TOKEN": "secret"}}, parallel={"tp": 2})
-    batch = fixed_batch()
+    batch = with_context(fixed_batch()) if changes.get("masked") else fixed_batch()
     batch.advantage_B[3] = np.nan
     update = KeptUpdate(12, 19, changes.get("minibatch"), 40, True, batch)
     write_reproducer(folder, update, config, {"diagnosis": None, "ranks": 2, "weights": "weights"})
     return update
 
 
-def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
-    update = _kept(tmp_path / "kept", minibatch=1)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_written_is_read_back_bit_for_bit(masked: bool, tmp_path: Path) -> None:
+    update = _kept(tmp_path / "kept", minibatch=1, masked=masked)
     found = read_reproducer(tmp_path / "kept", ["--parallel.pp=2"])
     assert (found.update.step, found.update.seed, found.update.minibatch, found.update.num_updates) == (12, 19, 1, 40)
     assert (found.config.parallel.tp, found.config.parallel.pp) == (2, 2)
@@ -41,7 +45,10 @@ def test_what_is_written_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     for name in ("advantage_B", "entropy_weight_B", "old_logprob_T"):
         assert getattr(found.update.batch, name).tobytes() == getattr(update.batch, name).tobytes()
     assert found.update.batch.experience.prompt_id_B.dtype == np.uint64
-    np.testing.assert_array_equal(found.update.batch.experience.token_ids_L, update.batch.experience.token_ids_L)
+    for field in dataclasses.fields(Experience):
+        mine, theirs = (getattr(each.batch.experience, field.name) for each in (found.update, update))
+        np.testing.assert_array_equal(mine, theirs, err_msg=field.name)
+    assert ("experience.sampled_L" in load_file(tmp_path / "kept" / BATCH_FILE)) == masked
 
 
 def test_no_secret_of_the_run_goes_into_the_folder(tmp_path: Path) -> None:
@@ -98,6 +105,28 @@ def _with_arrays(folder: Path, **arrays: Any) -> None:
 def test_arrays_that_do_not_fit_are_named(arrays: dict[str, Any], said: str, tmp_path: Path) -> None:
     _kept(tmp_path / "kept")
     _with_arrays(tmp_path / "kept", **arrays)
+    with pytest.raises(ValueError, match=said):
+        read_reproducer(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("fault", ["a prompt's token", "no token of a response", "a token less", "of bytes"])
+def test_a_mask_that_does_not_fit_is_named(fault: str, tmp_path: Path) -> None:
+    experience = _kept(tmp_path / "kept", masked=True).batch.experience
+    assert experience.sampled_L is not None
+    sampled_L = experience.sampled_L.copy()
+    end = int(experience.prompt_length_B[0] + experience.response_length_B[0])
+    said = "names a token of a prompt, or no token"
+    match fault:
+        case "a prompt's token":
+            sampled_L[0] = True
+        case "no token of a response":
+            sampled_L[:end] = False
+        case "a token less":
+            sampled_L[np.argmax(sampled_L)] = False
+            said = "no token|expected"
+        case "of bytes":
+            sampled_L, said = sampled_L.astype(np.uint8), "sampled_L is uint8"
+    _with_arrays(tmp_path / "kept", **{"experience.sampled_L": sampled_L})
     with pytest.raises(ValueError, match=said):
         read_reproducer(tmp_path / "kept")
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tests.support.experiences import with_context
 from tests.support.policies import build_actor, build_topology, fixed_batch, policy_config, tiny_hf_model
 
 NUM_SEQUENCES = 12
@@ -38,10 +39,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Variant:
-    """How the batch is cut: packed or padded, in about so many micro-batches per data-parallel rank."""
+    """How the batch is cut: packed or padded, in about so many micro-batches per data-parallel rank.
+
+    ``masked``: a tool said some of the response tokens.
+    """
 
     packed: bool = False
     micro_batches: int = 1
+    masked: bool = False
 
     def parallel(self, dp: int) -> dict[str, Any]:
         batch = fixed_batch(NUM_SEQUENCES).experience
@@ -68,6 +73,8 @@ def update(layout: Layout, variant: Variant, topology: Any, mutation: Mutation =
     model = tiny_hf_model(tied=layout.tied, num_layers=4, experts=layout.experts)
     actor = build_actor(config, topology=topology, model=model)
     batch = fixed_batch(NUM_SEQUENCES)
+    if variant.masked:
+        batch = with_context(batch)
     micros = actor._micro_batches(batch.experience, np.arange(NUM_SEQUENCES))
     with mutation():
         scores = actor.score(batch.experience)

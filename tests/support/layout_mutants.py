@@ -153,6 +153,32 @@ def contiguous_context() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def first_tokens_are_sampled() -> Iterator[None]:
+    """As many tokens as were sampled are scored, from the beginning of the response."""
+
+    def first(sequences: Any, sequence: int, start: int) -> Any:
+        return int(sequences.prompt_length_B[sequence]) + np.arange(sequences.sampled_length_B[sequence])
+
+    with mock.patch("aer_megatron.actor.batching.sampled_positions", first):
+        yield
+
+
+@contextlib.contextmanager
+def responses_are_the_normalizer() -> Iterator[None]:
+    """The loss is divided by the response tokens, a tool's among them."""
+    from aer_megatron.algo.loss import policy_loss
+    from tests.support.policies import fixed_batch
+
+    tokens = float(fixed_batch().experience.response_length_B.sum())
+
+    def of_responses(logprob_T: Tensor, entropy_T: Tensor, **options: Any) -> Any:
+        return policy_loss(logprob_T, entropy_T, **{**options, "normalizer": tokens})
+
+    with mock.patch("aer_megatron.actor.actor.policy_loss", of_responses):
+        yield
+
+
 PACKED, THREE = Variant(packed=True), Variant(micro_batches=3)
 MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[None]], Layout, Variant]] = {
     "no gradient reduction, dp": (no_gradient_reduction, Layout(), THREE),
@@ -168,4 +194,6 @@ MUTANTS: dict[str, tuple[Callable[[], AbstractContextManager[None]], Layout, Var
     "keys keep their gradient": (keys_keep_their_gradient, Layout(cp=2), PACKED),
     "packed sequences meet": (packed_sequences_meet, Layout(), PACKED),
     "contiguous context": (contiguous_context, Layout(cp=2), Variant()),
+    "first tokens are sampled": (first_tokens_are_sampled, Layout(), Variant(masked=True)),
+    "responses are the normalizer": (responses_are_the_normalizer, Layout(), Variant(masked=True)),
 }

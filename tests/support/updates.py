@@ -33,7 +33,7 @@ def uniform_batch(sequences: int, length: int, *, vocab_size: int, old_logprob: 
         experience=experience,
         advantage_B=rng.normal(size=sequences),
         entropy_weight_B=rng.uniform(0.0, 0.1, sequences),
-        old_logprob_T=np.full(experience.num_response_tokens, old_logprob, dtype=np.float32),
+        old_logprob_T=np.full(experience.num_sampled_tokens, old_logprob, dtype=np.float32),
     )
 
 

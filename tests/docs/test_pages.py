@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from aer_megatron.config import Config
+from aer_megatron.config_section import describe
 from tests.support.runs import ROOT
 
 DOCS = ROOT / "docs"
@@ -147,3 +149,18 @@ def test_two_stars_of_a_paragraph_are_no_emphasis() -> None:
         for page, block in blocks
         if block[:1] != "|" and len(re.findall(r"H\*", block)) > 1
     ]
+
+
+def test_options_that_pages_name_exist() -> None:
+    known = {name for name, *_ in describe(Config)}
+    known |= {name.rsplit(".", depth)[0] for name in known for depth in range(1, name.count(".") + 1)}
+    free = ("megatron.", "sglang.launch.", "sglang.environment.")  # passed on, and options of procedural sets
+    files = (".json", ".lock", ".md", ".py", ".toml", ".png", ".jsonl", ".sh")
+    wrong = [
+        f"{name_of(page)}: {name}"
+        for page in PAGES
+        for name in re.findall(r"`(?:--)?([a-z]+(?:\.[a-z_0-9]+)+)(?=[ =`])", page.read_text(encoding="utf-8"))
+        if name.partition(".")[0] in Config.model_fields and name not in known
+        if not name.startswith(free) and not name.endswith(files) and ".options." not in name
+    ]
+    assert not wrong

@@ -40,7 +40,7 @@ export NO_PROXY=$no_proxy
 start=(-m sglang.launch_server)
 keys=$(mktemp -d)
 if [ -n "$key" ]; then
-    start=("$(dirname "${BASH_SOURCE[0]}")/../../aer_megatron/rollout/start_server.py" sglang.launch_server --aer-key-file)
+    start=("$(dirname "${BASH_SOURCE[0]}")/../../aer_megatron/sglang/start_server.py" sglang.launch_server --aer-key-file)
 fi
 
 servers=()

@@ -15,6 +15,8 @@ from tests.support.experiences import with_context
 from tests.support.policies import build_actor, fixed_batch, policy_config, tiny_hf_model
 from tests.support.spawn import run_distributed
 
+pytestmark = pytest.mark.processes
+
 NUM_STEPS = 3
 LONGEST = 9
 

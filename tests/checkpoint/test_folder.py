@@ -173,6 +173,7 @@ def test_a_later_step_of_another_run_is_refused(tmp_path: Path) -> None:
         folder.prepare(8, 10)
 
 
+@pytest.mark.processes
 def test_no_save_begins_without_room_for_it(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
         folder = CheckpointFolder(disk / "checkpoints", keep=1)
@@ -182,6 +183,7 @@ def test_no_save_begins_without_room_for_it(tmp_path: Path) -> None:
         assert names(folder.path) == ["step_00000001"]
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills_up_at_the_manifest_keeps_the_checkpoint_before(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 32 << 20) as disk:
         folder = CheckpointFolder(disk / "checkpoints", keep=1)

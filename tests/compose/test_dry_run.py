@@ -68,6 +68,7 @@ def test_every_fault_is_listed_at_once(folder: Path, tmp_path: Path) -> None:
     assert '"tokens_per_micro_batch"' in text
 
 
+@pytest.mark.processes
 def test_a_verifier_that_cannot_be_imported_and_what_is_skipped(folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"problem": "1", "answer": "1"}\n{"problem": "2"}\n{"problem": "3"}\n')
@@ -90,6 +91,7 @@ def test_folders_of_models_and_of_other_runs(folder: Path, tmp_path: Path) -> No
     assert "model.path='/nonexistent' is not a folder" in missing[0]
 
 
+@pytest.mark.processes
 def test_a_damaged_checkpoint_of_the_folder_is_a_problem(folder: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "out" / "checkpoints" / "step_00000002"
     checkpoint.mkdir(parents=True)

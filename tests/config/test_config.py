@@ -257,6 +257,7 @@ def test_the_digest_is_that_of_the_sorted_json_text() -> None:
     assert config_digest({"b": {"d": None, "c": "x"}, "a": (1, 2.5)}) == expected
 
 
+@pytest.mark.processes
 def test_the_digest_changes_with_any_value_and_not_with_the_process() -> None:
     digest = config_digest(build().model_dump(mode="json"))
     assert digest != config_digest(build(run={"seed": 1}).model_dump(mode="json"))

@@ -11,6 +11,7 @@ from aer_megatron import cli
 from tests.support.runs import ROOT
 
 
+@pytest.mark.processes
 def test_the_help_names_every_command_and_imports_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.runs import ROOT
 
+pytestmark = pytest.mark.processes
+
 PROGRAM = """
 import logging, sys, time, warnings
 from pathlib import Path

@@ -166,6 +166,7 @@ def test_bad_streams_are_refused(tmp_path: Path, tensors: list[tuple[str, Tensor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the write fails half-way in the same call."""
     script = f"""

@@ -243,6 +243,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.processes
 def test_a_full_disk_leaves_nothing(tools: Callable[..., None], tmp_path: Path, small_disk: Path) -> None:
     """The tools look at the free space first; where it goes while they write, the error is as plain."""
     model = save_tiny_model("qwen3", tmp_path / "model")
@@ -310,12 +311,14 @@ def _verified_with_another_rope(rank: int, world_size: int, model: Path) -> str:
     return "nothing was found"
 
 
+@pytest.mark.processes
 def test_verify_finds_other_mathematics(tmp_path: Path) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model")
     (found,) = run_distributed(_verified_with_another_rope, 1, model)
     assert "verification failed: logits" in found and "from transformers in fp64" in found
 
 
+@pytest.mark.processes
 def test_verify_compares_logits_in_a_process_of_its_own(tmp_path: Path) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model")
     for tool, source, output in (

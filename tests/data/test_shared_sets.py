@@ -39,6 +39,7 @@ def test_sets_load_whole(name: str, size: int) -> None:
     assert len({record.id for record in records}) == len({(r.problem, r.answer) for r in records})
 
 
+@pytest.mark.processes
 def test_gold_answers_verify() -> None:
     chooser = random.Random(0)
     sampled = [r for name in SIZES for r in chooser.sample(load(name), 30 if name != "math500" else 120)]

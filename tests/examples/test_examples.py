@@ -77,6 +77,7 @@ def test_readmes_say_what_is_needed(folder: str) -> None:
         assert part in text
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_are_clean(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -106,6 +107,7 @@ def run_script(script: str, environment: dict[str, str], *arguments: str) -> sub
     )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_the_multinode_launch(programs: dict[str, str]) -> None:
     environment = programs | {"MASTER_ADDR": "127.0.0.1", "NNODES": "3", "RUN_ID": "job7"}
     done = run_script("multinode_torchrun/launch.sh", environment, "--run.seed=4")
@@ -126,6 +128,7 @@ def test_the_multinode_launch(programs: dict[str, str]) -> None:
     assert seen["environment"] == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.processes
 def test_the_user_s_interface_wins(programs: dict[str, str]) -> None:
     chosen = {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib", "GPUS_PER_NODE": "2", "MASTER_PORT": "29999"}
     environment = programs | {"MASTER_ADDR": "127.0.0.1", "NNODES": "2"} | chosen
@@ -138,6 +141,7 @@ def test_the_user_s_interface_wins(programs: dict[str, str]) -> None:
     assert seen["arguments"][-1] == "examples/multinode_torchrun/rehearsal.toml"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -154,6 +158,7 @@ def test_a_launch_that_cannot_work_says_why(programs: dict[str, str], given: dic
     assert not list(Path(programs["RECORD"]).iterdir())
 
 
+@pytest.mark.processes
 def test_the_single_node_launch(programs: dict[str, str], tmp_path: Path) -> None:
     model, port = model_folder(tmp_path / "model"), free_ports(2)
     environment = programs | {"GPUS_PER_NODE": "4", "SERVER_PORT": str(port), "FAKE_EXIT_CODE": "7"}
@@ -179,6 +184,7 @@ def test_the_single_node_launch(programs: dict[str, str], tmp_path: Path) -> Non
     assert not processes_with(str(model))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_servers_live_until_the_training_has_stopped(
     programs: dict[str, str], tmp_path: Path, number: signal.Signals
@@ -203,6 +209,7 @@ def test_the_servers_live_until_the_training_has_stopped(
         script.wait()
 
 
+@pytest.mark.processes
 def test_the_slurm_job(programs: dict[str, str], tmp_path: Path) -> None:
     port = free_ports(2)
     (tmp_path / "submitted").mkdir()
@@ -231,6 +238,7 @@ def test_the_slurm_job(programs: dict[str, str], tmp_path: Path) -> None:
     assert not processes_with(str(tmp_path / "model"))
 
 
+@pytest.mark.processes
 def test_serve_ends_its_servers_and_nothing_else(programs: dict[str, str], tmp_path: Path) -> None:
     model, port = model_folder(tmp_path / "model"), free_ports(3)
     bystander = subprocess.Popen(  # another server of this machine, by the same program
@@ -251,6 +259,7 @@ def test_serve_ends_its_servers_and_nothing_else(programs: dict[str, str], tmp_p
         serve.wait()
 
 
+@pytest.mark.processes
 def test_a_server_that_ends_ends_the_others(programs: dict[str, str], tmp_path: Path) -> None:
     model, port = model_folder(tmp_path / "model"), free_ports(2)
     serve = start_serving(programs, model, port)
@@ -264,6 +273,7 @@ def test_a_server_that_ends_ends_the_others(programs: dict[str, str], tmp_path: 
         serve.wait()
 
 
+@pytest.mark.processes
 def test_servers_that_others_reach_need_a_key_which_is_on_no_command_line(
     programs: dict[str, str], tmp_path: Path
 ) -> None:

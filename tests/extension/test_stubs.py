@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from aer_megatron import _C
 
 
+@pytest.mark.processes
 def test_stub_matches_the_compiled_module() -> None:
     command = [sys.executable, "-m", "mypy.stubtest", "aer_megatron._C"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -45,6 +45,7 @@ def config(**run: Any) -> Any:
     )
 
 
+@pytest.mark.processes
 def test_no_line_is_torn_or_lost_while_the_disk_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         writer = MetricsWriter(disk)
@@ -103,6 +104,7 @@ def test_a_disk_that_fails_otherwise_is_an_error_at_once(tmp_path: Path) -> None
         LineFile(tmp_path / "metrics.jsonl").append("line")
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_a_full_disk_ends_neither_events_nor_picture_nor_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -169,6 +171,7 @@ def test_secrets_of_an_earlier_launch_go_too(tmp_path: Path) -> None:
     assert len(read_run_manifest(tmp_path)["launches"]) == 2
 
 
+@pytest.mark.processes
 def test_a_file_that_finds_no_room_leaves_what_was_there(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1 << 16) as disk:
         replace_file(disk / "a", "old")

@@ -34,6 +34,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.processes
 def test_a_second_process_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
     """Neither a program that the holder started nor a child that it forked keeps the lock after its SIGKILL."""
     path = tmp_path / "new" / "run.lock"

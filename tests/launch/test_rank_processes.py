@@ -15,6 +15,8 @@ from aer_megatron.launch.rank_processes import RankProcesses
 from tests.support.ranks import STOPPING, await_end, await_file, write_program
 from tests.support.runs import ROOT
 
+pytestmark = pytest.mark.processes
+
 TIMEOUT_S = 60.0
 
 

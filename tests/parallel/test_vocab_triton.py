@@ -43,6 +43,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     return outcome
 
 
+@pytest.mark.processes
 @needs_triton
 @pytest.mark.parametrize("kind", ["fp32-normal", "fp32-masked", "fp32-large", "bf16", "fp16", "only", "nan"])
 def test_interpreted_kernels_equal_the_reference(interpreted: dict[str, dict[str, float]], kind: str) -> None:
@@ -86,6 +87,7 @@ SIGNATURES: dict[str, dict[str, str]] = {
 }
 
 
+@pytest.mark.processes
 @needs_triton
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kernel", list(SIGNATURES))
@@ -105,6 +107,7 @@ def test_kernels_compile_for_a_gpu(kernel: str, dtype: str, tmp_path: Path, monk
     assert "ex2.approx" in compiled.asm["ptx"]
 
 
+@pytest.mark.processes
 def test_importing_needs_neither_triton_nor_cuda() -> None:
     program = """
 import sys

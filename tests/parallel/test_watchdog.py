@@ -57,6 +57,7 @@ def watchdog(ending: Ending, store: object = None, timeout_s: float = 0.3) -> Wa
     )
 
 
+@pytest.mark.processes
 def test_a_call_that_does_not_return_is_named_with_phase_step_and_stack() -> None:
     ending, store = Ending(), Store()
     with watchdog(ending, store) as watched:
@@ -71,6 +72,7 @@ def test_a_call_that_does_not_return_is_named_with_phase_step_and_stack() -> Non
     assert "test_a_call_that_does_not_return_is_named_with_phase_step_and_stack" in text  # the stack
 
 
+@pytest.mark.processes
 def test_the_alarm_of_another_rank_makes_a_busy_one_speak() -> None:
     ending, store = Ending(), Store()
     with watchdog(ending, store, timeout_s=1.0) as watched:
@@ -83,6 +85,7 @@ def test_the_alarm_of_another_rank_makes_a_busy_one_speak() -> None:
     assert "another rank hangs" in ending.said[0]
 
 
+@pytest.mark.processes
 def test_ranks_that_do_not_answer_the_alarm_are_named() -> None:
     ending, store = Ending(), Store()
     store.keys |= {"aer_megatron/hang/0"}  # rank 0 has answered; this one is rank 3
@@ -91,6 +94,7 @@ def test_ranks_that_do_not_answer_the_alarm_are_named() -> None:
     assert "no word from ranks 1, 2:" in ending.said[-1]
 
 
+@pytest.mark.processes
 def test_progress_keeps_it_quiet() -> None:
     ending = Ending()
     with watchdog(ending, Store()) as watched:
@@ -101,6 +105,7 @@ def test_progress_keeps_it_quiet() -> None:
     assert ending.code is None
 
 
+@pytest.mark.processes
 def test_a_call_within_the_limit_gives_its_phase_new_time() -> None:
     ending = Ending()
     with watchdog(ending, None, timeout_s=0.5) as watched:
@@ -110,6 +115,7 @@ def test_a_call_within_the_limit_gives_its_phase_new_time() -> None:
     assert not ending.said
 
 
+@pytest.mark.processes
 def test_a_lost_store_does_not_silence_the_report() -> None:
     ending = Ending()
     with watchdog(ending, LostStore()):

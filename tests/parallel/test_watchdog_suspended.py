@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from aer_megatron.parallel.second_line import count
 from tests.support.runs import ROOT, environment
 
@@ -46,6 +48,7 @@ def suspend(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
+@pytest.mark.processes
 def test_time_in_suspension_is_not_time_in_a_place() -> None:
     with watched("moves") as process:
         suspend(process)
@@ -55,6 +58,7 @@ def test_time_in_suspension_is_not_time_in_a_place() -> None:
     assert err == ""
 
 
+@pytest.mark.processes
 def test_a_hang_after_a_suspension_is_found() -> None:
     with watched("hangs") as process:
         suspend(process)
@@ -63,6 +67,7 @@ def test_a_hang_after_a_suspension_is_found() -> None:
     assert "longer than run.hang_timeout_s=2" in err
 
 
+@pytest.mark.processes
 def test_a_call_that_holds_the_interpreter_is_ended_from_outside_with_its_stack() -> None:
     with watched("held") as process:
         suspend(process)

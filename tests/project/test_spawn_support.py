@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from tests.support.spawn import run_distributed
 
+pytestmark = pytest.mark.processes
+
 
 def _sum_of_ranks(rank: int, world_size: int, factor: float) -> tuple[int, int, float]:
     total = torch.tensor([rank + 1.0])

@@ -167,6 +167,7 @@ def test_reading_a_run_that_is_none_is_an_error(tmp_path: Path) -> None:
         read_metrics(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.processes
 def test_a_line_outlives_the_process_that_is_killed_after_it(tmp_path: Path) -> None:
     program = f"""
         import time

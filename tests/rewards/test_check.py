@@ -9,6 +9,8 @@ import pytest
 
 from aer_megatron.rewards.pool import check_verifiers
 
+pytestmark = pytest.mark.processes
+
 MODULE = "tests.support.bad_verifiers"
 
 

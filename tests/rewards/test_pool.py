@@ -18,6 +18,8 @@ from aer_megatron.rewards.messages import decode_prompt, encode_prompt
 from aer_megatron.rewards.pool import Job, VerifierPool
 from aer_megatron.types import Prompt, Verdict
 
+pytestmark = pytest.mark.processes
+
 MODULE = "tests.support.bad_verifiers"
 
 
@@ -243,7 +245,7 @@ def test_math_verify_in_a_worker_is_stopped_by_its_alarm() -> None:
 @pytest.mark.parametrize("inherited", [False, True])
 def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path, inherited: bool) -> None:
     """Also not where a process that the trainer forked holds all its pipes open."""
-    program = tmp_path / "loop/synchronous.py"
+    program = tmp_path / "trainer.py"
     notes = tmp_path / "notes"
     notes.mkdir()
     program.write_text(

@@ -90,6 +90,7 @@ def test_refused_scorers_are_refused_everywhere(name: str) -> None:
         ReasoningGymVerifier(name)
 
 
+@pytest.mark.processes
 def test_a_refused_scorer_judges_nothing_in_a_worker_either() -> None:
     asked = Prompt(1, "p", (1,), "1", "reasoning_gym:n_queens", {"item": {"answer": "1"}})
     with VerifierPool(1, 5.0) as pool, pytest.raises(RuntimeError, match="cannot be a reward"):

@@ -38,6 +38,7 @@ def test_cheap_verdicts_start_no_process() -> None:
     assert reason_counts(scored) == {"correct": 2, "no_answer": 2, "wrong_numbers": 1}
 
 
+@pytest.mark.processes
 def test_pool_verdicts_come_back_to_their_completions() -> None:
     exact = "tests.support.bad_verifiers:exact"
     groups = [

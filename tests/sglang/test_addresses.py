@@ -165,6 +165,7 @@ with rollouts([url], folder, max_attempts=2, max_concurrency=64) as made:
 """
 
 
+@pytest.mark.processes
 def test_no_file_descriptors_left_is_this_process_s_fault_and_not_the_server_s(folder: Path) -> None:
     with SGLangDouble(folder, token_s=0.1) as server:
         command = [sys.executable, "-c", NO_FILES_LEFT, server.url, str(folder)]

@@ -21,6 +21,8 @@ from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
 
+pytestmark = pytest.mark.processes
+
 DOUBLE = ROOT / "tests" / "support" / "sglang_double.py"
 
 

@@ -45,6 +45,7 @@ def test_a_finished_folder_is_returned_at_once(
     assert (folder / STAMP).is_file()
 
 
+@pytest.mark.processes
 def test_an_outdated_folder_is_made_anew_and_a_failed_download_is_told(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def accept(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
+@pytest.mark.processes
 def test_a_dry_run_lists_everything_and_runs_nothing(tmp_path: Path) -> None:
     done = accept("--dry-run", "--out", str(tmp_path / "out"), SGLANG_PYTHON="/opt/sglang/bin/python")
     assert done.returncode == 0, done.stderr
@@ -48,6 +49,7 @@ def test_a_dry_run_lists_everything_and_runs_nothing(tmp_path: Path) -> None:
     assert "sglang" not in accept("--dry-run", SGLANG_PYTHON="").stdout
 
 
+@pytest.mark.processes
 def test_the_run_files_of_a_dry_run_load(tmp_path: Path) -> None:
     """Every command of the trainer gets options that exist."""
     from aer_megatron.config_loading import load_config
@@ -60,6 +62,7 @@ def test_the_run_files_of_a_dry_run_load(tmp_path: Path) -> None:
         load_config(ROOT / run_file, [argument for argument in arguments if not argument.startswith("--stage")])
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="a CUDA device is here: the script would run for an hour")
 def test_it_stops_at_once_without_a_device(tmp_path: Path) -> None:
     done = accept("--out", str(tmp_path / "out"))
@@ -68,6 +71,7 @@ def test_it_stops_at_once_without_a_device(tmp_path: Path) -> None:
     assert accept("--quick").returncode == 2
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("what", ["head", "update"])
 def test_the_benchmark_runs_on_the_cpu_in_small(tmp_path: Path, what: str) -> None:
     out = tmp_path / "out.json"

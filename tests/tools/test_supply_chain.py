@@ -103,6 +103,7 @@ def test_a_package_that_is_missing_is_named(
     assert "not installed: numpy" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_diskcache_is_not_needed_by_the_trainer_and_not_imported_by_verifiers(bom: dict[str, Any]) -> None:
     assert not {"diskcache", "outlines"} & {item["name"] for item in bom["components"]}
     program = (
@@ -157,6 +158,7 @@ def fake_docker(folder: Path, answer: str) -> str:
     return str(program)
 
 
+@pytest.mark.processes
 def test_the_digests_of_the_registry_are_written_and_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +178,7 @@ def test_the_digests_of_the_registry_are_written_and_checked(
     assert f"python:3.11-slim-bookworm@sha256:{'b' * 64}" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("answer", ["exit 1", "echo latest", "echo; exit 0"])
 def test_a_registry_without_an_answer_changes_nothing(tmp_path: Path, answer: str) -> None:
     file = tmp_path / "Dockerfile"

@@ -6,11 +6,8 @@ This file does NOT hold options or defaults (config.py), read the environment, t
 from __future__ import annotations
 
 import codecs
-import difflib
 import hashlib
-import itertools
 import json
-import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,27 +36,6 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     for override in overrides:
         table = merged(table, parse_override(override))
     return Config.from_table(table)
-
-
-def refuse_misspelt(arguments: Sequence[str], flags: Sequence[str] = ()) -> None:
-    """Raises ValueError for an argument that is nearly ``--section.key=value``, with the right spelling.
-
-    ``flags`` are the command's own options, which are left to it.
-    """
-    for argument, following in itertools.pairwise([*arguments, "--"]):
-        name, separator, _ = argument.partition("=")
-        if name in flags:
-            continue
-        if argument.startswith("--") and not separator:
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.7) if "." not in name else []
-            if near:
-                raise ValueError(f"{shown(argument)} is not understood; did you mean {near[0]}?")
-            value = "VALUE" if following.startswith("--") else following
-            raise ValueError(
-                f"{shown(argument)} and its value must be one argument: write {shlex.quote(f'{argument}={value}')}"
-            )
-        if separator and not argument.startswith("--") and name.lstrip("-").split(".")[0] in Config.model_fields:
-            raise ValueError(f"{shown(argument)} is not understood: write {shlex.quote('--' + argument.lstrip('-'))}")
 
 
 def config_digest(sections: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The command line of training; compose/ builds what a stage is made of.
 
     aer launch --nproc 2 RUN.toml --parallel.tp=2 --algo.entropy.kind=aer
-    python -m aer_megatron.train RUN.toml --dry-run
+    aer train RUN.toml --dry-run
     aer launch --nproc 2 RUN.toml --stage=sft
 
 Exit codes: 0 done (or stopped by SIGUSR1 or run.max_hours), 2 configuration or data are wrong (one clear message),
@@ -10,99 +10,40 @@ Exit codes: 0 done (or stopped by SIGUSR1 or run.max_hours), 2 configuration or 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import load_config, refuse_misspelt
 from aer_megatron.config_section import describe
-from aer_megatron.console.failures import LOG_FOLDER, Edge, run_command
+from aer_megatron.console.command_line import CommandLine, Given, Option
+from aer_megatron.console.failures import LOG_FOLDER, Edge
 from aer_megatron.console.standard_streams import say
 from aer_megatron.parallel.stop import StopRequests, StopRun
 
-USAGE = """\
-usage: python -m aer_megatron.train RUN.toml [--stage=rl|sft] [--dry-run] [--section.key=value ...]
-       aer launch --nproc N RUN.toml ...
 
-  RUN.toml             run file; every option below can be set in it or overridden with --section.key=value
-  --stage=rl           reinforcement learning (the default)
-  --stage=sft          supervised stage: trains the model of sft.init and writes model.path
-  --dry-run            print the resolved configuration and the plan of one step; check model, tokenizer, data,
-                       verifiers, folders and server options, all at once and without weights; then stop
-  --help               this text
-"""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CommandLine:
-    """What the user asked for. Example: ``CommandLine("run.toml", "rl", False, ("--run.seed=1",))``."""
-
-    run_file: str | None
-    stage: str
-    dry_run: bool
-    overrides: tuple[str, ...]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of one training process."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        return 0
-    quiet_libraries()
-    given = list(arguments)
-    return run_command(lambda edge: run(given, edge))
-
-
-def run(arguments: Sequence[str], edge: Edge) -> int:
-    """Returns the exit code of what the command line asks for."""
-    command = parse_command_line(arguments)
-    config = load_config(command.run_file, command.overrides)
+def _run(given: Given, edge: Edge) -> int:
+    config = given.config()
     edge.log_folder = Path(config.run.output_dir) / LOG_FOLDER
-    if command.dry_run:
-        return _dry_run(config, command.stage)
+    if given["dry-run"]:
+        return _dry_run(config, given["stage"])
     speaks = os.environ.get("RANK", "0") == "0"  # the ranks' own part needs seconds to be imported
     line = functools.partial(say, error=True) if speaks else None
     try:
         with StopRequests(line, max_hours=config.run.max_hours, end=_end_at_once) as stops:
             if speaks:
                 say(f"loading libraries, data and {config.model.path} for {config.run.output_dir}")
-            run_stage(command.stage, config, arguments, edge, stops)
+            run_stage(given["stage"], config, given.arguments, edge, stops)
     except StopRun as stop:
         return stop.cause.exit_code
     return stops.agreed.exit_code
 
 
-def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Returns the parsed arguments; raises ValueError for one that is not understood."""
-    run_file, stage, dry_run, overrides = None, "rl", False, []
-    refuse_misspelt(arguments, ("--dry-run", "--stage"))
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--dry-run":
-            dry_run = True
-        elif argument == "--stage" or argument.startswith("--stage="):
-            stage = argument.partition("=")[2] if "=" in argument else next(rest, "")
-            if stage not in ("rl", "sft"):
-                raise ValueError(f"--stage={stage} is not a stage; use rl or sft")
-        elif argument.startswith("--"):
-            overrides.append(argument)
-        elif run_file is None:
-            run_file = argument
-        else:
-            raise ValueError(f"argument {argument!r} is not understood: the run file is already {run_file}")
-    return CommandLine(run_file, stage, dry_run, tuple(overrides))
-
-
-def help_text() -> str:
-    """Returns the usage with every option, its default and its meaning."""
-    lines = [USAGE, "options (defaults in brackets):"]
+def _options_text() -> str:
+    """Returns every option of a run file, its default and its meaning."""
+    lines = ["\noptions of the run file (defaults in brackets):"]
     for key, _, default, description in describe(Config):
         lines.append(f"  --{key} [{default}]" + (f"\n        {description}" if description else ""))
     return "\n".join(lines)
@@ -170,15 +111,32 @@ def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge, 
         destroy_topology()
 
 
-def quiet_libraries() -> None:
-    """Megatron-Core and torch warn about every optional package that is absent; run.json lists the versions."""
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*")
-    # Megatron reads .grad of the views that it keeps as gradient accumulators
-    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch)\..*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(megatron|torch)\..*")
-    for name in ("megatron", "torch.distributed", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+COMMAND = CommandLine(
+    "train",
+    about="Trains in this process alone, or as one rank of a launcher: aer launch, or torchrun -m aer_megatron.train.",
+    run=_run,
+    place="RUN.toml",
+    what="the run file",
+    needs_place=False,
+    under_launch=True,
+    options=(
+        Option(
+            "stage",
+            "STAGE",
+            "reinforcement learning, or the supervised stage: it trains the model of sft.init and writes model.path",
+            choices=("rl", "sft"),
+            default="rl",
+        ),
+        Option(
+            "dry-run",
+            "",
+            "print the resolved configuration and the plan of one step; check model, tokenizer, data, verifiers, "
+            "folders and server options, all at once and without weights; then stop",
+        ),
+    ),
+    more_help=_options_text,
+)
+main = COMMAND.main
 
 
 if __name__ == "__main__":

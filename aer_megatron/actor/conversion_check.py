@@ -19,8 +19,9 @@ from aer_megatron.actor.model import gpt_arguments
 from aer_megatron.actor.weights import load_hf_weights
 from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.megatron_folder import MegatronFolder
+from aer_megatron.costs.memory import DTYPE_BYTES
+from aer_megatron.costs.model_size import parameter_count
 from aer_megatron.parallel.topology import Topology, destroy_topology, initialize_topology
 
 _PROMPT_LENGTH = 48
@@ -44,7 +45,7 @@ def fixed_prompt(vocab_size: int) -> list[int]:
 
 def fp32_bytes(arch: ModelArchitecture) -> int:
     """Returns the bytes of the model's weights in fp32, of which a logits comparison holds one copy at a time."""
-    return 4 * sum(torch.Size(shape).numel() for shape in hf_names(arch).values())
+    return DTYPE_BYTES["fp32"] * parameter_count(arch)
 
 
 def transformers_logits(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.compose.quantization import check_quantization
+from aer_megatron.compose.step_plan import StepPlan
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.console.standard_streams import say
 from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups
@@ -127,17 +128,8 @@ def model_checks(config: Config, path: str) -> list[Callable[[], None]]:
     return [
         functools.partial(check_parallel, arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep),
         functools.partial(check_quantization, config, arch),
-        functools.partial(_check_positions, config, arch),
+        StepPlan(config, arch).check_positions,
     ]
-
-
-def _check_positions(config: Config, arch: ModelArchitecture) -> None:
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    if longest > arch.max_positions:
-        raise ValueError(
-            f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} = {longest} exceeds the model's {arch.max_positions} positions; lower one"
-        )
 
 
 def checked_weights(path: str) -> Callable[[str], Tensor]:

@@ -21,7 +21,9 @@ from aer_megatron.compose.common import architecture, checked_weights, model_che
 from aer_megatron.compose.data import prompt_set
 from aer_megatron.compose.engines import check_server_options
 from aer_megatron.compose.sft import init_path, is_made, supervised_locks, supervised_source
+from aer_megatron.compose.step_plan import StepPlan
 from aer_megatron.config import Config
+from aer_megatron.costs.memory import peak_bytes
 from aer_megatron.data.skipped import SkippedRecords
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from aer_megatron.files.run_lock import LOCK_FILE, held_by
@@ -58,18 +60,18 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
     parallel = config.parallel
     fewest = parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
     num_ranks = world_size if world_size > 1 else fewest
-    dp = found.attempt(lambda: config.check_world_size(num_ranks))
+    fits = found.attempt(lambda: config.check_world_size(num_ranks))
     path = found.attempt(lambda: init_path(config)) if stage == "sft" else config.model.path
     plan: str | None = None
     if path is not None and _is_folder(found, path, "sft.init" if stage == "sft" else "model.path"):
         for check in found.attempt(lambda: model_checks(config, path)) or ():
             found.attempt(check)
-        if dp is not None:
-            plan = found.attempt(lambda: plan_text(config, path, num_ranks, dp))
+        if fits is not None:
+            plan = found.attempt(lambda: plan_text(config, path, num_ranks))
         if stage == "rl" or any(Path(path).glob("*.safetensors")):
             found.attempt(lambda: checked_weights(path))
         if stage == "sft":
-            _look_at_supervised_data(found, config, path, dp or 1)
+            _look_at_supervised_data(found, config, path, fits or 1)
         else:
             _look_at_data(found, config)
     _look_at_folders(found, config, stage)
@@ -79,33 +81,29 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
     return (f"{text}\n\n{plan}" if plan else text), found
 
 
-def plan_text(config: Config, path: str, num_ranks: int, dp: int) -> str:
+def plan_text(config: Config, path: str, num_ranks: int) -> str:
     """Returns the sizes of one step of the model in ``path``; raises ValueError where that is not readable."""
-    arch, parallel = architecture(path), config.parallel
-    num_sequences = config.rollout.prompts_per_step * config.rollout.group_size
-    per_update = num_sequences // config.algo.num_minibatches
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    micro = -(-per_update // dp // parallel.micro_batch_size)
-    batches = (
-        f"{micro} per optimizer step and rank, of <= {parallel.micro_batch_size} sequences"
-        f" (<= {parallel.micro_batch_size * longest:,} tokens)"
-    )
-    if parallel.tokens_per_micro_batch:
-        most = -(-per_update // dp // (parallel.tokens_per_micro_batch // longest))
-        batches = (
-            f"packed, of <= {parallel.tokens_per_micro_batch:,} tokens: at most {most} per optimizer step and rank"
-        )
-    cp = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    plan = StepPlan(config, architecture(path))
+    arch, work, layout = plan.arch, plan.work, plan.own_layout(num_ranks)
+    size = plan.own_micro_batch_size(layout)
+    count, budget = plan.micro_batches(layout, size), config.parallel.tokens_per_micro_batch
+    batches = f"{count} per optimizer step and rank, of <= {size} sequences (<= {size * plan.longest:,} tokens)"
+    if budget:
+        batches = f"packed, of <= {budget:,} tokens: at most {count} per optimizer step and rank"
+    cp = f" x cp {layout.cp}" if layout.cp > 1 else ""
+    _, training = plan.training_memory(layout, size)
+    peak = peak_bytes(training, plan.engine_memory(layout)) / 1e9
     lines = [
         "plan of one step",
-        f"  ranks                {num_ranks} = tp {parallel.tp} x pp {parallel.pp}{cp} x dp {dp}",
+        f"  ranks                {num_ranks} = tp {layout.tp} x pp {layout.pp}{cp} x dp {layout.dp}",
         f"  model                {arch.family}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
         f"vocabulary {arch.vocab_size}",
         f"  rollouts             {config.rollout.prompts_per_step} prompts x {config.rollout.group_size} = "
-        f"{num_sequences} sequences",
-        f"  response tokens      <= {num_sequences * config.rollout.max_new_tokens:,}",
-        f"  optimizer steps      {config.algo.num_minibatches} of {per_update} sequences",
+        f"{work.sequences} sequences",
+        f"  response tokens      <= {work.scored_tokens:,}",
+        f"  optimizer steps      {work.minibatches} of {work.sequences // work.minibatches} sequences",
         f"  micro-batches        {batches}",
+        f"  memory of a GPU      {peak:,.1f} GB at the peak; aer plan says of what, and which layouts fit",
     ]
     return "\n".join(lines)
 

@@ -18,6 +18,7 @@ from aer_megatron.actor.nonfinite_findings import Diagnosis
 from aer_megatron.compose.common import MAX_SHARD_BYTES
 from aer_megatron.config import Config
 from aer_megatron.convert.hf_folder import write_hf_folder
+from aer_megatron.costs.memory import DTYPE_BYTES
 from aer_megatron.costs.model_size import parameter_count
 from aer_megatron.parallel.agreement import on_all_ranks, on_first_rank
 from aer_megatron.parallel.platform import Platform
@@ -30,7 +31,6 @@ from aer_megatron.report.reproducer import (
 from aer_megatron.types import Experience, Float32Array, PolicyScores, StepStats, TrainBatch
 
 _LOG = logging.getLogger(__name__)
-_BYTES = {"fp32": 4, "bf16": 2}
 
 
 class GuardedPolicy:
@@ -101,7 +101,7 @@ class GuardedPolicy:
         parent = Path(self._config.run.output_dir) / kind
         final = parent / update.folder_name
         fresh = final.with_name(f"{final.name}.tmp-new")
-        megabytes = parameter_count(self._actor.arch) * _BYTES[self._config.model.dtype] / 1e6
+        megabytes = parameter_count(self._actor.arch) * DTYPE_BYTES[self._config.model.dtype] / 1e6
         whole = megabytes <= self._config.run.reproducer_gb * 1e3
         weights_from = WEIGHTS_FOLDER if whole else self._other_weights()
         more = {**more, "ranks": self._platform.world_size, "weights": weights_from}

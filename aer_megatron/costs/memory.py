@@ -22,9 +22,13 @@ from aer_megatron.costs.model_size import Layout, ModelSizes, kv_width, paramete
 
 HeadForm = Literal["fused", "logits", "textbook"]
 
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}  # of weights and activations, by model.dtype
+# what the head works with at a time (parallel/): float32 bytes of a chunk of logits on a GPU, which wants few and large
+# launches, and rows of the head in one mixed-precision product, whose float32 result stays small
+DEVICE_CHUNK_BYTES = 1 << 28
+WEIGHT_BLOCK = 8192
+
 _FP32 = 4
-# columns of float32 product that the fused head's mixed-precision weight gradient makes at a time (fused_head.py)
-_WEIGHT_BLOCK = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class TrainingForm:
     attention: Literal["local", "flash"]
     head: HeadForm
     vocab_rows: int  # padded vocabulary of all ranks
-    chunk_bytes: int  # float32 bytes of one chunk of logits, see parallel/vocab_shard.py
+    chunk_bytes: int = DEVICE_CHUNK_BYTES
     fused_swiglu: bool = False  # megatron.bias_activation_fusion
     on_cpu: bool = False  # PyTorch kernels with chunk buffers instead of Triton's; gloo instead of NCCL
 
@@ -179,13 +183,24 @@ def head_memory(hidden_size: int, shard_rows: int, responses: int, form: Trainin
     buffers = chunk * size if size != _FP32 or not form.on_cpu else 0
     buffers += 2 * chunk * _FP32 if form.on_cpu else 0
     if size != _FP32:
-        buffers += min(_WEIGHT_BLOCK, shard_rows) * hidden_size * _FP32
+        buffers += min(WEIGHT_BLOCK, shard_rows) * hidden_size * _FP32
     return 2 * rows + max(buffers, weight_gradient)
 
 
-def chunk_rows(shard_rows: int, responses: int, chunk_bytes: int) -> int:
-    """Returns the tokens of one chunk of logits: ``parallel.vocab_shard.rows_per_chunk`` for ``chunk_bytes``."""
-    return max(1, min(chunk_bytes // (shard_rows * _FP32), responses // 16))
+def chunk_rows(shard_rows: int, responses: int, chunk_bytes: int, itemsize: int = _FP32) -> int:
+    """Returns the tokens of one chunk of logits: ``chunk_bytes`` of them, at most 1/16 of ``responses``, at least 1."""
+    return max(1, min(chunk_bytes // (max(1, shard_rows) * itemsize), responses // 16))
+
+
+def constant_memory(
+    model: ModelSizes, layout: Layout, *, stage: int, vocab_rows: int, dtype_bytes: int
+) -> tuple[int, int, int]:
+    """Returns the bytes of one rank's weights, fp32 gradients and share of AdamW's state."""
+    held = rank_parameters(model, layout, stage=stage, vocab_rows=vocab_rows)
+    # two moments, and main weights beside half-precision ones
+    state = 2 * _FP32 + (0 if dtype_bytes == _FP32 else _FP32)
+    optimizer = state * held.dense // layout.num_replicas + state * held.experts * layout.ep // layout.num_replicas
+    return held.total * dtype_bytes, held.total * _FP32, optimizer
 
 
 def stage_memory(
@@ -200,8 +215,12 @@ def stage_memory(
     """
     batch = replace(batch, length=-(-batch.length // layout.cp), responses=-(-batch.responses // layout.cp))
     size, shards = form.dtype_bytes, layout.sequence_shards
-    held = rank_parameters(model, layout, stage=stage, vocab_rows=form.vocab_rows)
     last = stage == layout.pp - 1
+    # constant: weights, gradients, optimizer
+    weights, gradients, optimizer = constant_memory(
+        model, layout, stage=stage, vocab_rows=form.vocab_rows, dtype_bytes=size
+    )
+    # kept by a forward pass of one micro-batch, and made again in its backward pass
     layer = layer_activations(model, layout, batch, form)
     per_stage = model.num_layers // layout.pp
     row = batch.tokens * model.hidden_size * size
@@ -211,33 +230,33 @@ def stage_memory(
         kept, redone = per_stage * layer.total, 0
         if layout.recompute == "selective" and form.attention == "local":
             redone = _core_attention(model, layout, batch, form)
+    # forward passes that wait for their backward pass
     in_flight = layout.pp - stage
     if layout.vpp > 1:
         in_flight = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
     chunks = min(in_flight, num_micro_batches * layout.vpp)
     waiting = kept * chunks // layout.vpp + 2 * batch.tokens * 8
-    matrix = form.vocab_rows // layout.tp * model.hidden_size * size
-    final_norm = (2 if form.attention == "local" else 1) * row // shards
+    # the head of the last stage, with its final norm and the loss's own vectors
     head = 0
-    backward = redone + _layer_working(model, layout, batch, form)
     if last:
-        head = final_norm + head_memory(model.hidden_size, form.vocab_rows // layout.tp, batch.responses, form)
-        head += 16 * batch.responses * _FP32  # the loss's own vectors
+        head = (2 if form.attention == "local" else 1) * row // shards + 16 * batch.responses * _FP32
+        head += head_memory(model.hidden_size, form.vocab_rows // layout.tp, batch.responses, form)
+    # the backward pass of a layer, beside the head's gradient where that waits for the embedding's
+    matrix = form.vocab_rows // layout.tp * model.hidden_size * size
+    backward = redone + _layer_working(model, layout, batch, form)
     if model.tied_embeddings and layout.pp == 1:
-        backward += matrix  # the head's gradient waits for the embedding's
-    later = (2 if model.tied_embeddings else 1) * matrix if stage == 0 else 0  # the embedding's gradient comes last
-    if form.on_cpu:  # gloo reduces a copy of the whole gradient buffer
-        later = max(later, held.total * _FP32)
-    working = max(0, backward - head, later - waiting - head)
-    fp32_weights = size == _FP32
-    state = 2 * _FP32 + (0 if fp32_weights else _FP32)  # two moments, and main weights beside half-precision ones
+        backward += matrix
+    # the embedding's gradient comes last; on a CPU, gloo then reduces a copy of the whole gradient buffer
+    later = (2 if model.tied_embeddings else 1) * matrix if stage == 0 else 0
+    if form.on_cpu:
+        later = max(later, gradients)
     return StageMemory(
-        weights=held.total * size,
-        gradients=held.total * _FP32,
-        optimizer=state * held.dense // layout.num_replicas + state * held.experts * layout.ep // layout.num_replicas,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
         activations=waiting,
         head=head,
-        working=working,
+        working=max(0, backward - head, later - waiting - head),
     )
 
 
@@ -267,6 +286,11 @@ class EngineMemory:
     weights: int  # constant
     rollout: int  # KV cache, prefill and sampling buffers
     sync: int  # second copy of the weights, gathered buckets
+
+
+def peak_bytes(training: StageMemory, engine: EngineMemory) -> int:
+    """Returns constant memory and the largest of what update, rollout and weight sync add, which do not overlap."""
+    return training.constant + engine.weights + max(training.transient, engine.rollout, engine.sync)
 
 
 def kv_bytes_per_token(model: ModelSizes, dtype_bytes: int) -> int:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from aer_megatron.costs.hardware import Gpu
-from aer_megatron.costs.memory import EngineMemory, StageMemory, TrainingForm, kv_bytes_per_token
+from aer_megatron.costs.memory import EngineMemory, StageMemory, TrainingForm, kv_bytes_per_token, peak_bytes
 from aer_megatron.costs.model_size import (
     Layout,
     ModelSizes,
@@ -106,9 +106,8 @@ class Candidate:
 
     @property
     def peak_bytes(self) -> float:
-        """Constant memory and the largest of what update, rollout and weight sync add, which do not overlap."""
-        busy = max(self.memory.transient, self.engine.rollout, self.engine.sync)
-        return self.memory.constant + self.engine.weights + self.served + busy
+        """What the rank needs, and the co-located servers beside it."""
+        return peak_bytes(self.memory, self.engine) + self.served
 
 
 def step_flops(model: ModelSizes, work: Workload, layout: Layout, form: TrainingForm) -> StepFlops:

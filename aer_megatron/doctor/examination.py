@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.model import TORCH_DTYPES
@@ -25,6 +24,8 @@ from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.hf_folder import write_hf_folder
 from aer_megatron.convert.mapping import hf_names
 from aer_megatron.convert.random_weights import random_hf_weights
+from aer_megatron.costs.memory import DTYPE_BYTES
+from aer_megatron.costs.model_size import parameter_count
 from aer_megatron.doctor import diagnosis, layouts
 from aer_megatron.doctor.diagnosis import Check, Clues, Diagnosis, Explanation, PositionProfile, TensorFinding
 from aer_megatron.doctor.layout_comparison import (
@@ -187,7 +188,7 @@ class Examiner:
         """Returns why transformers is not asked, nothing where it is; the same on every rank."""
         if self._mode == "never":
             return "--reference=never"
-        bytes_needed = 2 * 4 * sum(torch.Size(shape).numel() for shape in hf_names(self._arch).values())
+        bytes_needed = 2 * DTYPE_BYTES["fp32"] * parameter_count(self._arch)
 
         def reason() -> str:
             free = int(_FREE_SHARE * free_memory_bytes(self._platform))

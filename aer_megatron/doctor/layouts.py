@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.compose.common import architecture, build_actor, build_topology
+from aer_megatron.compose.common import build_actor, build_topology
+from aer_megatron.compose.step_plan import StepPlan
 from aer_megatron.config import Config
-from aer_megatron.convert.architecture import ModelArchitecture, check_parallel
-from aer_megatron.convert.mapping import hf_names
+from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups
 from aer_megatron.doctor.layout_comparison import Measurement, tensor_sketch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import leave_layout
@@ -87,26 +86,20 @@ def variants(
             candidate = config.with_options(changes)
             dp = candidate.check_world_size(num_ranks)
             parallel = candidate.parallel
-            padded = architecture(config.model.path, tp=parallel.tp)
+            plan = StepPlan(candidate, arch)
+            layout = plan.own_layout(num_ranks)
+            padded = pad_query_groups(arch, parallel.tp)
             check_parallel(padded, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep)
         except ValueError as error:
             left_out.append((name, str(error)))
             continue
-        needed = training_bytes(arch, candidate, dp)
+        needed = plan.training_memory(layout, 1)[1].constant
         if name != OWN and needed > free_bytes:
             left_out.append((name, f"needs {needed / 1e9:.1f} GB a rank, {free_bytes / 1e9:.1f} GB are free"))
         elif (key := (parallel, candidate.model.head, candidate.megatron)) not in seen:
             seen.append(key)
             fitting.append(Variant(name, _axes(candidate, dp, num_sequences), candidate))
     return fitting, left_out
-
-
-def training_bytes(arch: ModelArchitecture, config: Config, dp: int) -> int:
-    """Returns the bytes of one rank's weights, gradients and optimizer state."""
-    num_parameters = sum(torch.Size(shape).numel() for shape in hf_names(arch).values())
-    bf16 = config.model.dtype == "bf16"
-    per_parameter = (2 if bf16 else 4) + 4 + (12 if bf16 else 8) / dp
-    return int(num_parameters / (config.parallel.tp * config.parallel.pp) * per_parameter)
 
 
 def _table(

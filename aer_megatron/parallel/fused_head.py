@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
+from aer_megatron.costs.memory import WEIGHT_BLOCK
 from aer_megatron.parallel.vocab import refuse_second_derivative
 from aer_megatron.parallel.vocab_kernel import choose_kernel
 from aer_megatron.parallel.vocab_shard import (
@@ -39,8 +40,6 @@ __all__ = ["fused_linear_logprob_entropy"]
 # Far larger than for given logits: every chunk reads the whole head twice and its gradient once, so that 64 tokens a
 # chunk are twice as fast as 13 at V = 151,936.
 _CPU_CHUNK_BYTES = 1 << 26
-# Rows of the head that one mixed-precision product covers, so that its float32 result stays small.
-_WEIGHT_BLOCK = 8192
 
 
 def fused_linear_logprob_entropy(
@@ -148,7 +147,7 @@ class _WeightGradient:
         if grad_CW.dtype == sum_WH.dtype:
             sum_WH.addmm_(grad_CW.t(), hidden_CH.to(sum_WH.dtype))
             return
-        for block in chunks(self._width, _WEIGHT_BLOCK):
+        for block in chunks(self._width, WEIGHT_BLOCK):
             sum_WH[block] += torch.mm(grad_CW[:, block].t(), hidden_CH, out_dtype=sum_WH.dtype)
 
     def finish(self, weight_WH: Tensor, wants_zeros: bool) -> Tensor | None:

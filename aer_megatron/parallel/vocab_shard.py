@@ -29,14 +29,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aer_megatron.algo.entropy import LogprobEntropy
+from aer_megatron.costs.memory import DEVICE_CHUNK_BYTES, chunk_rows
 from aer_megatron.parallel.collectives import all_gather_flat
 
 _LN_2 = math.log(2.0)
 # exp2 of anything below is 0, even as a float64 subnormal. Exponents are raised to it, so that -inf logits
 # give 0 * finite = 0 instead of 0 * inf = NaN; no other result changes.
 MIN_BITS = -1100.0
-# An accelerator wants few, large launches.
-DEVICE_CHUNK_BYTES = 1 << 28
 
 # Rows of a statistics block [K, T]; the last three, sum e^2, sum e^2 s and sum e^2 s^2, are there only with statistics.
 MAX, SUM_EXP, SUM_EXP_SHIFT, LABEL_LOGIT, SUM_EXP_SQ, SUM_EXP_SQ_SHIFT, SUM_EXP_SQ_SHIFT_SQ = range(7)
@@ -144,8 +143,7 @@ def rows_per_chunk(like: Tensor, columns: int, chunk_tokens: int | None, cpu_byt
     tokens = like.shape[0]
     if chunk_tokens is None:
         budget = cpu_bytes if like.device.type == "cpu" else DEVICE_CHUNK_BYTES
-        row_bytes = max(1, columns) * compute_dtype(like.dtype).itemsize
-        return max(1, min(budget // row_bytes, tokens // 16))
+        return chunk_rows(columns, tokens, budget, compute_dtype(like.dtype).itemsize)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; None chooses it")
     return min(chunk_tokens, max(1, tokens))

@@ -1,12 +1,18 @@
-"""The plan's tables: memory of one layout term by term, the layouts that fit, and a layout as lines of a run file."""
+"""What a plan says: the step, memory of one layout term by term, the layouts that fit, one as lines of a run file."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from aer_megatron.costs.step import Candidate
+from aer_megatron.costs.memory import HeadForm, head_memory, kv_bytes_per_token
+from aer_megatron.costs.model_size import parameter_count
+from aer_megatron.costs.step import Candidate, fits_kv, step_flops
+from aer_megatron.plan.search import Setting, evaluate, own_candidate, possible_layouts, token_budget
+
+HEAD_FORMS: tuple[HeadForm, ...] = ("fused", "logits", "textbook")
 
 _NAMES = ("", "micro-", "batch", "peak", "free", "tp", "cp", "pp", "dp", "sync", "rollout", "score", "train", "step")
 _UNITS = ("seq", "tokens", "budget", *7 * ("GB",), *4 * ("s",))
@@ -15,6 +21,88 @@ _UNITS = ("seq", "tokens", "budget", *7 * ("GB",), *4 * ("s",))
 def gigabytes(value: float) -> str:
     """Returns bytes as GB (10^9) with one decimal."""
     return f"{value / 1e9:,.1f}"
+
+
+def report(setting: Setting, candidates: Sequence[Candidate], top: int) -> list[str]:
+    """Returns the lines of the plan."""
+    own, usable = own_candidate(setting), setting.usable_bytes
+    rows = [(candidate, token_budget(setting, candidate.layout)) for candidate in candidates[:top]]
+    heads = _head_bytes(setting, own)
+    return [
+        *_header(setting),
+        *memory_lines(
+            own,
+            usable_bytes=usable,
+            dtype=setting.plan.config.model.dtype,
+            head_bytes=heads,
+            beside=setting.plan.config.run.async_checkpoint,
+        ),
+        *layout_lines(rows, num_found=len(candidates), length=setting.plan.longest, usable_bytes=usable),
+    ]
+
+
+def _header(setting: Setting) -> list[str]:
+    plan, work = setting.plan, setting.plan.work
+    config, arch = plan.config, plan.arch
+    layout = own_candidate(setting).layout
+    form = setting.plan.training_form(layout)
+    flops = step_flops(arch, work, layout, form)
+    kv = kv_bytes_per_token(arch, form.dtype_bytes)
+    lines = [
+        f"model        {config.model.path}: {parameter_count(arch):,} parameters, {arch.num_layers} layers",
+        f"hardware     {setting.num_gpus} x {setting.gpu.name}, {gigabytes(setting.gpu.memory_bytes)} GB each, "
+        f"{gigabytes(setting.usable_bytes)} GB to plan with",
+        f"step         {work.sequences} sequences of at most {work.prompt_tokens} + {work.response_tokens} tokens = "
+        f"{work.tokens:,} tokens, {work.minibatches} optimizer step(s)",
+        f"operations   update {flops.model / 1e15:,.1f} PFLOP (6 N D + attention), scoring {flops.score / 1e15:,.1f}, "
+        f"rollout {flops.rollout / 1e15:,.1f}",
+        f"KV cache     {kv / 1e3:,.1f} kB per token of the whole model",
+    ]
+    if setting.rollout_share:
+        tp = int(config.sglang.launch.get("tp_size", 1))
+        tokens = fits_kv(arch, form, setting.rollout_share * setting.gpu.memory_bytes, tp=tp)
+        lines.append(
+            f"servers      {setting.rollout_share:.0%} of every GPU, tp {tp}: room for {tokens:,} tokens of KV cache, "
+            f"{tokens // setting.plan.longest} sequences at once"
+        )
+    return lines
+
+
+def _head_bytes(setting: Setting, own: Candidate) -> dict[str, float]:
+    """Returns what each form of the head would take in the run file's layout."""
+    form, responses = (
+        setting.plan.training_form(own.layout),
+        own.micro_batch_size * setting.plan.config.rollout.max_new_tokens,
+    )
+    responses, rows_of_rank = -(-responses // own.layout.cp), form.vocab_rows // own.layout.tp
+    return {
+        head: head_memory(setting.plan.arch.hidden_size, rows_of_rank, responses, replace(form, head=head))
+        for head in HEAD_FORMS
+    }
+
+
+def nothing_fits_text(setting: Setting) -> str:
+    """Returns why no layout fits, with the remedies."""
+    layouts, work = list(possible_layouts(setting)), setting.plan.work
+    if not layouts:
+        return (
+            f"--gpus={setting.num_gpus}: no tp x pp x cp x dp of that many ranks divides the model and the batch of "
+            f"{work.sequences // work.minibatches} sequences; choose --gpus or rollout.prompts_per_step with"
+            " common divisors"
+        )
+    least = min((evaluate(setting, layout, 1) for layout in layouts), key=lambda candidate: candidate.peak_bytes)
+    remedies = ["more GPUs", "a lower rollout.max_new_tokens"]
+    if setting.plan.config.rollout.engine == "embedded":
+        remedies += ["a lower rollout.max_batch_size", "rollout.engine='sglang': embedded keeps the model on every GPU"]
+    if setting.rollout_share:
+        remedies.append("a lower --rollout-share")
+    memory, gb = least.memory, gigabytes
+    return (
+        f"nothing fits {setting.num_gpus} x {setting.gpu.name}: the smallest layout, {least.layout.text} with "
+        f"one sequence per micro-batch, needs {gb(least.peak_bytes)} of {gb(setting.usable_bytes)} GB per GPU "
+        f"(weights {gb(memory.weights + least.engine.weights)}, gradients {gb(memory.gradients)}, "
+        f"optimizer {gb(memory.optimizer)}, rollout {gb(least.engine.rollout)}); use {', '.join(remedies)}"
+    )
 
 
 def memory_lines(

@@ -1,86 +1,33 @@
 """Computes a kept update of a run again: the same batch, seed and weights, under any layout.
 
     aer replay-batch runs/run/nonfinite/step_000012
-    aer launch --nproc 2 -m aer_megatron.replay.batch runs/run/nonfinite/step_000012 --parallel.tp=2
+    aer launch --nproc 2 replay-batch runs/run/nonfinite/step_000012 --parallel.tp=2
 
 Exit codes: 0 the update is finite, 1 it is not (where it begins is printed), 2 the folder or an option is wrong.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aer_megatron.console.failures import Edge, run_command
-from aer_megatron.train import quiet_libraries
+from aer_megatron.console.command_line import CommandLine, Given, Option
+from aer_megatron.console.failures import Edge
 
 if TYPE_CHECKING:
     from aer_megatron.actor.nonfinite_findings import Diagnosis
     from aer_megatron.report.reproducer import Reproducer
     from aer_megatron.types import StepStats
 
-USAGE = """\
-usage: aer replay-batch FOLDER [--weights=MODEL] [--section.key=value ...]
-       aer launch --nproc N -m aer_megatron.replay.batch FOLDER ...
 
-  FOLDER               a folder below nonfinite/ or recorded/ of a run
-  --weights=MODEL      Hugging Face folder to take the weights from instead of those that were kept
-  --section.key=value  another layout or precision: --parallel.tp=2, --model.dtype=fp32, ...
-  --help               this text
-
-Makes the update once, from the weights that it began with, and prints its statistics, or what is not finite in it:
-first tensor, layer, sample, rank. Nothing is written. Exit codes: 0 finite, 1 not finite, 2 folder or options wrong.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class CommandLine:
-    """What the user asked for. Example: ``CommandLine("runs/run/nonfinite/step_000012", "", ("--parallel.tp=2",))``."""
-
-    folder: str
-    weights: str
-    overrides: tuple[str, ...]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of one rank."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(USAGE)
-        return 0
-    quiet_libraries()
-    given = list(arguments)
-    return run_command(lambda edge: _replay(parse_command_line(given), edge))
-
-
-def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Returns the parsed arguments; raises ValueError for one that is not understood."""
-    folder, weights, overrides = "", "", []
-    for argument in arguments:
-        if argument.startswith("--weights="):
-            weights = argument.partition("=")[2]
-        elif argument.startswith("--"):
-            overrides.append(argument)
-        elif folder:
-            raise ValueError(f"argument {argument!r} is not understood: the folder is already {folder}")
-        else:
-            folder = argument
-    if not folder:
-        raise ValueError("the folder is missing; see --help")
-    return CommandLine(folder, weights, tuple(overrides))
-
-
-def _replay(command: CommandLine, edge: Edge) -> int:
+def _replay(given: Given, edge: Edge) -> int:
     """Returns 0 where the update is finite, else 1; rank 0 prints what came out."""
     from aer_megatron.compose.common import check_model, collective_timeout_s
     from aer_megatron.parallel import platform as platforms
     from aer_megatron.parallel.topology import destroy_topology
     from aer_megatron.report.reproducer import read_reproducer
 
-    kept = read_reproducer(command.folder, command.overrides)
-    path = command.weights or _kept_weights(kept)
+    kept = read_reproducer(given.place, given.overrides)
+    path = given["weights"] or _kept_weights(kept)
     check_model(kept.config, path)
     platform = platforms.install_platform()
     kept.config.check_world_size(platform.world_size)
@@ -162,5 +109,22 @@ def _text(kept: Reproducer, path: str, stats: StepStats, heard: list[Diagnosis])
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = CommandLine(
+    "replay-batch",
+    about="Makes a kept update of a run again, from the weights that it began with, and prints its statistics, or what "
+    "is not finite in it: first tensor, layer, sample, rank. Nothing is written. Exit codes: 0 finite, 1 not finite, "
+    "2 folder or options wrong.",
+    run=_replay,
+    place="FOLDER",
+    what="the folder, below nonfinite/ or recorded/ of a run",
+    under_launch=True,
+    options=(
+        Option(
+            "weights",
+            "MODEL",
+            "Hugging Face folder to take the weights from instead of those that were kept",
+            default="",
+        ),
+    ),
+)
+main = COMMAND.main

@@ -1,7 +1,7 @@
 """Replays a controller on a recorded run, offline and open loop.
 
-    python -m aer_megatron.replay RUN --controller aer --update pi --eta 0.01 --k_p 2 --tau 0.5
-    python -m aer_megatron.replay RUN                      the run's own settings: reproduces its coefficients exactly
+    aer replay RUN --algo.entropy.update=pi --algo.entropy.eta=0.01 --algo.entropy.k_p=2
+    aer replay RUN                      the run's own settings: reproduces its coefficients exactly
 
 Exit codes: 0 done, 2 the options or the run are wrong (one clear message).
 """
@@ -9,11 +9,8 @@ Exit codes: 0 done, 2 the options or the run are wrong (one clear message).
 from __future__ import annotations
 
 import csv
-import difflib
 import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +20,14 @@ from aer_megatron.algo import controller
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
 from aer_megatron.algo.options import EntropySection
 from aer_megatron.config import Config
-from aer_megatron.config_loading import parse_value
-from aer_megatron.console.failures import run_command
+from aer_megatron.config_loading import parse_override
+from aer_megatron.console.command_line import CommandLine, Option
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
 
-USAGE = """\
-usage: python -m aer_megatron.replay RUN [--controller aer|fixed|skywork|none] [--NAME VALUE ...] [--output FILE.png]
-
-  RUN                  run.output_dir of a run made with report.flight_recorder=true
-  --controller         algo.entropy.kind of the replayed controller
-  --NAME VALUE         any other option of algo.entropy, listed below; the rest stays as it was in the run
-  --output FILE.png    the picture; the trace is written beside it as FILE.csv [RUN/replay.png]
-  --help               this text
-
+_OPEN_LOOP = """
 The replay is OPEN LOOP: every controller sees the entropies of the recorded run, whatever its own coefficient would
-have made of them. It shows how a controller reads a run, not how the run would have gone.
-"""
+have made of them. It shows how a controller reads a run, not how the run would have gone."""
 
 COLUMNS = (
     "step",
@@ -59,82 +47,27 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class CommandLine:
-    """What the user asked for. Example: ``CommandLine("runs/a", {"kind": "aer", "tau": 0.5}, None)``."""
-
-    run: str
-    options: Mapping[str, Any]
-    output: str | None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of one replay."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        return 0
-    given = list(arguments)
-    return run_command(lambda edge: _print_replay(given))
-
-
-def _print_replay(arguments: Sequence[str]) -> int:
-    print(replay_run(parse_command_line(arguments)))
-    return 0
-
-
-def help_text() -> str:
-    """Returns the usage with every option of the controllers."""
-    lines = [USAGE, "options of algo.entropy (defaults of the configuration in brackets):"]
-    for name, info in EntropySection.model_fields.items():
-        if name != "kind":
-            lines.append(f"  --{name} [{info.default}]" + (f"  {info.description}" if info.description else ""))
-    return "\n".join(lines)
-
-
-def parse_command_line(arguments: Sequence[str]) -> CommandLine:
-    """Returns the parsed arguments; ``--name value`` and ``--name=value`` are the same.
-
-    Raises:
-        ValueError: an option is unknown (the nearest one is named), has no value, or RUN is missing or given twice.
-    """
-    runs, options, output = [], {}, None
-    rest = iter(arguments)
-    for argument in rest:
-        if not argument.startswith("--"):
-            runs.append(argument)
-            continue
-        flag, separator, text = argument.partition("=")
-        name = _option_name(flag)
-        value = text if separator else next(rest, None)
-        if value is None:
-            raise ValueError(f"option {flag} needs a value; give {flag} VALUE")
-        if name == "output":
-            output = value
-        else:
-            options[name] = parse_value(value, f"algo.entropy.{name}")
-    if len(runs) != 1:
-        raise ValueError(f"exactly one RUN is replayed, got {' '.join(runs) or 'none'}; give one run folder")
-    return CommandLine(runs[0], options, output)
-
-
-def replay_run(command: CommandLine) -> str:
+def replay_run(run: str, overrides: Sequence[str], output: str | None) -> str:
     """Returns the summary of a replay after writing its CSV and its picture.
+
+    Args:
+        run: run.output_dir of a run with report.flight_recorder=true.
+        overrides: ``--algo.entropy.NAME=value``, in place of what the run had.
+        output: the picture; the trace is written beside it.
 
     Raises:
         ValueError: the run has no recording or no run.json, an option is out of its range, or a file cannot be written.
     """
-    records = _last_stretch(read_flight(command.run))
-    manifest = read_run_manifest(command.run)
+    records = _last_stretch(read_flight(run))
+    manifest = read_run_manifest(run)
     if not manifest:
-        raise ValueError(f"{command.run} has no {MANIFEST_FILE}, which names the options; give a whole run folder")
+        raise ValueError(f"{run} has no {MANIFEST_FILE}, which names the options; give a whole run folder")
     config = Config.from_table(manifest["config"])
     recorded = config.algo.entropy
-    changes = {f"algo.entropy.{name}": value for name, value in command.options.items()}
-    options = config.with_options(changes).algo.entropy
+    options = config.with_options(_changes(overrides)).algo.entropy
     steps = replay(records, options, recorded=recorded)
     records = records[-len(steps) :]
-    picture = Path(command.output) if command.output else Path(command.run) / "replay.png"
+    picture = Path(output) if output else Path(run) / "replay.png"
     if picture.suffix != ".png":
         raise ValueError(f"--output={picture} must end in .png; the trace is written beside it as .csv")
     try:
@@ -143,6 +76,15 @@ def replay_run(command: CommandLine) -> str:
     except OSError as error:
         raise ValueError(f"--output={picture} cannot be written: {error.strerror}; choose another folder") from None
     return summary(records, steps, same=options == recorded) + f"\n{picture}"
+
+
+def _changes(overrides: Sequence[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        if not override.startswith("--algo.entropy."):
+            raise ValueError(f"{override}: a replay changes options of algo.entropy alone; leave the others out")
+        changes |= parse_override(override)
+    return changes
 
 
 def summary(records: Sequence[FlightRecord], steps: Sequence[ReplayedStep], *, same: bool) -> str:
@@ -231,6 +173,11 @@ def _draw(
     )
 
 
+def _print(text: str) -> int:
+    print(text)
+    return 0
+
+
 def _last_stretch(records: Sequence[FlightRecord]) -> Sequence[FlightRecord]:
     """Returns the records after the last gap: a recorder that was switched off for a while leaves one."""
     start = 0
@@ -238,16 +185,6 @@ def _last_stretch(records: Sequence[FlightRecord]) -> Sequence[FlightRecord]:
         if records[index].step != records[index - 1].step + 1:
             start = index
     return records[start:]
-
-
-def _option_name(flag: str) -> str:
-    """Returns the field of a flag: ``--controller`` is ``kind``."""
-    name = flag.removeprefix("--").replace("-", "_")
-    known = {"controller": "kind", "output": "output"} | {field: field for field in EntropySection.model_fields}
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    raise ValueError(f"unknown option {flag}: did you mean --{near[0]}?")
 
 
 def _describe(options: EntropySection) -> str:
@@ -277,5 +214,14 @@ def _cell(value: float) -> str:
     return repr(value) if math.isfinite(value) else ""
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = CommandLine(
+    "replay",
+    about="Replays an entropy controller on a recorded run, in seconds; without overrides the run's own, which "
+    "reproduces its coefficients exactly.",
+    run=lambda given, edge: _print(replay_run(given.place, given.overrides, given["output"])),
+    place="RUN",
+    what="the run folder, made with report.flight_recorder=true; any --algo.entropy.NAME=value is replayed instead",
+    options=(Option("output", "FILE.png", "the picture; the trace is written beside it as FILE.csv [RUN/replay.png]"),),
+    more_help=lambda: _OPEN_LOOP,
+)
+main = COMMAND.main

@@ -22,28 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aer_megatron.config import Config
-from aer_megatron.config_loading import load_config, refuse_misspelt
-from aer_megatron.console.failures import LOG_FOLDER, Edge, run_command
+from aer_megatron.config_loading import load_config
+from aer_megatron.console.command_line import CommandLine, Given, Option, whole
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.writer import read_metrics
-from aer_megatron.train import quiet_libraries
 from aer_megatron.verify_resume.comparison import Row, compare_files, compare_lines, compare_tables, table_text
 from aer_megatron.verify_resume.short_run import LAYOUT_OPTIONS, Plan, ShortRunRequest, layout_name, plan_of
 
 if TYPE_CHECKING:
     from aer_megatron.checkpoint.manifest import Manifest
 
-USAGE = """\
-usage: aer verify-resume RUN.toml [options] [--section.key=value ...]
-
-  RUN.toml         the run file, with the same overrides as for training
-  --nproc N        ranks on this machine [the fewest that the layout takes]
-  --to LAYOUT      resume under this layout, too: --to tp=1,pp=2 (several; the rest as in the run) [two others]
-  --steps K        steps before the checkpoint and again after it [2]
-  --work FOLDER    where the runs are made, a new folder below it is removed afterwards [the system's]
-  --keep-engine    with rollout.engine = "sglang": use its servers instead of the embedded engine
-  --help           this text
-
+_MORE_HELP = """
 The run is made straight on for 2 K steps; from its checkpoint at step K it is resumed by new processes, under its own
 layout and under others; the checkpoint itself goes through the other layouts and back. Prints one row per claim. The
 run is shortened, and its entropy target raised, so that every step has a gradient whatever the rewards.
@@ -54,54 +43,13 @@ CUDA_BOUND = 1e-3  # of the same layout, where kernels add in any order
 WEIGHTS_BOUND = 0.1  # |difference| / |what the resumed steps changed|; a lost optimizer state is some 0.5
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code of the command, or of one of the ranks that it starts."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or "--help" in given or "-h" in given:
-        print(USAGE)
-        return 0
-    quiet_libraries()
-    if given[0] == "--ranks":
-        return run_command(lambda edge: _reshard_here(Path(given[1]), edge))
-    return run_command(lambda edge: _verify(parse_command_line(given)))
-
-
-def parse_command_line(arguments: Sequence[str]) -> ShortRunRequest:
-    """Returns the parsed arguments; raises ValueError for one that is not understood."""
-    refuse_misspelt(arguments, ("--nproc", "--steps", "--work", "--to", "--keep-engine"))
-    found: dict[str, Any] = {"overrides": [], "to": []}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, separator, value = argument.partition("=")
-        if name in ("--nproc", "--steps", "--work", "--to"):
-            if not separator:
-                if not rest:
-                    raise ValueError(f"{name} needs a value; see aer verify-resume --help")
-                value = rest.pop(0)
-            if name == "--to":
-                found["to"].append(_layout(value))
-            else:
-                found[name[2:]] = value if name == "--work" else _count(name, value)
-        elif argument == "--keep-engine":
-            found["keep_engine"] = True
-        elif argument.startswith("--"):
-            found["overrides"].append(argument)
-        elif "run_file" in found:
-            raise ValueError(f"argument {argument!r} is not understood: the run file is already {found['run_file']}")
-        else:
-            found["run_file"] = argument
-    if "run_file" not in found:
-        raise ValueError("the run file is missing; see aer verify-resume --help")
-    return ShortRunRequest(**{**found, "overrides": tuple(found["overrides"]), "to": tuple(found["to"])})
-
-
 def launch_command(num_ranks: int, *program: str) -> list[str]:
     """Returns the command that starts ``program`` on so many ranks of this machine."""
-    return [sys.executable, "-m", "aer_megatron.launch", "--nproc", str(num_ranks), *program]
+    return [sys.executable, "-m", "aer_megatron.cli", "launch", "--nproc", str(num_ranks), *program]
 
 
 def _verify(command: ShortRunRequest) -> int:
+    """Makes the runs, prints the table, and returns 0 where every claim holds, else 1."""
     start = time.monotonic()
     plan = plan_of(command)
     own = layout_name(plan.config, plan.config.check_world_size(plan.num_ranks))
@@ -199,7 +147,7 @@ def _reshard_rows(plan: Plan, own: str, straight: Path, folder: Path) -> list[Ro
         ),
         encoding="utf-8",
     )
-    program = ("-m", "aer_megatron.verify_resume", "--ranks", str(job))
+    program = ("-m", "aer_megatron.verify_resume.resharding", str(job))
     _run(launch_command(plan.num_ranks, *program), folder / "reshard.log")
     before = _manifest(_checkpoint(straight, plan.steps))
     rows = []
@@ -211,30 +159,6 @@ def _reshard_rows(plan: Plan, own: str, straight: Path, folder: Path) -> list[Ro
         way = "read and written again" if name == own else f"through {name} and back"
         rows.append(Row(f"checkpoint of step {plan.steps} {way}: weights, optimizer, ledger", *_with(0.0, found)))
     return rows
-
-
-def _reshard_here(job: Path, edge: Edge) -> int:
-    """The part of every rank in ``_reshard_rows``."""
-    from aer_megatron.compose.common import collective_timeout_s
-    from aer_megatron.parallel import platform as platforms
-    from aer_megatron.parallel.topology import destroy_topology
-    from aer_megatron.verify_resume.resharding import reshard
-
-    table = json.loads(job.read_text(encoding="utf-8"))
-    own = load_config(table["run_file"], table["overrides"])
-    edge.log_folder = Path(own.run.output_dir) / LOG_FOLDER
-    layouts = {
-        name: load_config(table["run_file"], [*table["overrides"], *changes])
-        for name, changes in table["layouts"].items()
-    }
-    platform = platforms.install_platform()
-    platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(own))
-    try:
-        with edge.noting():
-            reshard(own, layouts, platform, Path(table["source"]), Path(table["target"]))
-    finally:
-        destroy_topology()
-    return 0
 
 
 def _train(plan: Plan, folder: Path, changes: Sequence[str]) -> Path:
@@ -311,15 +235,41 @@ def _layout(text: str) -> Mapping[str, str]:
     for name, _, value in pairs:
         switch = name == "sequence_parallel" and value in ("true", "false")
         if name not in LAYOUT_OPTIONS or not (switch or (value.isascii() and value.isdigit() and len(value) < 5)):
-            raise ValueError(f"--to {text} must look like tp=1,pp=2; sizes of {', '.join(LAYOUT_OPTIONS)}")
+            raise ValueError(f"must look like tp=1,pp=2; sizes of {', '.join(LAYOUT_OPTIONS)}")
     return {name: value for name, _, value in pairs}
 
 
-def _count(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and 0 < len(value) < 7 and int(value)):
-        raise ValueError(f"{name} {value} must be a whole number from 1")
-    return int(value)
+def _request(given: Given) -> ShortRunRequest:
+    return ShortRunRequest(
+        given.place,
+        given.overrides,
+        given["nproc"],
+        given["to"],
+        given["steps"],
+        given["work"],
+        given["keep-engine"],
+    )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = CommandLine(
+    "verify-resume",
+    about="Shows on your own run that nothing is lost where it is stopped and goes on, also under another layout.",
+    run=lambda given, edge: _verify(_request(given)),
+    place="RUN.toml",
+    what="the run file, with the same overrides as for training",
+    options=(
+        Option("nproc", "N", "ranks on this machine [the fewest that the layout takes]", whole(1)),
+        Option(
+            "to",
+            "LAYOUT",
+            "resume under this layout, too: --to tp=1,pp=2 (several; the rest as in the run) [two others]",
+            _layout,
+            repeated=True,
+        ),
+        Option("steps", "K", "steps before the checkpoint and again after it", whole(1), 2),
+        Option("work", "FOLDER", "where the runs are made, a new folder below it is removed afterwards [the system's]"),
+        Option("keep-engine", "", 'with rollout.engine = "sglang": use its servers instead of the embedded engine'),
+    ),
+    more_help=lambda: _MORE_HELP,
+)
+main = COMMAND.main

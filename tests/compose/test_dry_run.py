@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from aer_megatron.compose.dry_run import Findings, dry_run
-from aer_megatron.config_loading import load_config, refuse_misspelt
+from aer_megatron.config_loading import load_config
 from aer_megatron.files.run_lock import RunLock
 from aer_megatron.report.writer import write_run_manifest
-from aer_megatron.train import parse_command_line
+from aer_megatron.train import COMMAND
 from tests.support.double_runs import random_base
 from tests.support.runs import MODEL, write_run_file
 
@@ -119,7 +119,7 @@ def test_the_supervised_stage_is_looked_at(folder: Path, tmp_path: Path) -> None
         (("--algo.entropy.kind", "none"), "write --algo.entropy.kind=none"),
         (("--run.resume", "--dry-run"), "write --run.resume=VALUE"),
         (("--run.name", "two words"), "write '--run.name=two words'"),
-        (("--dryrun",), "did you mean --dry-run"),
+        (("--dryrun",), "did you mean --dry-run?"),
     ],
 )
 @pytest.mark.parametrize("first", [("run.toml",), ()])
@@ -127,9 +127,15 @@ def test_options_of_another_spelling_get_the_right_one(
     first: tuple[str, ...], arguments: tuple[str, ...], words: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        parse_command_line([*first, *arguments, *([] if first else ["run.toml"])])
+        COMMAND.parse([*first, *arguments, *([] if first else ["run.toml"])])
     assert words in str(error.value)
 
 
 def test_the_commands_own_words_are_left_to_it() -> None:
-    refuse_misspelt(["run.toml", "--stage", "rl", "--stage=sft", "--dry-run", "a=b.toml"], ("--stage", "--dry-run"))
+    given = COMMAND.parse(["a=b.toml", "--stage", "rl", "--stage=sft", "--dry-run", "--run.seed=1"])
+    assert (given.place, given["stage"], given["dry-run"], given.overrides) == (
+        "a=b.toml",
+        "sft",
+        True,
+        ("--run.seed=1",),
+    )

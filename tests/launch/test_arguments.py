@@ -7,7 +7,12 @@ import os
 import pytest
 import torch
 
-from aer_megatron.launch.command import LaunchOptions, main, number_of_ranks, parse_command_line
+from aer_megatron.launch.command import COMMAND, LaunchOptions, launch_options, main, number_of_ranks
+
+
+def parse_command_line(arguments: list[str], environment: dict[str, str]) -> LaunchOptions:
+    return launch_options(COMMAND.parse(arguments), environment)
+
 
 TRAIN = ("-m", "aer_megatron.train", "run.toml")
 
@@ -21,6 +26,8 @@ TRAIN = ("-m", "aer_megatron.train", "run.toml")
         (["--nproc-per-node", "gpu", "-m", "pkg.tool", "--nproc", "9"],
          LaunchOptions(("-m", "pkg.tool", "--nproc", "9"), nproc="gpu")),
         (["--nproc=2", "tool.py", "-x"], LaunchOptions(("tool.py", "-x"), nproc="2")),
+        (["--nproc=2", "doctor", "run.toml", "--reference=never"],
+         LaunchOptions(("-m", "aer_megatron.cli", "doctor", "run.toml", "--reference=never"), nproc="2")),
         (["--shutdown-timeout=0", "run.toml"], LaunchOptions(TRAIN, shutdown_timeout=0.0)),
         # an address is of no use to one machine, wherever it comes from
         (["--master-addr", "node7", "run.toml"], LaunchOptions(TRAIN)),

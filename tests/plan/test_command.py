@@ -16,11 +16,12 @@ from aer_megatron.costs.memory import BatchShape, TrainingForm, kv_bytes_per_tok
 from aer_megatron.costs.model_size import Layout, parameter_count
 from aer_megatron.costs.step import Workload, step_flops, step_traffic
 from aer_megatron.plan import command as plan
+from aer_megatron.plan import search
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "examples" / "plan" / "qwen3-8b.toml"
 MODEL = f"--model.path={ROOT / 'examples' / 'plan' / 'qwen3-8b'}"
-FLASH = TrainingForm(2, "flash", "fused", 151_936, 1 << 28)
+FLASH = TrainingForm(2, "flash", "fused", 151_936)
 SHAPE = BatchShape(1, 4096, 3072)
 
 
@@ -33,9 +34,8 @@ def tiny(**changes: object) -> ModelArchitecture:
     return architecture_from_hf_config({**table, **changes})
 
 
-def setting(gpus: int, *overrides: str) -> plan.Setting:
-    options = plan._parser().parse_args([str(RUN), "--gpus", str(gpus)])
-    return plan._setting(options, [MODEL, *overrides])
+def setting(gpus: int, *overrides: str) -> search.Setting:
+    return plan._setting(plan.COMMAND.parse([str(RUN), "--gpus", str(gpus), MODEL, *overrides]))
 
 
 @pytest.mark.parametrize("gpus", [8, 64])
@@ -54,18 +54,18 @@ def test_qwen3_8b_gets_a_layout(gpus: int, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_every_layout_listed_fits_and_its_budget_is_tight(gpus: int) -> None:
     asked = setting(gpus)
-    candidates = list(plan.fitting_candidates(asked))
+    candidates = list(search.fitting_candidates(asked))
     assert candidates
     times = [candidate.time.total for candidate in candidates]
     assert times == sorted(times)
     for candidate in candidates:
         assert candidate.peak_bytes <= asked.usable_bytes
-        most = plan.token_budget(asked, candidate.layout) // asked.length
+        most = search.token_budget(asked, candidate.layout) // asked.plan.longest
         assert most >= candidate.micro_batch_size
-        assert plan.evaluate(asked, candidate.layout, most).peak_bytes <= asked.usable_bytes
-        share = asked.work.sequences // asked.work.minibatches // candidate.layout.dp
+        assert search.evaluate(asked, candidate.layout, most).peak_bytes <= asked.usable_bytes
+        share = asked.plan.work.sequences // asked.plan.work.minibatches // candidate.layout.dp
         if most < share:
-            assert plan.evaluate(asked, candidate.layout, most + 1).peak_bytes > asked.usable_bytes
+            assert search.evaluate(asked, candidate.layout, most + 1).peak_bytes > asked.usable_bytes
 
 
 @pytest.mark.parametrize(
@@ -95,17 +95,17 @@ def test_impossible_settings_are_refused_with_the_remedy(
 
 
 def test_servers_free_the_engine_and_take_their_share() -> None:
-    embedded = plan.own_candidate(setting(8))
+    embedded = search.own_candidate(setting(8))
     servers = ("--rollout.engine=sglang", "--sglang.num_servers=8")
-    elsewhere = plan.own_candidate(setting(8, *servers))
-    shared = plan.own_candidate(replace(setting(8, *servers), rollout_share=0.3))
+    elsewhere = search.own_candidate(setting(8, *servers))
+    shared = search.own_candidate(replace(setting(8, *servers), rollout_share=0.3))
     assert embedded.engine.weights == 2 * 8_190_735_360
     assert elsewhere.engine.weights == elsewhere.time.rollout == 0
     assert shared.peak_bytes - elsewhere.peak_bytes == pytest.approx(0.3 * 80e9)
 
 
 def test_constant_terms_of_8b_by_hand() -> None:
-    arch, count = setting(8).arch, 8_190_735_360
+    arch, count = setting(8).plan.arch, 8_190_735_360
     half = stage_memory(arch, Layout(1, 1, 8), SHAPE, FLASH, stage=0, num_micro_batches=1)
     assert (half.weights, half.gradients, half.optimizer) == (2 * count, 4 * count, 12 * count // 8)
     single = stage_memory(arch, Layout(1, 1, 8), SHAPE, replace(FLASH, dtype_bytes=4), stage=0, num_micro_batches=1)
@@ -115,17 +115,17 @@ def test_constant_terms_of_8b_by_hand() -> None:
 
 def test_activations_of_8b_by_hand() -> None:
     """Flash attention, bf16: rows of H = Q = 4096, K = 1024, F = 12288 per token and layer, and the softmax sums."""
-    layer = layer_activations(setting(8).arch, Layout(1, 1, 8), SHAPE, FLASH)
+    layer = layer_activations(setting(8).plan.arch, Layout(1, 1, 8), SHAPE, FLASH)
     rows = 4 * 4096 + (4 * 4096 + 5 * 1024) + 5 * 12288
     assert layer.total == 4096 * (2 * rows + 4 * 32)
-    halved = layer_activations(setting(8).arch, Layout(2, 1, 4, sequence_parallel=True), SHAPE, FLASH)
+    halved = layer_activations(setting(8).plan.arch, Layout(2, 1, 4, sequence_parallel=True), SHAPE, FLASH)
     assert halved.total == layer.total // 2
-    fused = layer_activations(setting(8).arch, Layout(1, 1, 8), SHAPE, replace(FLASH, fused_swiglu=True))
+    fused = layer_activations(setting(8).plan.arch, Layout(1, 1, 8), SHAPE, replace(FLASH, fused_swiglu=True))
     assert layer.total - fused.total == 4096 * 2 * 2 * 12288
 
 
 def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages() -> None:
-    arch = setting(8).arch
+    arch = setting(8).plan.arch
     layout = Layout(1, 4, 1)
     one = layer_activations(arch, layout, SHAPE, FLASH).total * 9
     ids = 2 * 4096 * 8
@@ -141,16 +141,16 @@ def test_the_first_stage_keeps_as_many_micro_batches_as_there_are_stages() -> No
 
 
 def test_context_parallel_ranks_share_tokens_and_optimizer() -> None:
-    arch = setting(8).arch
+    arch = setting(8).plan.arch
     one = stage_memory(arch, Layout(1, 1, 1), SHAPE, FLASH, stage=0, num_micro_batches=1)
     two = stage_memory(arch, Layout(1, 1, 1, cp=2), SHAPE, FLASH, stage=0, num_micro_batches=1)
     assert (two.weights, two.gradients) == (one.weights, one.gradients)
     assert (2 * two.optimizer, 2 * two.activations) == (one.optimizer, one.activations)
-    own = plan.own_candidate(setting(32, "--parallel.cp=2", "--parallel.pp=2", "--parallel.vpp=2"))
+    own = search.own_candidate(setting(32, "--parallel.cp=2", "--parallel.pp=2", "--parallel.vpp=2"))
     assert own.layout == Layout(4, 2, 2, sequence_parallel=True, cp=2, vpp=2)
     assert "pp 2 vpp 2 cp 2 dp 2" in own.layout.text
     assert own.micro_batch_size == 1
-    packed = plan.own_candidate(setting(32, "--parallel.tokens_per_micro_batch=9000"))
+    packed = search.own_candidate(setting(32, "--parallel.tokens_per_micro_batch=9000"))
     assert packed.micro_batch_size == 2  # of 4096 tokens, the longest sequence
 
 
@@ -193,22 +193,22 @@ def test_long_sequences_are_cut_over_ranks(capsys: pytest.CaptureFixture[str]) -
     """No micro-batch of one 40,960-token sequence fits without recomputation unless its tokens are shared."""
     long = ("--rollout.max_new_tokens=39936", "--rollout.max_batch_size=4")
     asked = setting(64, *long, "--parallel.cp=4")
-    without = [c.layout for c in plan.fitting_candidates(asked) if c.layout.cp == 1]
+    without = [c.layout for c in search.fitting_candidates(asked) if c.layout.cp == 1]
     assert all(layout.recompute == "full" or layout.tp * layout.pp >= 4 for layout in without)
-    assert any(c.layout.cp >= 4 and c.layout.recompute == "none" for c in plan.fitting_candidates(asked))
+    assert any(c.layout.cp >= 4 and c.layout.recompute == "none" for c in search.fitting_candidates(asked))
     assert plan.main([str(RUN), MODEL, "--gpus", "64", *long]) == 0
     assert re.search(r"^  tp \d+ pp \d+( vpp \d+)? cp \d+ dp \d+", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_searched_layouts_are_configurations() -> None:
     asked = setting(16)
-    layouts = list(plan.possible_layouts(asked))
+    layouts = list(search.possible_layouts(asked))
     assert {layout.num_ranks for layout in layouts} == {16}
     assert {layout.cp for layout in layouts} >= {1, 2, 4, 8, 16}
     assert {layout.vpp for layout in layouts if layout.pp > 1} == {1, 2, 3}  # of 18 or 9 layers
     assert {layout.vpp for layout in layouts if layout.pp == 1} == {1}
     for layout in layouts:
-        assert asked.arch.num_layers % (layout.pp * layout.vpp) == 0
+        assert asked.plan.arch.num_layers % (layout.pp * layout.vpp) == 0
 
 
 def test_kinds_of_gpu() -> None:

@@ -45,7 +45,7 @@ LAYERS = {
     "config": 1,
     "algo": 0,
     "config_section": -1,
-    "console": 1,
+    "console": 3,
     "files": 1,
     "types": -1,
     "_C": -1,

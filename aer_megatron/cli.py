@@ -39,8 +39,8 @@ _USAGE = """\
 usage: aer COMMAND [arguments]
        aer COMMAND --help"""
 _MORE = """\
-An option of the run file is overridden with --section.key=value; aer train --help
-lists all of them. doctor, replay-batch and fp8-parity run on several ranks, too:
+--section.key=value overrides an option of the run file; aer train --help lists
+all of them. doctor, replay-batch and fp8-parity run on several ranks, too:
 aer launch --nproc 2 doctor RUN.toml"""
 
 

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aer_megatron.config import Config
-from aer_megatron.config_section import describe
-from aer_megatron.console.command_line import CommandLine, Given, Option
+from aer_megatron.console.command_line import CommandLine, Given, Option, run_file_options
 from aer_megatron.console.failures import LOG_FOLDER, Edge
 from aer_megatron.console.standard_streams import say
 from aer_megatron.parallel.stop import StopRequests, StopRun
@@ -41,16 +40,8 @@ def _run(given: Given, edge: Edge) -> int:
     return stops.agreed.exit_code
 
 
-def _options_text() -> str:
-    """Returns every option of a run file, its default and its meaning."""
-    lines = ["\noptions of the run file (defaults in brackets):"]
-    for key, _, default, description in describe(Config):
-        lines.append(f"  --{key} [{default}]" + (f"\n        {description}" if description else ""))
-    return "\n".join(lines)
-
-
 def _dry_run(config: Config, stage: str) -> int:
-    """Returns 0 after printing configuration and plan; raises ValueError with everything that is wrong."""
+    """Prints configuration and plan, and returns 0; raises ValueError with everything that is wrong."""
     from aer_megatron.compose.dry_run import dry_run
     from aer_megatron.parallel.platform import read_ranks
 
@@ -77,7 +68,7 @@ def _end_at_once(code: int) -> None:
 
 
 def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge, stops: StopRequests) -> None:
-    """Returns when the stage is done, or stopped; every rank calls it."""
+    """Runs the stage to its end, or until it is stopped; every rank calls it."""
     from aer_megatron.compose.common import Process, build_topology, check_model, collective_timeout_s, open_watchdog
     from aer_megatron.parallel import platform as platforms
     from aer_megatron.parallel.exchange import all_max
@@ -113,12 +104,12 @@ def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge, 
 
 COMMAND = CommandLine(
     "train",
-    about="Trains in this process alone, or as one rank of a launcher: aer launch, or torchrun -m aer_megatron.train.",
+    about="Trains in this process alone; on several ranks: aer launch --nproc N RUN.toml ..., or torchrun's "
+    "-m aer_megatron.train RUN.toml ...",
     run=_run,
     place="RUN.toml",
     what="the run file",
     needs_place=False,
-    under_launch=True,
     options=(
         Option(
             "stage",
@@ -134,7 +125,7 @@ COMMAND = CommandLine(
             "folders and server options, all at once and without weights; then stop",
         ),
     ),
-    more_help=_options_text,
+    more_help=run_file_options,
 )
 main = COMMAND.main
 

@@ -74,7 +74,7 @@ part quickstart-base "$python" -m aer_megatron.cli launch --nproc 1 \
 part quickstart "$python" -m aer_megatron.cli launch --nproc 1 \
     examples/quickstart/countdown.toml --parallel.tp=1 "--model.path=$out/base" "--run.output_dir=$out/quickstart" \
     --run.num_steps=20 --run.eval_every=0 --report.progress=false
-part fp8-parity "$python" -m aer_megatron.fp8_parity examples/quickstart/countdown.toml --steps 20 --parallel.tp=1 \
+part fp8-parity "$python" -m aer_megatron.cli fp8-parity examples/quickstart/countdown.toml --steps 20 --parallel.tp=1 \
     "--model.path=$out/base" --model.dtype=bf16
 if [ -n "${SGLANG_PYTHON:-}" ]; then
     for transport in disk distributed; do

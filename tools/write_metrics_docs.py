@@ -25,7 +25,7 @@ equals the run that never was, byte for byte:
     jq -c 'with_entries(select(.key | startswith("time/") | not))' metrics.jsonl
 
 The same numbers go to TensorBoard (`tensorboard --logdir RUN/tensorboard`), under the same names.
-`python -m aer_megatron.report RUN` draws `RUN/report.png`; with several runs it draws them over one another.
+`aer report RUN` draws `RUN/report.png`; with several runs it draws them over one another.
 """
 
 

@@ -24,8 +24,9 @@ from typing import Any
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
-from aer_megatron.config_section import shown
+from aer_megatron.config_section import describe, shown
 from aer_megatron.console.failures import Edge, run_command
+from aer_megatron.console.standard_streams import say
 
 _HELP = ("--help", "-h")
 _WIDTH = 118
@@ -114,7 +115,7 @@ class CommandLine:
         """Runs the command, and returns its exit code: see ``run_command``."""
         given = list(sys.argv[1:] if arguments is None else arguments)
         if not given or any(argument in _HELP for argument in (given[:1] if self.is_launcher else given)):
-            print(self.help())
+            say(self.help())
             return 0
         quiet_libraries()
         return run_command(lambda edge: self.run(self.parse(given), edge), is_launcher=self.is_launcher)
@@ -203,6 +204,15 @@ class CommandLine:
         if places and not self.several_places:
             what = self.what.partition(",")[0]
             raise ValueError(f"argument {argument!r} is not understood: {what} is already {places[0]}")
+
+
+def run_file_options(prefix: str = "") -> str:
+    """Returns the help of the run file's options that begin so: name, default and meaning."""
+    lines = ["\noptions of the run file (defaults in brackets):"]
+    for key, _, default, description in describe(Config):
+        if key.startswith(prefix):
+            lines.append(f"  --{key} [{default}]" + (f"\n        {description}" if description else ""))
+    return "\n".join(lines)
 
 
 def quiet_libraries() -> None:

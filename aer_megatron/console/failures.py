@@ -71,7 +71,7 @@ class Edge:
 
 
 def run_command(body: Callable[[Edge], int], *, is_launcher: bool = False) -> int:
-    """Returns the exit code of ``body``; an exception becomes one message, on standard error or with the launcher.
+    """Runs ``body`` and returns its exit code; an exception becomes one message, said here or by the launcher.
 
     Args:
         is_launcher: the process has no launcher, whatever its environment says.

@@ -15,7 +15,7 @@ import select
 import sys
 from typing import Any
 
-_PATIENCE_S = 2.0  # for a terminal or pipe that was made non-blocking by a program that shares it
+_WRITE_TIMEOUT_S = 2.0  # for a terminal or pipe that was made non-blocking by a program that shares it
 _GONE = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESTALE})
 
 
@@ -42,7 +42,7 @@ class _DroppingFile(io.RawIOBase):
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except BlockingIOError:
-                if not select.select([], [self._descriptor], [], _PATIENCE_S)[1]:
+                if not select.select([], [self._descriptor], [], _WRITE_TIMEOUT_S)[1]:
                     break
             except OSError as error:  # a full disk may have room for the next text
                 self._gone = error.errno in _GONE

@@ -24,7 +24,7 @@ def _run(given: Given, edge: Edge) -> int:
 
 
 def run_doctor(config: Config, reference: str, edge: Edge) -> int:
-    """Returns 0 where every check of the examination holds, else 1; rank 0 prints the table."""
+    """Examines the run, prints the table on rank 0, and returns 0 where every check holds, else 1."""
     from transformers.utils.logging import disable_progress_bar
 
     from aer_megatron.compose.common import collective_timeout_s, open_watchdog

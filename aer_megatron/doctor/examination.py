@@ -104,7 +104,7 @@ class Examiner:
         changes: dict[str, Any] = {"model.path": path, "run.output_dir": output}
         if config.megatron.get("fp8"):
             changes["megatron"] = {key: value for key, value in config.megatron.items() if not key.startswith("fp8")}
-            reason = "FP8 scales depend on the tokens of a micro-batch: examined without; see aer_megatron.fp8_parity"
+            reason = "FP8 scales depend on the tokens of a micro-batch: examined without; see aer fp8-parity"
             self._notes.checks.append(diagnosis.skipped("layouts", "all", "megatron.fp8", reason))
         if config.rollout.quantization != "none" and config.sglang.urls:
             raise ValueError(

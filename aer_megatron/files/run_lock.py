@@ -53,7 +53,7 @@ class RunLock:
             raise
 
     def release(self) -> None:
-        """Gives the folder free; a second call does nothing."""
+        """Releases the lock; a second call does nothing."""
         file, self._file = self._file, -1
         if file >= 0:
             os.close(file)

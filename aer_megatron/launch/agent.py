@@ -82,7 +82,7 @@ class StaticRendezvous(RendezvousHandler):
         self._nodes = nodes
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Returns when every node has joined.
+        """Waits until every node has joined, and returns their store, this node's number and how many there are.
 
         Raises:
             ValueError: node rank 0 is not the machine of the address.

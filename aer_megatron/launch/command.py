@@ -67,7 +67,7 @@ def launch_options(given: Given, environment: Mapping[str, str]) -> LaunchOption
 
 
 def launch(options: LaunchOptions, environment: Mapping[str, str]) -> int:
-    """Returns the exit code of the launch, after its last words; every rank has ended then.
+    """Starts the ranks, waits for their end, prints the first failure, and returns the exit code of the launch.
 
     Raises:
         ValueError: the number of ranks is no number, or more than there are CUDA devices.
@@ -187,7 +187,7 @@ COMMAND = CommandLine(
     about=_ABOUT,
     run=lambda given, edge: launch(launch_options(given, os.environ), os.environ),
     place="PROGRAM",
-    what="the run file",
+    what="the run file, or what else the ranks run",
     overrides=False,
     is_launcher=True,
     options=(

@@ -34,7 +34,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Returns 0 when the module or script is done; it sees itself as the main program."""
+    """Runs the module or script as the main program, and returns 0."""
     end_with_parent(int(arguments[0]))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     if arguments[1] == "-m":

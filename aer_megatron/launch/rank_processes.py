@@ -26,7 +26,7 @@ from aer_megatron.parallel.watchdog import HANG_EXIT_CODE
 # what a launch exits with whose ranks stopped as they were told to
 STOP_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
-_INSISTING = (signal.SIGTERM, signal.SIGINT)  # the second one ends a rank at once, the third one kills
+_REPEATED = (signal.SIGTERM, signal.SIGINT)  # the second one ends a rank at once, the third one kills
 _KILLING_COUNT = 3
 _KILL_TIMEOUT_S = 30.0  # a process that waits for a device or a file system may not even be killed
 
@@ -46,13 +46,13 @@ class RankProcesses:
     Args:
         program: what each runs: ``-m MODULE ARGUMENTS`` or ``SCRIPT.py ARGUMENTS``.
         folder: private and empty; ranks hand their failures over in it.
-        patience_s: how long ranks may go on after another one has failed: to notice, and to end what they started.
+        shutdown_timeout_s: how long ranks may go on, to end what they started, after another one failed.
     """
 
-    def __init__(self, program: Sequence[str], folder: Path, patience_s: float) -> None:
+    def __init__(self, program: Sequence[str], folder: Path, shutdown_timeout_s: float) -> None:
         self._program = program
         self._folder = folder
-        self._patience_s = patience_s
+        self._shutdown_timeout_s = shutdown_timeout_s
         self._ranks: list[_Rank] = []
         self._received: list[int] = []  # signals that are not handed on yet
         self._forwarded: list[signal.Signals] = []
@@ -143,7 +143,7 @@ class RankProcesses:
 
     def _forward(self, number: signal.Signals) -> None:
         self._forwarded.append(number)
-        if sum(one in _INSISTING for one in self._forwarded) >= _KILLING_COUNT:
+        if sum(one in _REPEATED for one in self._forwarded) >= _KILLING_COUNT:
             self.kill()
         for rank in self._running():
             rank.process.send_signal(number)
@@ -158,7 +158,7 @@ class RankProcesses:
         if failure is not None:
             self._failures.append(failure)
         if (failure is not None or (rank.exit_code or 0) < 0) and self._deadline is None:
-            self._deadline = time.monotonic() + self._patience_s
+            self._deadline = time.monotonic() + self._shutdown_timeout_s
         if (rank.exit_code or 0) < 0:
             _kill_group(rank)  # what it started in its group and could not end
 

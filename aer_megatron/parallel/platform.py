@@ -2,10 +2,11 @@
 
 Megatron-Core hard-codes ``device="cuda"`` in factory calls, ``torch.cuda`` for streams and random state, and
 tensor type names. ``install_platform`` redirects those to the CPU, once, when no CUDA device is present, so that the
-unmodified library trains over gloo and the code above this module has no "if cpu". With a CUDA device it changes
-nothing.
+unmodified library trains over gloo and the code above this module need not know the device; kernels choose by their
+tensors' one. With a CUDA device it changes nothing.
 
-It is called by train.py and by tests, never on import. This file does NOT know models, groups or configuration.
+Commands that run the model call it, and tests; never an import.
+This file does NOT know models, groups or configuration.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _replay(given: Given, edge: Edge) -> int:
-    """Returns 0 where the update is finite, else 1; rank 0 prints what came out."""
+    """Makes the update, prints on rank 0 what came out, and returns 0 where it is finite, else 1."""
     from aer_megatron.compose.common import check_model, collective_timeout_s
     from aer_megatron.parallel import platform as platforms
     from aer_megatron.parallel.topology import destroy_topology

@@ -21,7 +21,7 @@ from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
 from aer_megatron.algo.options import EntropySection
 from aer_megatron.config import Config
 from aer_megatron.config_loading import parse_override
-from aer_megatron.console.command_line import CommandLine, Option
+from aer_megatron.console.command_line import CommandLine, Option, run_file_options
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
 
@@ -82,7 +82,7 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for override in overrides:
         if not override.startswith("--algo.entropy."):
-            raise ValueError(f"{override}: a replay changes options of algo.entropy alone; leave the others out")
+            raise ValueError(f"{override}: a replay changes algo.entropy alone; write --algo.entropy.NAME=value")
         changes |= parse_override(override)
     return changes
 
@@ -222,6 +222,6 @@ COMMAND = CommandLine(
     place="RUN",
     what="the run folder, made with report.flight_recorder=true; any --algo.entropy.NAME=value is replayed instead",
     options=(Option("output", "FILE.png", "the picture; the trace is written beside it as FILE.csv [RUN/replay.png]"),),
-    more_help=lambda: _OPEN_LOOP,
+    more_help=lambda: f"{_OPEN_LOOP}\n{run_file_options('algo.entropy.')}",
 )
 main = COMMAND.main

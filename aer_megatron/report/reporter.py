@@ -132,7 +132,7 @@ class Reporter:
             except OSError as error:
                 if not lacks_space(error):
                     raise
-                _LOG.warning("no picture of the run: %s; python -m aer_megatron.report draws it later", error)
+                _LOG.warning("no picture of the run: %s; aer report draws it later", error)
 
     def __enter__(self) -> Self:
         return self

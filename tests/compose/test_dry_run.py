@@ -42,6 +42,12 @@ def test_context_parallel_ranks_count_and_packed_batches_are_packed(folder: Path
     assert found == Findings()
     assert "2 = tp 1 x pp 1 x cp 2 x dp 1" in text
     assert "packed, of <= 128 tokens: at most 4 per optimizer step and rank" in text
+    # two chunks a rank, and tensor-parallel pieces of them: 53 tokens take 56, so that two sequences do not fit 108
+    text, found = look(
+        folder, "--parallel.cp=2", "--parallel.tp=2", "--parallel.sequence_parallel=true",
+        "--parallel.tokens_per_micro_batch=108", "--rollout.max_new_tokens=3", "--data.max_prompt_tokens=50",
+    )  # fmt: skip
+    assert "packed, of <= 108 tokens: at most 16 per optimizer step and rank" in text
     odd = look(folder, "--parallel.cp=2", ranks=3)[1].problems
     assert "parallel.cp=2 = 2 must divide the number of ranks 3" in odd[0]
 

@@ -12,13 +12,10 @@ from tests.support.runs import ROOT
 
 
 @pytest.mark.processes
-def test_the_help_names_every_command_and_imports_none(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
-    said = capsys.readouterr().out
-    for name, (_, text) in cli.COMMANDS.items():
-        assert name in said and text in said
-    program = "import sys; from aer_megatron import cli; cli.main([]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False).returncode == 0
+def test_the_help_imports_no_command() -> None:
+    program = "import sys; from aer_megatron import cli; cli.main([]); sys.exit('aer_megatron.train' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, cli.help_text() + "\n")
 
 
 def test_a_command_gets_its_arguments_and_gives_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,4 +27,4 @@ def test_a_command_gets_its_arguments_and_gives_its_code(monkeypatch: pytest.Mon
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["lunch"]) == 2
-    assert "aer lunch" in capsys.readouterr().err
+    assert capsys.readouterr().err == "aer_megatron: aer lunch is no command; did you mean aer launch?\n"

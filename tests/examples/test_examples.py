@@ -73,7 +73,7 @@ def test_the_rehearsal_is_the_multinode_run_in_small() -> None:
 @pytest.mark.parametrize("folder", ["single_node", "multinode_torchrun", "slurm", "paper"])
 def test_readmes_say_what_is_needed(folder: str) -> None:
     text = (EXAMPLES / folder / "README.md").read_text(encoding="utf-8")
-    for part in ("H100", "python -m aer_megatron.plan", "peak", "first ten minutes"):
+    for part in ("H100", "aer plan", "peak", "first ten minutes"):
         assert part in text
 
 

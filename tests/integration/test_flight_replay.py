@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def replay(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_command([sys.executable, "-m", "aer_megatron.replay", str(run), *arguments], timeout_s=120)
+    return run_command([sys.executable, "-m", "aer_megatron.cli", "replay", str(run), *arguments], timeout_s=120)
 
 
 def test_the_record_and_the_metrics_tell_the_same(straight: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_resumed_run_records_and_replays_the_same(straight: Path, tmp_path: Pa
 
 def test_another_controller_differs_and_a_run_without_recorder_says_so(straight: Path, tmp_path: Path) -> None:
     picture = tmp_path / "other.png"
-    done = replay(straight / "out", "--controller", "aer", "--update", "sign", "--tau", "2", f"--output={picture}")
+    done = replay(straight / "out", "--algo.entropy.update=sign", "--algo.entropy.tau=2", f"--output={picture}")
     assert done.returncode == 0, done.stderr
     assert "they differ most at step" in done.stdout and picture.is_file()
     with picture.with_suffix(".csv").open(newline="") as file:

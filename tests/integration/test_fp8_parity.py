@@ -24,7 +24,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parity(run_file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "aer_megatron.fp8_parity", str(run_file), *arguments]
+    command = [sys.executable, "-m", "aer_megatron.cli", "fp8-parity", str(run_file), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment(), cwd=ROOT, check=False
     )

@@ -44,7 +44,7 @@ def _train(run_file: Path, *arguments: str) -> Any:
 
 
 def _replay(folder: Path, *arguments: str) -> Any:
-    return run_command([sys.executable, "-m", "aer_megatron.replay.batch", str(folder), *arguments])
+    return run_command([sys.executable, "-m", "aer_megatron.cli", "replay-batch", str(folder), *arguments])
 
 
 def test_the_run_stops_names_the_sample_and_keeps_what_is_replayed(run_file: Path, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_run_stops_names_the_sample_and_keeps_what_is_replayed(run_file: Pat
     assert f"here: {told}" in " ".join(again.stdout.split())
     other_layout = run_command(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "aer_megatron.replay.batch", str(kept[0]), "--parallel.tp=2"]
+         "-m", "aer_megatron.cli", "replay-batch", str(kept[0]), "--parallel.tp=2"]
     )  # fmt: skip
     assert f"here: {told}" in " ".join(other_layout.stdout.split()), other_layout.stderr
 

@@ -320,7 +320,7 @@ def test_a_library_that_raises_exception_itself_is_translated_in_one_file() -> N
     [
         ("train.py", "import os, torch\nfrom aer_megatron import loop, actor\nprint(os.environ)"),
         ("doctor/command.py", "import aer_megatron.train\nprint('fine')"),
-        ("report/__main__.py", "from aer_megatron.report import writer\nprint('path')"),
+        ("report/command.py", "from aer_megatron.report import writer\nprint('path')"),
         ("report/writer.py", "from .metrics import Metric\nfrom aer_megatron.config import Config"),
         ("parallel/platform.py", "import os, torch\nos.environ.get('LOCAL_RANK')"),
         (

@@ -80,7 +80,8 @@ def test_the_runs_own_settings_reproduce_it_exactly(
 
 def test_another_controller_is_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", OPTIONS)
-    arguments = ["--controller", "aer", "--update=sign", "--eta", "0.01", "--tau", "0.95", "--alpha-max", "0.03"]
+    options = {"kind": "aer", "update": "sign", "eta": 0.01, "tau": 0.95, "alpha_max": 0.03}
+    arguments = [f"--algo.entropy.{name}={value}" for name, value in options.items()]
     picture = tmp_path / "other.png"
     assert command.main([str(run), *arguments, f"--output={picture}"]) == 0
     assert "they differ most at step" in capsys.readouterr().out
@@ -109,7 +110,7 @@ def test_the_picture_says_that_the_loop_is_open(tmp_path: Path, monkeypatch: pyt
         save(figure, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", watched)
-    assert command.main([str(make_run(tmp_path, OPTIONS)), "--tau", "0.5"]) == 0
+    assert command.main([str(make_run(tmp_path, OPTIONS)), "--algo.entropy.tau=0.5"]) == 0
     assert any("OPEN LOOP" in text and "different" in text for text in texts)
     assert any(text.startswith("recorded: aer pi, tau 0.9") for text in texts)
     assert any(text.startswith("replayed: aer pi, tau 0.5") for text in texts)
@@ -118,12 +119,13 @@ def test_the_picture_says_that_the_loop_is_open(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tua", "0.5"], ["unknown option --tua", "--tau"]),
-        (["--contoller=aer"], ["unknown option --contoller", "--controller"]),
-        (["--tau"], ["--tau", "needs a value"]),
-        (["--eta", "-1"], ["algo.entropy.eta=-1"]),
-        (["--controller", "pid"], ["algo.entropy.kind='pid'", "skywork"]),
-        (["second"], ["exactly one RUN"]),
+        (["--algo.entropy.tua=0.5"], ["unknown option algo.entropy.tua", "algo.entropy.tau"]),
+        (["--tau=0.5"], ["--tau=0.5", "write --algo.entropy.NAME=value"]),
+        (["--run.seed=1"], ["--run.seed=1", "algo.entropy alone"]),
+        (["--output"], ["--output needs a value"]),
+        (["--algo.entropy.eta=-1"], ["algo.entropy.eta=-1"]),
+        (["--algo.entropy.kind=pid"], ["pid", "skywork"]),
+        (["second"], ["'second' is not understood", "is already"]),
         (["--output", "trace.csv"], ["--output=trace.csv", ".png"]),
         (["--output", "/nonexistent/folder/a.png"], ["/nonexistent/folder/a.png", "cannot be written"]),
     ],
@@ -172,7 +174,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     text = capsys.readouterr().out
     for name in EntropySection.model_fields:
-        assert name == "kind" or f"--{name} [" in text
+        assert name == "kind" or f"--algo.entropy.{name} [" in text
     assert "OPEN LOOP" in text
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aer_megatron.config import Config
-from aer_megatron.report.__main__ import main
+from aer_megatron.report.command import main
 from aer_megatron.report.picture import draw_comparison, draw_report, load_runs, smooth
 from aer_megatron.report.writer import MetricsWriter, write_run_manifest
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aer_megatron.verify_resume.command import parse_command_line
+from aer_megatron.verify_resume.command import COMMAND, _request
 from aer_megatron.verify_resume.comparison import Row, compare_files, compare_lines, compare_tables, table_text
 from aer_megatron.verify_resume.short_run import ShortRunRequest, plan_of
 from tests.support.runs import MODEL, write_run_file
@@ -124,10 +124,10 @@ def test_a_layout_that_does_not_fit_is_named(run_file: Path) -> None:
 )  # fmt: skip
 def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(ValueError, match=r"--|run file"):
-        parse_command_line(arguments)
+        COMMAND.parse(arguments)
 
 
 def test_arguments_are_understood() -> None:
     words = "a.toml --to tp=1,pp=2 --to=tp=2 --nproc=2 --run.seed=1 --steps 3"
-    found = parse_command_line(words.split())
+    found = _request(COMMAND.parse(words.split()))
     assert found == ShortRunRequest("a.toml", ("--run.seed=1",), 2, ({"tp": "1", "pp": "2"}, {"tp": "2"}), 3)

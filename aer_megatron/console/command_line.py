@@ -181,8 +181,10 @@ class CommandLine:
         flag, separator, _ = argument.partition("=")
         names = [name for each in self.options for name in (each.name, *each.aliases) if each.help]
         near = difflib.get_close_matches(flag[2:].replace("_", "-"), names, n=1, cutoff=0.7)
+        if not near and self.overrides:
+            near = [key for key, *_ in describe(Config) if key.rsplit(".", 1)[-1] == flag[2:]]
         is_option = "." in flag or flag[2:] in Config.model_fields
-        if not self.overrides or (near and not is_option):
+        if not self.overrides or not is_option:
             hint = f"did you mean --{near[0]}?" if near else f"see aer {self.name} --help"
             if is_option and self.is_launcher:
                 hint = "options of the run come after the run file"

@@ -50,6 +50,8 @@ def test_what_is_given_and_what_is_not() -> None:
         (["a.toml", "--mode=fats"], "--mode=fats is not known; use fast or slow"),
         (["a.toml", "--keep-all=1"], "--keep-all=1 has a value, and --keep-all takes none; write --keep-all"),
         (["a.toml", "--step=3"], "--step is no option of aer demo; did you mean --steps?"),
+        (["a.toml", "--tau=0.5"], "--tau is no option of aer demo; did you mean --algo.entropy.tau?"),
+        (["a.toml", "--zzz=1"], "--zzz is no option of aer demo; see aer demo --help"),
         (["a.toml", "--run.seed", "3"], "'--run.seed' and its value must be one argument: write --run.seed=3"),
         (["a.toml", "run.seed=3"], "'run.seed=3' is not understood: write --run.seed=3"),
         (["a.toml", "-x"], "argument '-x' is not understood; see aer demo --help"),

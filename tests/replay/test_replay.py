@@ -120,7 +120,7 @@ def test_the_picture_says_that_the_loop_is_open(tmp_path: Path, monkeypatch: pyt
     ("arguments", "words"),
     [
         (["--algo.entropy.tua=0.5"], ["unknown option algo.entropy.tua", "algo.entropy.tau"]),
-        (["--tau=0.5"], ["--tau=0.5", "write --algo.entropy.NAME=value"]),
+        (["--tau=0.5"], ["--tau is no option of aer replay", "did you mean --algo.entropy.tau?"]),
         (["--run.seed=1"], ["--run.seed=1", "algo.entropy alone"]),
         (["--output"], ["--output needs a value"]),
         (["--algo.entropy.eta=-1"], ["algo.entropy.eta=-1"]),

@@ -8,28 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3Config
+
+from tests.support.tiny_models import tiny_model
 
 QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SIZES: dict[str, Any] = {
-    "vocab_size": 25,
     "hidden_size": 256,
     "intermediate_size": 384,  # with TP 2 a rank's 192 rows end inside a block
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "num_key_value_heads": 2,
     "head_dim": 128,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-    "rope_theta": 10000.0,
     "initializer_range": 0.05,
 }
 
 
 def fp8_model(seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """Returns a Qwen3 with random weights whose blocks differ in size."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(Qwen3Config(**SIZES)).to(dtype).eval()
+    model = tiny_model(seed=seed, **SIZES).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_projection(name):

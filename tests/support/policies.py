@@ -6,35 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from aer_megatron.config import Config
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.types import TrainBatch
 from tests.support.experiences import experience_of
+from tests.support.tiny_models import SIZES, tiny_hf_model
 
-VOCAB_SIZE = 25  # odd: every tensor-parallel size pads it
-
-
-def tiny_hf_model(*, tied: bool = True, seed: int = 0, num_layers: int = 2, experts: bool = False) -> Any:
-    """Returns a Qwen3 with random fp32 weights, large enough that no output is near uniform; dense or with experts."""
-    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
-    config = (Qwen3MoeConfig if experts else Qwen3Config)(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        rope_theta=10000.0,
-        initializer_range=0.2,
-        **(moe if experts else {}),
-    )
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config).float().eval()
+VOCAB_SIZE: int = SIZES["vocab_size"]
 
 
 def _one_tensor_per_expert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

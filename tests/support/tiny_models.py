@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as transformers writes them to disk."""
+"""Tiny random models of every family: the one place where tests make a model."""
 
 from __future__ import annotations
 
@@ -45,11 +45,22 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+def tiny_model(family: str = "qwen3", *, seed: int = 0, **changes: Any) -> Any:
+    """Returns transformers' model of ``family``, fp32, random weights; ``changes`` replace entries of its config."""
+    config_type, model_type, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    return model_type(config_type(**SIZES | own | changes)).float().eval()
+
+
+def tiny_hf_model(*, tied: bool = True, seed: int = 0, num_layers: int = 2, experts: bool = False) -> Any:
+    """Returns the Qwen3 that most tests train, dense or with experts."""
+    family = "qwen3_moe" if experts else "qwen3"
+    return tiny_model(family, seed=seed, tie_word_embeddings=tied, num_hidden_layers=num_layers)
+
+
 def save_tiny_model(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """Returns ``folder``, newly written with random weights; norms are not all ones."""
-    config_type, model_type, changes = FAMILIES[family]
-    torch.manual_seed(seed)
-    model = model_type(config_type(**SIZES | changes))
+    model = tiny_model(family, seed=seed)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.2)

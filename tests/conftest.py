@@ -1,6 +1,6 @@
-"""Keeps ``make test-fast`` fast: a test that starts a process says so with the marker ``processes``.
+"""Fixtures of more than one file, and what keeps ``make test-fast`` fast: a test that starts a process says so.
 
-Folders whose tests start processes as a rule (APART) are not in ``make test-fast`` at all.
+The marker is ``processes``; folders whose tests start some as a rule (APART) are not in ``make test-fast`` at all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.runs import random_base, train, write_run_file
 
 APART = ("contract", "distributed", "integration")
 _ALLOWED = {"git"}  # milliseconds, and only asked which commit this is
@@ -43,3 +45,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 def _refuse(item: pytest.Item, program: object) -> None:
     raise AssertionError(f"{item.nodeid} starts {program}: mark it with @pytest.mark.processes")
+
+
+@pytest.fixture(scope="session")
+def random_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick start's model with random weights; nobody writes there."""
+    return random_base(tmp_path_factory.mktemp("random") / "base")
+
+
+@pytest.fixture(scope="session")
+def warm_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick start's model after a supervised stage of 20 steps; nobody writes there."""
+    folder = tmp_path_factory.mktemp("warm")
+    made = train(write_run_file(folder), "--stage=sft")
+    assert made.returncode == 0, made.stderr
+    return folder / "base"

@@ -15,9 +15,9 @@ from typing import Any
 from aer_megatron.config import DataSection
 from aer_megatron.data import countdown
 from aer_megatron.sglang.server import free_port
-from tests.support.double_runs import double_python, random_base
+from tests.support.double_runs import double_python
 from tests.support.real_servers import LAUNCH, SERVER_ENVIRONMENT, inline_table
-from tests.support.runs import ROOT
+from tests.support.runs import ROOT, random_base
 
 NUM_PROBLEMS = 20_000
 PROMPTS, GROUP_SIZE = 8, 4  # of a step

@@ -11,8 +11,7 @@ from aer_megatron.config_loading import load_config
 from aer_megatron.files.run_lock import RunLock
 from aer_megatron.report.writer import write_run_manifest
 from aer_megatron.train import COMMAND
-from tests.support.double_runs import random_base
-from tests.support.runs import MODEL, write_run_file
+from tests.support.runs import MODEL, random_base, write_run_file
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,11 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run file, its base model and a run of 6 steps in ``out``."""
+def straight(tmp_path_factory: pytest.TempPathFactory, warm_policy: Path) -> Path:
+    """A folder with a run file and a run of 6 steps in ``out``."""
     folder = tmp_path_factory.mktemp("flight")
-    run_file = write_run_file(folder)
-    for arguments in (("--stage=sft",), ("--run.eval_every=0",)):
-        done = train(run_file, *arguments)
-        assert done.returncode == 0, done.stderr
+    done = train(write_run_file(folder, base=warm_policy), "--run.eval_every=0")
+    assert done.returncode == 0, done.stderr
     return folder
 
 

@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 
 from aer_megatron.fp8_parity.command import main
-from tests.support.runs import ROOT, environment, train, write_run_file
+from tests.support.runs import ROOT, environment, write_run_file
 
 STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_run_file(tmp_path_factory.mktemp("parity"))
-    result = train(path, "--stage=sft", "--rollout.logprob_gate=0")
-    assert result.returncode == 0, result.stderr
-    return path
+def run_file(tmp_path_factory: pytest.TempPathFactory, warm_policy: Path) -> Path:
+    return write_run_file(tmp_path_factory.mktemp("parity"), base=warm_policy)
 
 
 def parity(run_file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

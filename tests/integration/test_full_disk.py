@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.double_runs import random_base
-from tests.support.runs import metric_lines, train, write_run_file
+from tests.support.runs import metric_lines, random_base, train, write_run_file
 from tests.support.small_disk import fill, small_disk
 
 pytestmark = pytest.mark.integration

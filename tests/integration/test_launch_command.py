@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.double_runs import random_base
 from tests.support.ranks import STOPPING, await_end, await_file, write_program
-from tests.support.runs import ROOT, environment, run_command, write_run_file
+from tests.support.runs import ROOT, environment, random_base, run_command, write_run_file
 from tests.support.signalled_runs import num_lines
 
 pytestmark = pytest.mark.integration

@@ -22,10 +22,8 @@ RULES = (
 )
 
 
-def test_a_resumed_run_with_every_rule_is_the_straight_one(tmp_path: Path) -> None:
-    run_file = write_run_file(tmp_path)
-    made = train(run_file, "--stage=sft", "--sft.num_steps=5")
-    assert made.returncode == 0, made.stderr
+def test_a_resumed_run_with_every_rule_is_the_straight_one(tmp_path: Path, warm_policy: Path) -> None:
+    run_file = write_run_file(tmp_path, base=warm_policy)
     straight, parted = f"--run.output_dir={tmp_path}/straight", f"--run.output_dir={tmp_path}/parted"
     for arguments in ((straight, "--run.num_steps=4"), (parted, "--run.num_steps=2"), (parted, "--run.num_steps=4")):
         done = train(run_file, *RULES, *arguments)

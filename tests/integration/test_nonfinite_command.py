@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.double_runs import random_base
-from tests.support.runs import metric_lines, run_command, write_run_file
+from tests.support.runs import metric_lines, random_base, run_command, write_run_file
 
 STEPS = 4
 

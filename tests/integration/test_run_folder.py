@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from aer_megatron.files.run_lock import RunLock
-from tests.support.double_runs import random_base
 from tests.support.runs import metric_lines, train, write_run_file
 
 pytestmark = pytest.mark.integration
@@ -18,11 +17,9 @@ SMALL = ("--run.eval_every=0", "--rollout.prompts_per_step=2", "--report.tensorb
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, random_policy: Path) -> Iterator[Path]:
     """A run file whose run has made its two steps."""
-    folder = tmp_path_factory.mktemp("finished")
-    random_base(folder / "base")
-    run_file = write_run_file(folder)
+    run_file = write_run_file(tmp_path_factory.mktemp("finished"), base=random_policy)
     run_file.write_text(run_file.read_text().replace("num_steps = 6", "num_steps = 2"))
     done = train(run_file, *SMALL)
     assert done.returncode == 0, done.stderr

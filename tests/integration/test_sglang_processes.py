@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.double_runs import double_python, random_base
+from tests.support.double_runs import double_python
 from tests.support.real_servers import launch_arguments
-from tests.support.runs import ROOT, environment, metric_lines, train_command, write_run_file
+from tests.support.runs import ROOT, environment, metric_lines, random_base, train_command, write_run_file
 from tests.support.server_kills import KillPlan, run_with_kills
 from tests.support.traces import Traces
 

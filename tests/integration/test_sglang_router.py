@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.double_runs import double_python, random_base
+from tests.support.double_runs import double_python
 from tests.support.real_router import real_router
 from tests.support.real_servers import launch_arguments
-from tests.support.runs import metric_lines, train_command, write_run_file
+from tests.support.runs import metric_lines, random_base, train_command, write_run_file
 from tests.support.server_kills import KillPlan, run_with_kills
 from tests.support.sglang_router_double import RouterDouble
 from tests.support.traces import Traces

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.double_runs import random_base
 from tests.support.runs import MODEL, environment, metric_lines, train, train_command, write_run_file
 from tests.support.signalled_runs import PATIENCE_S, num_lines, started
 
@@ -28,10 +27,8 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stopped")
-    random_base(folder / "base")
-    return write_run_file(folder)
+def run_file(tmp_path_factory: pytest.TempPathFactory, random_policy: Path) -> Path:
+    return write_run_file(tmp_path_factory.mktemp("stopped"), base=random_policy)
 
 
 def test_stopped_three_times_equals_never_stopped(run_file: Path, tmp_path: Path) -> None:

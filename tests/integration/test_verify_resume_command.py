@@ -8,17 +8,14 @@ from pathlib import Path
 import pytest
 
 from aer_megatron.verify_resume import command as verify_resume
-from tests.support.double_runs import random_base
 from tests.support.runs import ROOT, run_command, write_run_file
 
 FORGETFUL = ROOT / "tests" / "support" / "forgetful_train.py"
 
 
 @pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    random_base(folder / "base")
-    return write_run_file(folder)
+def run_file(tmp_path_factory: pytest.TempPathFactory, random_policy: Path) -> Path:
+    return write_run_file(tmp_path_factory.mktemp("verify"), base=random_policy)
 
 
 def test_nothing_is_lost_under_the_own_layout_and_another(run_file: Path, tmp_path: Path) -> None:

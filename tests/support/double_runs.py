@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from tests.support.runs import MODEL, ROOT
-
-
-def random_base(folder: Path) -> Path:
-    """Returns a folder with the quick start's model and random weights."""
-    shutil.copytree(MODEL, folder)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).float().save_pretrained(folder)
-    return folder
 
 
 def double_python(folder: Path, *options: str) -> Path:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "quickstart" / "model"
@@ -21,7 +24,7 @@ eval_every = 3
 checkpoint_every = 2
 
 [model]
-path = "{folder}/base"
+path = "{base}"
 dtype = "fp32"
 
 [parallel]
@@ -76,11 +79,18 @@ picture = false
 """
 
 
-def write_run_file(folder: Path) -> Path:
-    """Returns the path of a run file whose outputs lie under ``folder``."""
+def write_run_file(folder: Path, *, base: Path | None = None) -> Path:
+    """Returns the path of a run file whose outputs lie under ``folder``; its model is ``base``, or ``folder``/base."""
     path = folder / "run.toml"
-    path.write_text(RUN_FILE.format(folder=folder, model=MODEL), encoding="utf-8")
+    path.write_text(RUN_FILE.format(folder=folder, base=base or folder / "base", model=MODEL), encoding="utf-8")
     return path
+
+
+def random_base(folder: Path) -> Path:
+    """Returns a new folder with the quick start's model and random weights."""
+    shutil.copytree(MODEL, folder)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).float().save_pretrained(folder)
+    return folder
 
 
 def train_command(run_file: Path, *arguments: str, ranks: int = 1) -> list[str]:

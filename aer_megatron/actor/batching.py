@@ -96,8 +96,9 @@ def padded_micro_batches(
     rows = [max(1, len(part)) for part in parts]
     if same_shape:
         width, rows = [max(width)] * len(parts), [max(rows)] * len(parts)
+    sampled_B = sequences.sampled_length_B
     return [
-        _micro_batch(sequences, part, np.full(rows[i], width[i], dtype=np.int64), cut, packed=False)
+        _micro_batch(sequences, sampled_B, part, np.full(rows[i], width[i], dtype=np.int64), cut, packed=False)
         for i, part in enumerate(parts)
     ]
 
@@ -115,17 +116,24 @@ def packed_micro_batches(
         total = max(int(width_n.sum()) for width_n in width)
         for width_n in width:
             width_n[-1] += total - int(width_n.sum())
-    return [_micro_batch(sequences, part, width[i], cut, packed=True) for i, part in enumerate(parts)]
+    sampled_B = sequences.sampled_length_B
+    return [_micro_batch(sequences, sampled_B, part, width[i], cut, packed=True) for i, part in enumerate(parts)]
 
 
 def _micro_batch(
-    sequences: PackedSequences, indices_n: Int64Array, width_n: Int64Array, cut: TokenCut, *, packed: bool
+    sequences: PackedSequences,
+    sampled_B: Int64Array,
+    indices_n: Int64Array,
+    width_n: Int64Array,
+    cut: TokenCut,
+    *,
+    packed: bool,
 ) -> MicroBatch:
     """Lays the sequences side by side, ``width_n`` tokens each, and takes this context-parallel rank's share.
 
     Sharing the prompt of a group's rollouts would happen here: its tokens laid down once, the responses after it.
     """
-    length_B, sampled_B = sequences.length_B, sequences.sampled_length_B
+    length_B = sequences.length_B
     start_L, start_T, start_n = offsets(length_B), offsets(sampled_B), offsets(width_n)
     tokens = np.zeros(int(width_n.sum()), dtype=np.int64)
     rows, in_batch = [], []

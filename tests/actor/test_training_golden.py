@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from aer_megatron.parallel.platform import install_platform
-from aer_megatron.types import TrainBatch
+from aer_megatron.types import SupervisedBatch, TrainBatch
 from tests.support.experiences import with_context
 from tests.support.policies import build_actor, fixed_batch, policy_config, tiny_hf_model
 from tests.support.spawn import run_distributed
@@ -94,6 +94,13 @@ def _textbook_step(model: Any, optimizer: torch.optim.Optimizer, clip_grad: floa
     }
 
 
+def _supervised_batch() -> SupervisedBatch:
+    """Returns a conversation: what the other side says between the answers carries no loss."""
+    sequences = with_context(fixed_batch()).experience
+    lengths = sequences.prompt_length_B, sequences.response_length_B
+    return SupervisedBatch(*lengths, sequences.token_ids_L, sampled_L=sequences.sampled_L)
+
+
 def _actor_steps(rank: int, world_size: int) -> list[list[dict[str, float]]]:
     install_platform()
     results = []
@@ -105,6 +112,9 @@ def _actor_steps(rank: int, world_size: int) -> list[list[dict[str, float]]]:
         steps = [actor.train(case.batch(), seed=0, entropy_gradient=True) for _ in range(NUM_STEPS)]
         names = ("policy_loss", "entropy_bonus", "token_entropy")
         results.append([{n: s.sums[n][0] for n in names} | {"grad_norm": s.grad_norm} for s in steps])
+    stats = build_actor(policy_config()).train_supervised(_supervised_batch())
+    total, count = stats.sums["supervised_loss"]
+    results.append([{"sum": total, "count": count, "grad_norm": stats.grad_norm}])
     return results
 
 
@@ -120,3 +130,22 @@ def test_losses_of_three_updates_are_the_textbook_s(case: Case, actor_steps: lis
     for step, (mine, theirs) in enumerate(zip(actor_steps[CASES.index(case)], wanted, strict=True)):
         for name, value in theirs.items():
             np.testing.assert_allclose(mine[name], value, rtol=2e-5, atol=2e-5, err_msg=f"{name} of step {step}")
+
+
+def test_the_supervised_loss_is_the_textbook_s_mean_over_marked_tokens(
+    actor_steps: list[list[dict[str, float]]],
+) -> None:
+    batch, model = _supervised_batch(), tiny_hf_model().double().train()
+    assert batch.sampled_L is not None
+    parts, start = [], 0
+    for length in (batch.prompt_length_B + batch.response_length_B).tolist():
+        ids, marked = (torch.from_numpy(each[start : start + length]) for each in (batch.token_ids_L, batch.sampled_L))
+        logp_tV = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        parts.append(-logp_tV.gather(1, ids[1:, None])[:, 0][marked[1:]])
+        start += length
+    loss_T = torch.cat(parts)
+    loss_T.mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    wanted = {"sum": float(loss_T.sum()), "count": len(loss_T), "grad_norm": float(norm)}
+    for name, value in wanted.items():
+        np.testing.assert_allclose(actor_steps[-1][0][name], value, rtol=2e-5, err_msg=name)

@@ -139,7 +139,7 @@ class PackedSequences:
 
     @property
     def num_sampled_tokens(self) -> int:
-        """T"""
+        """T, the tokens of all responses that were sampled."""
         return int((self.response_length_B if self.sampled_L is None else self.sampled_L).sum())
 
 

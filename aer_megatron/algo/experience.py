@@ -122,20 +122,16 @@ def staleness(experience: Experience, *, policy_version: int) -> Staleness:
 
 
 def _check(prompt: Prompt, completion: Completion) -> None:
-    count = reached = 0
-    for span in completion.policy_versions:
-        in_order = reached <= span.start < span.end <= len(completion.token_ids)
-        count, reached = count + span.end - span.start, span.end
-        if not in_order:
-            break
-    else:
-        if count and count == len(completion.logprobs):
-            return
-    raise ValueError(
-        f"a completion of prompt {prompt.id:#x} has {len(completion.token_ids)} tokens, {len(completion.logprobs)} "
-        f"log-probabilities and {completion.policy_versions}; its maker owes spans in order within the tokens and one "
-        "log-probability for each of at least one token in them"
-    )
+    spans, num_tokens = completion.policy_versions, len(completion.token_ids)
+    starts, ends = [span.start for span in spans], [span.end for span in spans]
+    gaps = zip([0, *ends], [*starts, num_tokens], strict=True)
+    in_order = all(end <= start for end, start in gaps) and all(span.start < span.end for span in spans)
+    if not (in_order and 0 < sum(ends) - sum(starts) == len(completion.logprobs)):
+        raise ValueError(
+            f"a completion of prompt {prompt.id:#x} has {num_tokens} tokens, {len(completion.logprobs)} "
+            f"log-probabilities and {spans}; its maker owes spans in order within the tokens and one log-probability "
+            "for each of at least one token in them"
+        )
 
 
 def _sampled(pairs: Sequence[tuple[Prompt, Completion]]) -> BoolArray | None:

@@ -95,7 +95,10 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """One command of ``aer``. ``place`` and ``what`` name what it works on: RUN.toml, "the run file"."""
+    """One command of ``aer``. ``place`` and ``what`` name what it works on: RUN.toml, "the run file".
+
+    A place of several words is so many arguments: MODEL OUTPUT.
+    """
 
     name: str
     about: str
@@ -130,7 +133,7 @@ class CommandLine:
             usage = [f"usage: aer {self.name} [options] {self.place}"]
         if self.under_launch:
             usage.append(f"       aer launch --nproc N {self.name} {self.place} ...")
-        rows = [(self.place.partition(" ")[0], self.what)]
+        rows = [(self.place, self.what)]
         for each in self.options:
             if each.help:
                 default = f" [{each.default}]" if isinstance(each.default, str | int | float) and each.default else ""
@@ -169,8 +172,10 @@ class CommandLine:
             else:
                 self._check_place(argument, places)
                 places.append(argument)
-        if not places and self.needs_place:
-            raise ValueError(f"{self.what.partition(',')[0]} is missing; see aer {self.name} --help")
+        wanted = self.place.split()
+        if self.needs_place and len(places) < len(wanted):
+            absent = wanted[len(places)] if places else self.what.partition(",")[0]
+            raise ValueError(f"{absent} is missing; see aer {self.name} --help")
         missing = next((each for each in self.options if each.required and values[each.name] is None), None)
         if missing is not None:
             raise ValueError(f"--{missing.name} is missing: {missing.help}; give --{missing.name} {missing.metavar}")
@@ -203,9 +208,9 @@ class CommandLine:
             raise ValueError(f"{shown(argument)} is not understood: write {shlex.quote('--' + argument.lstrip('-'))}")
         if argument.startswith("-"):
             raise ValueError(f"argument {argument!r} is not understood; see aer {self.name} --help")
-        if places and not self.several_places:
+        if len(places) >= len(self.place.split()) and not self.several_places:
             what = self.what.partition(",")[0]
-            raise ValueError(f"argument {argument!r} is not understood: {what} is already {places[0]}")
+            raise ValueError(f"argument {argument!r} is not understood: {what} is already {' '.join(places)}")
 
 
 def run_file_options(prefix: str = "") -> str:

@@ -240,15 +240,8 @@ def _layout(text: str) -> Mapping[str, str]:
 
 
 def _request(given: Given) -> ShortRunRequest:
-    return ShortRunRequest(
-        given.place,
-        given.overrides,
-        given["nproc"],
-        given["to"],
-        given["steps"],
-        given["work"],
-        given["keep-engine"],
-    )
+    options = {name.replace("-", "_"): value for name, value in given.options.items()}
+    return ShortRunRequest(given.place, given.overrides, **options)
 
 
 COMMAND = CommandLine(

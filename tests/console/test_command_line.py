@@ -107,3 +107,16 @@ def test_the_whole_help_fits_a_screen() -> None:
 
 def test_a_record_needs_no_options() -> None:
     assert Given((), {}, ()).places == ()
+
+
+def test_a_command_of_two_places_takes_two() -> None:
+    copy = CommandLine("copy", "Copies.", lambda given, edge: 0, "MODEL OUTPUT", "the model folder, and the new one")
+    assert copy.parse(["a", "b"]).places == ("a", "b")
+    for arguments, message in (
+        ([], "the model folder is missing; see aer copy --help"),
+        (["a"], "OUTPUT is missing; see aer copy --help"),
+        (["a", "b", "c"], "argument 'c' is not understood: the model folder is already a b"),
+    ):
+        with pytest.raises(ValueError) as refused:
+            copy.parse(arguments)
+        assert str(refused.value) == message

@@ -7,7 +7,6 @@ user's is loaded in a worker process, as for a run.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from aer_megatron.compose.common import architecture, checked_weights, model_che
 from aer_megatron.compose.data import prompt_set
 from aer_megatron.compose.engines import check_server_options
 from aer_megatron.compose.sft import init_path, is_made, supervised_locks, supervised_source
-from aer_megatron.compose.step_plan import StepPlan
+from aer_megatron.compose.step_plan import StepPlan, fewest_ranks
 from aer_megatron.config import Config
 from aer_megatron.costs.memory import peak_bytes
 from aer_megatron.data.skipped import SkippedRecords
@@ -57,9 +56,7 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
     ``world_size`` is the number of ranks that a launcher gave; with 1 the fewest that the layout can have are assumed.
     """
     found = Findings()
-    parallel = config.parallel
-    fewest = parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
-    num_ranks = world_size if world_size > 1 else fewest
+    num_ranks = world_size if world_size > 1 else fewest_ranks(config)
     fits = found.attempt(lambda: config.check_world_size(num_ranks))
     path = found.attempt(lambda: init_path(config)) if stage == "sft" else config.model.path
     plan: str | None = None

@@ -127,6 +127,12 @@ class StepPlan:
         )
 
 
+def fewest_ranks(config: Config) -> int:
+    """Returns the least number of ranks that the run file's layout takes."""
+    parallel = config.parallel
+    return parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
+
+
 def _recompute(config: Config) -> Recompute:
     value = config.megatron.get("recompute_granularity")
     if value not in (None, "selective", "full"):

@@ -97,7 +97,7 @@ class Given:
 class CommandLine:
     """One command of ``aer``. ``place`` and ``what`` name what it works on: RUN.toml, "the run file".
 
-    A place of several words is so many arguments: MODEL OUTPUT.
+    A place of several words is so many arguments, those in brackets may be left out: MODEL [OUTPUT].
     """
 
     name: str
@@ -172,7 +172,7 @@ class CommandLine:
             else:
                 self._check_place(argument, places)
                 places.append(argument)
-        wanted = self.place.split()
+        wanted = [word for word in self.place.split() if not word.startswith("[")]
         if self.needs_place and len(places) < len(wanted):
             absent = wanted[len(places)] if places else self.what.partition(",")[0]
             raise ValueError(f"{absent} is missing; see aer {self.name} --help")

@@ -27,7 +27,7 @@ from aer_megatron.console.command_line import CommandLine, Given, Option, whole
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.writer import read_metrics
 from aer_megatron.verify_resume.comparison import Row, compare_files, compare_lines, compare_tables, table_text
-from aer_megatron.verify_resume.short_run import LAYOUT_OPTIONS, Plan, ShortRunRequest, layout_name, plan_of
+from aer_megatron.verify_resume.short_run import LAYOUT_OPTIONS, ShortRun, ShortRunRequest, layout_name, shorten
 
 if TYPE_CHECKING:
     from aer_megatron.checkpoint.manifest import Manifest
@@ -51,18 +51,18 @@ def launch_command(num_ranks: int, *program: str) -> list[str]:
 def _verify(command: ShortRunRequest) -> int:
     """Makes the runs, prints the table, and returns 0 where every claim holds, else 1."""
     start = time.monotonic()
-    plan = plan_of(command)
-    own = layout_name(plan.config, plan.config.check_world_size(plan.num_ranks))
+    short = shorten(command)
+    own = layout_name(short.config, short.config.check_world_size(short.num_ranks))
     print(
-        f"verify-resume: {plan.num_ranks} ranks, {own}, {plan.config.model.dtype}; {2 * plan.steps} steps of "
-        f"{plan.config.rollout.prompts_per_step} x {plan.config.rollout.group_size} responses of at most "
-        f"{plan.config.rollout.max_new_tokens} tokens; other layouts: {', '.join(plan.layouts) or 'none fits'}",
+        f"verify-resume: {short.num_ranks} ranks, {own}, {short.config.model.dtype}; {2 * short.steps} steps of "
+        f"{short.config.rollout.prompts_per_step} x {short.config.rollout.group_size} responses of at most "
+        f"{short.config.rollout.max_new_tokens} tokens; other layouts: {', '.join(short.layouts) or 'none fits'}",
         flush=True,
     )
-    if load_config(command.run_file, command.overrides).rollout.engine != plan.config.rollout.engine:
+    if load_config(command.run_file, command.overrides).rollout.engine != short.config.rollout.engine:
         print("rollout.engine: the embedded engine takes the place of the SGLang servers (--keep-engine keeps them)")
     folder = Path(tempfile.mkdtemp(prefix="aer-verify-resume-", dir=command.work))
-    rows = _rows(plan, own, folder)
+    rows = _rows(short, own, folder)
     print("\n" + table_text(rows) + "\n")
     failed = sum(not row.holds for row in rows)
     if failed:
@@ -74,16 +74,16 @@ def _verify(command: ShortRunRequest) -> int:
     return 1 if failed else 0
 
 
-def _rows(plan: Plan, own: str, folder: Path) -> list[Row]:
+def _rows(short: ShortRun, own: str, folder: Path) -> list[Row]:
     """Makes the runs below ``folder`` and returns what comes out of comparing them."""
     import torch
 
     exact = 0.0 if not torch.cuda.is_available() else CUDA_BOUND
-    bound = max(BOUNDS[plan.config.model.dtype], exact)
-    k, end = plan.steps, 2 * plan.steps
-    straight = _train(plan, folder / "straight", ())
+    bound = max(BOUNDS[short.config.model.dtype], exact)
+    k, end = short.steps, 2 * short.steps
+    straight = _train(short, folder / "straight", ())
     lines = _metrics(straight)
-    resumed = _resume(plan, straight, folder / "resumed", ())
+    resumed = _resume(short, straight, folder / "resumed", ())
     rows = [
         Row(f"resumed, {own}: metrics of steps {k} to {end - 1}", *_with(exact, compare_lines(
             lines[k:], _metrics(resumed)[k:], bound=exact))),
@@ -91,12 +91,12 @@ def _rows(plan: Plan, own: str, folder: Path) -> list[Row]:
     ]  # fmt: skip
     if not any(line.get(Metric.TRAIN_GRAD_NORM) for line in lines):
         rows[0] = dataclasses.replace(rows[0], note="no gradient in any step (equal rewards): a weak proof")
-    rows += _reshard_rows(plan, own, straight, folder)
-    for name, changes in plan.layouts.items():
-        other = _resume(plan, straight, folder / name.replace(" ", "-"), changes)
+    rows += _reshard_rows(short, own, straight, folder)
+    for name, changes in short.layouts.items():
+        other = _resume(short, straight, folder / name.replace(" ", "-"), changes)
         found = compare_lines(lines[k : k + 1], _metrics(other)[k : k + 1], bound=bound)
         rows.append(Row(f"resumed, {name}: metrics of step {k}", *_with(bound, found)))
-        rows += _other_end_rows(plan, straight, other, name)
+        rows += _other_end_rows(short, straight, other, name)
     return rows
 
 
@@ -115,31 +115,31 @@ def _end_rows(one: Path, other: Path, step: int, what: str, exact: float) -> lis
     return rows
 
 
-def _other_end_rows(plan: Plan, straight: Path, other: Path, name: str) -> list[Row]:
+def _other_end_rows(short: ShortRun, straight: Path, other: Path, name: str) -> list[Row]:
     """Returns rows of a resume under another layout; under bf16 its later samples may differ, by rounding."""
-    end = 2 * plan.steps
+    end = 2 * short.steps
     one, two = (_whole_numbers(_standing(_manifest(_checkpoint(each, end)))) for each in (straight, other))
     whole = compare_tables(one, two)
     rows = [Row(f"resumed, {name}: data cursor, updates after step {end - 1}", *_with(0.0, whole))]
-    if plan.config.model.dtype == "fp32":
-        share = _moved_apart(plan.config, straight, other, plan.steps)
+    if short.config.model.dtype == "fp32":
+        share = _moved_apart(short.config, straight, other, short.steps)
         note = "" if share <= WEIGHTS_BOUND else "share of what the steps changed"
         rows.append(Row(f"resumed, {name}: weights after step {end - 1}", share, WEIGHTS_BOUND, note))
     return rows
 
 
-def _reshard_rows(plan: Plan, own: str, straight: Path, folder: Path) -> list[Row]:
+def _reshard_rows(short: ShortRun, own: str, straight: Path, folder: Path) -> list[Row]:
     """Returns one row per layout that the checkpoint at step k was taken through, its own included."""
-    layouts = {own: (), **plan.layouts}
+    layouts = {own: (), **short.layouts}
     source = folder / "middle"
     source.mkdir()
-    shutil.copytree(_checkpoint(straight, plan.steps), source / _checkpoint(straight, plan.steps).name)
+    shutil.copytree(_checkpoint(straight, short.steps), source / _checkpoint(straight, short.steps).name)
     job = folder / "reshard.json"
     job.write_text(
         json.dumps(
             {
-                "run_file": plan.run_file,
-                "overrides": [*plan.overrides, f"--run.output_dir={folder / 'reshard'}"],
+                "run_file": short.run_file,
+                "overrides": [*short.overrides, f"--run.output_dir={folder / 'reshard'}"],
                 "layouts": {name: list(changes) for name, changes in layouts.items()},
                 "source": str(source),
                 "target": str(folder / "through"),
@@ -148,32 +148,32 @@ def _reshard_rows(plan: Plan, own: str, straight: Path, folder: Path) -> list[Ro
         encoding="utf-8",
     )
     program = ("-m", "aer_megatron.verify_resume.resharding", str(job))
-    _run(launch_command(plan.num_ranks, *program), folder / "reshard.log")
-    before = _manifest(_checkpoint(straight, plan.steps))
+    _run(launch_command(short.num_ranks, *program), folder / "reshard.log")
+    before = _manifest(_checkpoint(straight, short.steps))
     rows = []
     for name in layouts:
-        back = _manifest(folder / "through" / name / "back" / _checkpoint(straight, plan.steps).name)
+        back = _manifest(folder / "through" / name / "back" / _checkpoint(straight, short.steps).name)
         found = compare_files(_digests(before), _digests(back))
         if not found[0]:
             found = compare_tables(_standing(before), _standing(back))
         way = "read and written again" if name == own else f"through {name} and back"
-        rows.append(Row(f"checkpoint of step {plan.steps} {way}: weights, optimizer, ledger", *_with(0.0, found)))
+        rows.append(Row(f"checkpoint of step {short.steps} {way}: weights, optimizer, ledger", *_with(0.0, found)))
     return rows
 
 
-def _train(plan: Plan, folder: Path, changes: Sequence[str]) -> Path:
-    options = [*plan.overrides, *changes, f"--run.output_dir={folder}"]
-    _run(launch_command(plan.num_ranks, plan.run_file, *options), folder.with_name(f"{folder.name}.log"))
+def _train(short: ShortRun, folder: Path, changes: Sequence[str]) -> Path:
+    options = [*short.overrides, *changes, f"--run.output_dir={folder}"]
+    _run(launch_command(short.num_ranks, short.run_file, *options), folder.with_name(f"{folder.name}.log"))
     return folder
 
 
-def _resume(plan: Plan, straight: Path, folder: Path, changes: Sequence[str]) -> Path:
+def _resume(short: ShortRun, straight: Path, folder: Path, changes: Sequence[str]) -> Path:
     """Returns a run folder whose first k steps are those of the straight run, and the others new processes'."""
-    checkpoint = _checkpoint(straight, plan.steps)
+    checkpoint = _checkpoint(straight, short.steps)
     shutil.copytree(checkpoint, folder / "checkpoints" / checkpoint.name)
     lines = (straight / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[: plan.steps]), encoding="utf-8")
-    return _train(plan, folder, changes)
+    (folder / "metrics.jsonl").write_text("".join(lines[: short.steps]), encoding="utf-8")
+    return _train(short, folder, changes)
 
 
 def _run(command: Sequence[str], log: Path) -> None:

@@ -6,9 +6,9 @@ This file does NOT start anything.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
+from aer_megatron.compose.step_plan import fewest_ranks
 from aer_megatron.config import Config, RunSection
 from aer_megatron.config_loading import load_config
 
@@ -30,7 +30,7 @@ class ShortRunRequest:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class ShortRun:
     """The shortened run. ``layouts`` are the other ones by name, each with its overrides on top of ``overrides``."""
 
     run_file: str
@@ -41,7 +41,7 @@ class Plan:
     layouts: Mapping[str, tuple[str, ...]]
 
 
-def plan_of(request: ShortRunRequest) -> Plan:
+def shorten(request: ShortRunRequest) -> ShortRun:
     """Returns the shortened run.
 
     Raises:
@@ -50,7 +50,7 @@ def plan_of(request: ShortRunRequest) -> Plan:
     from aer_megatron.compose.common import check_model  # it brings torch and Megatron-Core
 
     given = load_config(request.run_file, request.overrides)
-    num_ranks = request.nproc or _fewest_ranks(given)
+    num_ranks = request.nproc or fewest_ranks(given)
     given.check_world_size(num_ranks)
     check_model(given, given.model.path)
     overrides = (*request.overrides, *_shortened(given, num_ranks, request))
@@ -72,7 +72,7 @@ def plan_of(request: ShortRunRequest) -> Plan:
     if not request.to:
         layouts.pop(layout_name(config, config.check_world_size(num_ranks)), None)
         layouts = dict(list(layouts.items())[:2])
-    return Plan(request.run_file, overrides, num_ranks, request.steps, config, layouts)
+    return ShortRun(request.run_file, overrides, num_ranks, request.steps, config, layouts)
 
 
 def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list[str]:
@@ -115,11 +115,6 @@ def _entropy_pressure(config: Config) -> dict[str, object]:
     if kind == "skywork":
         return options | {"algo.entropy.skywork_target": 1e3}
     return options | {"algo.entropy.kind": "fixed", "algo.entropy.coefficient": 1e-2}
-
-
-def _fewest_ranks(config: Config) -> int:
-    parallel = config.parallel
-    return parallel.tp * parallel.pp * math.lcm(parallel.cp, parallel.ep)
 
 
 def _other_layouts(config: Config, num_ranks: int) -> list[Mapping[str, str]]:

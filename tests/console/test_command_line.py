@@ -109,13 +109,16 @@ def test_a_record_needs_no_options() -> None:
     assert Given((), {}, ()).places == ()
 
 
-def test_a_command_of_two_places_takes_two() -> None:
-    copy = CommandLine("copy", "Copies.", lambda given, edge: 0, "MODEL OUTPUT", "the model folder, and the new one")
+def test_a_command_of_several_places_takes_so_many() -> None:
+    copy = CommandLine(
+        "copy", "Copies.", lambda given, edge: 0, "MODEL OUTPUT [LOG]", "the model folder, and the new one"
+    )
     assert copy.parse(["a", "b"]).places == ("a", "b")
+    assert copy.parse(["a", "b", "c"]).places == ("a", "b", "c")
     for arguments, message in (
         ([], "the model folder is missing; see aer copy --help"),
         (["a"], "OUTPUT is missing; see aer copy --help"),
-        (["a", "b", "c"], "argument 'c' is not understood: the model folder is already a b"),
+        (["a", "b", "c", "d"], "argument 'd' is not understood: the model folder is already a b c"),
     ):
         with pytest.raises(ValueError) as refused:
             copy.parse(arguments)

@@ -11,7 +11,7 @@ import pytest
 
 from aer_megatron.verify_resume.command import COMMAND, _request
 from aer_megatron.verify_resume.comparison import Row, compare_files, compare_lines, compare_tables, table_text
-from aer_megatron.verify_resume.short_run import ShortRunRequest, plan_of
+from aer_megatron.verify_resume.short_run import ShortRunRequest, shorten
 from tests.support.runs import MODEL, write_run_file
 
 LINE = {"step": 2, "train/grad_norm": 0.5, "aer/held": False, "aer/reason": "alpha 0.1", "time/step_s": 3.0}
@@ -89,14 +89,14 @@ def run_file(tmp_path: Path) -> Path:
 def test_other_layouts_fit_ranks_and_model(
     overrides: tuple[str, ...], nproc: int | None, num_ranks: int, layouts: list[str], run_file: Path
 ) -> None:
-    plan = plan_of(ShortRunRequest(str(run_file), overrides, nproc))
-    assert plan.num_ranks == num_ranks
-    assert list(plan.layouts) == layouts
+    short = shorten(ShortRunRequest(str(run_file), overrides, nproc))
+    assert short.num_ranks == num_ranks
+    assert list(short.layouts) == layouts
 
 
 def test_the_run_is_shortened_and_has_a_gradient(run_file: Path) -> None:
-    plan = plan_of(ShortRunRequest(str(run_file), ("--run.num_steps=900", "--rollout.prompts_per_step=64"), steps=3))
-    config = plan.config
+    short = shorten(ShortRunRequest(str(run_file), ("--run.num_steps=900", "--rollout.prompts_per_step=64"), steps=3))
+    config = short.config
     assert (config.run.num_steps, config.run.checkpoint_every, config.run.eval_every) == (6, 3, 0)
     assert config.rollout.prompts_per_step * config.rollout.group_size <= 32
     assert config.algo.entropy.tau > 1
@@ -106,15 +106,15 @@ def test_servers_give_way_to_the_embedded_engine_unless_kept(run_file: Path) -> 
     servers = (
         "--rollout.engine=sglang", '--sglang.urls=["http://h:1"]', "--rollout.staleness=2", "--algo.tis_clip=2",
     )  # fmt: skip
-    plan = plan_of(ShortRunRequest(str(run_file), servers))
-    assert (plan.config.rollout.engine, plan.config.rollout.staleness) == ("embedded", 0)
-    kept = plan_of(ShortRunRequest(str(run_file), servers, keep_engine=True)).config
+    short = shorten(ShortRunRequest(str(run_file), servers))
+    assert (short.config.rollout.engine, short.config.rollout.staleness) == ("embedded", 0)
+    kept = shorten(ShortRunRequest(str(run_file), servers, keep_engine=True)).config
     assert (kept.rollout.engine, kept.rollout.staleness) == ("sglang", 2)
 
 
 def test_a_layout_that_does_not_fit_is_named(run_file: Path) -> None:
     with pytest.raises(ValueError, match=r"--to tp=3: .*must divide the number of ranks 2"):
-        plan_of(ShortRunRequest(str(run_file), nproc=2, to=({"tp": "3"},)))
+        shorten(ShortRunRequest(str(run_file), nproc=2, to=({"tp": "3"},)))
 
 
 @pytest.mark.parametrize(

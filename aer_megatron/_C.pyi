@@ -6,7 +6,7 @@ TypeError, another shape, a strided or an unaligned view a ValueError. Legend: P
 Calls release the GIL.
 """
 
-from typing import ClassVar, Literal, Never, final
+from typing import ClassVar, Never, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,20 +53,10 @@ def group_statistics(
 
 @final
 class LedgerRows:
-    """Records of P prompts as columns; what `lookup` and `export` return and `merge_state` takes."""
+    """Records of P prompts as columns; what `lookup` and `export` return."""
 
-    def __init__(
-        self,
-        *,
-        prompt_ids: NDArray[np.uint64],
-        decayed_successes: NDArray[np.float64],
-        decayed_failures: NDArray[np.float64],
-        attempts: NDArray[np.int64],
-        successes: NDArray[np.int64],
-        last_step: NDArray[np.int64],
-        entropy_sum: NDArray[np.float64],
-        token_count: NDArray[np.int64],
-    ) -> None: ...
+    def __init__(self, *args: Never, **kwargs: Never) -> None:
+        """Raises TypeError: `lookup` and `export` make these."""
     @property
     def prompt_ids(self) -> NDArray[np.uint64]:
         """[P]"""
@@ -92,7 +82,7 @@ class LedgerRows:
     def token_count(self) -> NDArray[np.int64]:
         """[P] response tokens ever: over attempts the mean length, under entropy_sum the mean token entropy."""
     def as_dict(self) -> dict[str, NDArray[np.generic]]:
-        """Return the columns by name, in the order of __init__."""
+        """Return the columns by name, in the order above."""
     def __len__(self) -> int:
         """Number of rows."""
 
@@ -102,9 +92,8 @@ class DifficultyLedger:
 
     Integers are exact over the ledger's life; decayed sums forget by `decay` per step. Entropy sums are kept
     in units of 2^-30 nat and decayed sums round to 2^-32 when they decay, so every addition is exact: a
-    step's batch may be split, reordered and merged from ranks in any order with bitwise the same result. Per
-    prompt and lifetime: fewer than 2^32 attempts and tokens, 4.2e9 nats. Threads may share a ledger: readers
-    run together, writers alone.
+    step's batch may be split and reordered with bitwise the same result. Per prompt and lifetime: fewer than
+    2^32 attempts and tokens, 4.2e9 nats. Threads may share a ledger: readers run together, writers alone.
     """
 
     __hash__: ClassVar[None]  # type: ignore[assignment]
@@ -120,20 +109,11 @@ class DifficultyLedger:
         token_count: NDArray[np.int64],
         *,
         step: int,
-        num_threads: int = 1,
     ) -> None:
         """Add one batch: [P] arrays, entropy_sum in nats. Prompts may repeat; their entries add up.
 
-        `num_threads` (1 .. 256) does not show in the result; batches below 16384 entries use one thread. Raises
-        ValueError, with the ledger unchanged, for unequal lengths, successes outside [0, attempts], negative or
+        Raises ValueError, with the ledger unchanged, for unequal lengths, successes outside [0, attempts], negative or
         non-finite values, a step before a prompt's last one (it names the prompt and both steps).
-        """
-    def update_verdicts(
-        self, prompt_ids: NDArray[np.uint64], solved: NDArray[np.bool_], *, step: int, num_threads: int = 1
-    ) -> None:
-        """Add one rollout per entry, [B] (prompt, verdict) pairs in any order, without entropies and tokens.
-
-        The same as `update` with one attempt per entry and zeros; errors as there.
         """
     def lookup(self, prompt_ids: NDArray[np.uint64]) -> LedgerRows:
         """Return the prompts' records in the order asked for; unknown prompts have zeros and last_step -1."""
@@ -144,20 +124,6 @@ class DifficultyLedger:
 
         a, b are the prior's pseudo-counts; an unknown prompt has the prior mean. Raises ValueError for a
         prior that is not positive and for a step before a prompt's last one.
-        """
-    def top_k(
-        self,
-        k: int,
-        *,
-        which: Literal["hardest", "easiest", "never", "always"],
-        prior_success: float,
-        prior_failure: float,
-        step: int,
-    ) -> NDArray[np.uint64]:
-        """Return at most k prompt ids: hardest or easiest by posterior mean, never or always solved by
-        attempts.
-
-        "never" and "always" hold attempted prompts only, most attempts first; ties fall to the smaller id.
         """
     def histogram2d(
         self,
@@ -178,10 +144,8 @@ class DifficultyLedger:
         self, q: NDArray[np.float64], *, prior_success: float, prior_failure: float, step: int
     ) -> NDArray[np.float64]:
         """Return [Q] quantiles of difficulty, 1 - posterior mean, as numpy.quantile; ValueError when empty."""
-    def merge(self, other: DifficultyLedger) -> None:
-        """Add everything another ledger has seen, in any order of merges; ValueError if the decays differ."""
-    def merge_state(self, rows: LedgerRows) -> None:
-        """Add exported rows, e.g. another rank's; ValueError unless ids ascend strictly and values are valid."""
+    def copy(self) -> DifficultyLedger:
+        """Return another ledger with the same records, which no later update of this one reaches."""
     def export(self) -> LedgerRows:
         """Return all records sorted by prompt id: equal ledgers export equal arrays."""
     def save(self, path: str) -> None:

@@ -1,26 +1,25 @@
 """Times of the difficulty ledger beside NumPy and pandas; writes benchmarks/results/ledger.{md,json}.
 
-    .venv/bin/python benchmarks/bench_ledger.py    # 1M pairs, 10M-prompt file and growth; some 3 GB of memory
+    .venv/bin/python benchmarks/bench_ledger.py    # up to 10M prompts; some 3 GB of memory
 
-**Update.** A batch of (prompt id, verdict) pairs, one per rollout, unsorted and with repetitions, is added to a
-state that knows all prompts: per prompt the decayed successes and failures, attempts, successes and last step.
-Every form does that work and is checked against the ledger afterwards. What differs, all in the peers' favour:
-they keep no entropy and token sums, do not accept unknown prompts, do not check for steps that go back or counters
-that overflow, and are not safe against a reader in another thread. They are:
-  numpy searchsorted   positions by binary search in sorted ids, sums by one bincount
-  numpy sorted         each verdict's ids sorted, then binary searches in order (cache-friendly)
-  numpy hash           open addressing written with array operations, table built beforehand; the best found
-  pandas reindex       groupby, then reindex of the batch's sums to the state's index; the best pandas form found
-  pandas merge         groupby, then DataFrame.merge into the state by id, the form as people write it
-Times are the smallest of `--repeats` calls, as CPU time of the process and as wall clock. CPU time is what a
-shared machine leaves comparable; with two threads only the wall clock shows a gain, and only where two cores are
-free.
+**Update.** What a training step does: 64, 512 or 4096 prompts, unsorted, each with its attempts and successes, are
+added to a state that knows 10^5, 10^6 or 10^7 prompts. Every form adds the same batches, each call another one, and is
+checked against the ledger afterwards. What differs, all in the peers' favour: they keep no entropy and token sums,
+accept neither unknown nor repeated prompts, do not check for steps that go back or counters that overflow, and are not
+safe against a reader in another thread. They find the positions of the batch's prompts and then add to one array per
+column:
+  numpy searchsorted   binary search in sorted ids
+  numpy hash           open addressing written with array operations, table built beforehand
+  pandas               Index.get_indexer, which is a hash table in C
+Times are the median and the smallest of `--repeats` calls by the wall clock, in microseconds.
+
+**Read.** The posterior means of as many prompts, which the difficulty of a step asks for.
 
 **File.** Save and load of 10M prompts, best of 3. On disk the save includes its fsync, so that the
 disk's speed is in it; on memory-backed storage (/dev/shm) fsync costs nothing and the code's own speed shows.
 
 **Growth.** Batches of 4096 new prompts from an empty ledger to 10M: how long single updates take; the wall clock
-counts other processes' turns too.
+counts other processes' turns too. A run does not grow its ledger, it says how many prompts its data has.
 
 This file does NOT judge the figures.
 """
@@ -28,7 +27,6 @@ This file does NOT judge the figures.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import platform
@@ -41,61 +39,55 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aer_megatron._C import DifficultyLedger
+from aer_megatron._C import DifficultyLedger, LedgerRows
 
 DECAY = 0.97
-MAX_STEPS = 1000
+BATCHES, GROUP = (64, 512, 4096), 16
 RESULTS = Path(__file__).parent / "results"
 STATE = ("wins", "losses", "attempts", "successes", "last")
-Update = Callable[[int], None]
+Positions = Callable[[np.ndarray], np.ndarray]
+Batch = tuple[np.ndarray, np.ndarray]  # prompt ids, successes of GROUP attempts
 
 
-class NumpyState:
+class Columns:
     """The peers' state: one array per column, one entry per known prompt."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, positions: Positions) -> None:
         self.columns = {name: np.zeros(size) for name in STATE[:2]}
         self.columns |= {name: np.zeros(size, dtype=np.int64) for name in STATE[2:]}
-        self.powers = DECAY ** np.arange(MAX_STEPS)
+        self.positions = positions
+        self.powers = DECAY ** np.arange(1000)
 
-    def add(self, losses: np.ndarray, wins: np.ndarray, step: int) -> None:
-        """Add counts per known prompt; powers from a table, because DECAY ** array costs 20 ms."""
-        state, attempts = self.columns, losses + wins
-        seen = attempts > 0
-        factor = np.where(seen, self.powers[step - state["last"]], 1.0)
-        for name, added in (("wins", wins), ("losses", losses)):
-            state[name] *= factor
-            state[name] += added
-        state["attempts"] += attempts
-        state["successes"] += wins
-        np.copyto(state["last"], step, where=seen)
-
-    def add_at(self, positions: np.ndarray, solved: np.ndarray, step: int) -> None:
-        """Add one rollout per position."""
-        size = len(self.columns["last"])
-        counts = np.bincount(2 * positions + solved, minlength=2 * size).reshape(size, 2)
-        self.add(counts[:, 0], counts[:, 1], step)
+    def update(self, batch: Batch, step: int) -> None:
+        """Add a batch; powers from a table, because DECAY ** array costs more than all the rest."""
+        ids, wins = batch
+        at, state = self.positions(ids), self.columns
+        factor = self.powers[step - state["last"][at]]
+        state["wins"][at] = state["wins"][at] * factor + wins
+        state["losses"][at] = state["losses"][at] * factor + (GROUP - wins)
+        state["attempts"][at] += GROUP
+        state["successes"][at] += wins
+        state["last"][at] = step
 
 
-def searchsorted_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray) -> tuple[Update, Any]:
-    known, state = np.sort(ids), NumpyState(len(ids))
-    return lambda step: state.add_at(np.searchsorted(known, pairs), solved, step), (known, state)
+class Ledger:
+    """The ledger with all prompts known."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        none = np.zeros(len(ids), dtype=np.int64)
+        self.ledger = DifficultyLedger(DECAY, len(ids))
+        self.ledger.update(ids, none, none, none.astype(np.float64), none, step=0)
+
+    def update(self, batch: Batch, step: int) -> None:
+        ids, wins = batch
+        attempts = np.full(len(ids), GROUP)
+        self.ledger.update(ids, attempts, wins, attempts * 1.0, attempts, step=step)
 
 
-def sorted_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray) -> tuple[Update, Any]:
-    known, state = np.sort(ids), NumpyState(len(ids))
-
-    def count(chosen: np.ndarray) -> np.ndarray:
-        return np.bincount(np.searchsorted(known, np.sort(chosen)), minlength=len(known))
-
-    return lambda step: state.add(count(pairs[~solved]), count(pairs[solved]), step), (known, state)
-
-
-def hash_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray) -> tuple[Update, Any]:
+def hash_positions(ids: np.ndarray) -> Positions:
     bits = int(np.ceil(np.log2(len(ids)))) + 1  # half empty
     mask, shift, odd = (1 << bits) - 1, np.uint64(64 - bits), np.uint64(0x9E3779B97F4A7C15)
     keys, positions = np.zeros(1 << bits, dtype=np.uint64), np.full(1 << bits, -1)
-    state = NumpyState(len(ids))
 
     def home(values: np.ndarray) -> np.ndarray:
         return ((values * odd) >> shift).astype(np.int64)
@@ -108,108 +100,69 @@ def hash_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray) -> tuple
         keys[slot[placed]] = ids[left[placed]]
         left, slot = left[~placed], (slot[~placed] + 1) & mask
 
-    def update(step: int) -> None:
-        slots = home(pairs)
-        missed = np.flatnonzero(keys[slots] != pairs)
+    def find(batch: np.ndarray) -> np.ndarray:
+        slots = home(batch)
+        missed = np.flatnonzero(keys[slots] != batch)
         while len(missed):
             slots[missed] = (slots[missed] + 1) & mask
-            missed = missed[keys[slots[missed]] != pairs[missed]]
-        state.add_at(positions[slots], solved, step)
+            missed = missed[keys[slots[missed]] != batch[missed]]
+        return positions[slots]
 
-    return update, (ids, state)
-
-
-def pandas_update(ids: np.ndarray, pairs: np.ndarray, solved: np.ndarray, *, merge: bool) -> tuple[Update, Any]:
-    frame = pd.DataFrame({name: np.zeros(len(ids)) for name in STATE}, index=pd.Index(ids, name="id"))
-    holder = {"state": frame.reset_index() if merge else frame}
-
-    def update(step: int) -> None:
-        state = holder["state"]
-        batch = pd.DataFrame({"id": pairs, "n": 1.0, "k": solved.astype(np.float64)})
-        groups = batch.groupby("id", sort=False).sum()
-        if merge:
-            joined = state.merge(groups.reset_index(), on="id", how="left").fillna({"n": 0.0, "k": 0.0})
-        else:
-            joined = groups.reindex(state.index, fill_value=0.0)
-        n, k = joined["n"], joined["k"]
-        factor = np.where(n > 0, DECAY ** (step - state["last"]), 1.0)
-        columns = {
-            "wins": state["wins"] * factor + k,
-            "losses": state["losses"] * factor + (n - k),
-            "attempts": state["attempts"] + n,
-            "successes": state["successes"] + k,
-            "last": np.where(n > 0, float(step), state["last"]),
-        }
-        holder["state"] = pd.DataFrame(({"id": state["id"]} if merge else {}) | columns)
-
-    return update, (ids, holder)
+    return find
 
 
-def best_times(update: Update, repeats: int) -> tuple[float, float]:
-    """Return the smallest (CPU, wall) times of `repeats` calls in ms; each call gets the next step."""
-    cpu, wall = [], []
-    for step in range(1, repeats + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        update(step)
-        cpu.append(time.process_time() - cpu_start)
-        wall.append(time.perf_counter() - start)
-    return min(cpu) * 1e3, min(wall) * 1e3
+PEERS: dict[str, Callable[[np.ndarray], Positions]] = {
+    "numpy searchsorted": lambda ids: lambda batch: np.searchsorted(ids, batch),
+    "numpy hash": hash_positions,
+    "pandas": lambda ids: pd.Index(ids).get_indexer,
+}
 
 
-def check_same(ledger: DifficultyLedger, ids: np.ndarray, holder: Any) -> None:
-    """Raise unless a peer's state equals the ledger's after the same updates."""
-    rows = ledger.lookup(ids)
-    state = holder.columns if isinstance(holder, NumpyState) else holder["state"]
-    expected = {
-        "wins": rows.decayed_successes,
-        "losses": rows.decayed_failures,
-        "attempts": rows.attempts,
-        "successes": rows.successes,
-    }
-    for name, column in expected.items():
-        np.testing.assert_allclose(np.asarray(state[name]), column, rtol=0, atol=1e-6, err_msg=name)
+def times_us(call: Callable[[int], object], repeats: int) -> dict[str, float]:
+    """Return the median and the smallest time of call(0), call(1), ..., microseconds by the wall clock."""
+    taken = []
+    for number in range(repeats):
+        start = time.perf_counter()
+        call(number)
+        taken.append((time.perf_counter() - start) * 1e6)
+    return {"median": float(np.median(taken)), "best": min(taken)}
 
 
-def time_updates(num_prompts: int, num_pairs: int, repeats: int) -> list[dict[str, Any]]:
-    """Return one row per form, the ledger's first."""
+def time_steps(known: int, repeats: int) -> list[dict[str, Any]]:
+    """Return one row per form and size of batch."""
     rng = np.random.default_rng(0)
-    ids = rng.permutation(np.unique(rng.integers(0, 2**63, num_prompts, dtype=np.uint64)))
-    pairs, solved = rng.choice(ids, num_pairs), rng.integers(0, 2, num_pairs).astype(bool)
-    count, none, zeros = np.ones(num_pairs, dtype=np.int64), np.zeros(len(ids), dtype=np.int64), np.zeros(num_pairs)
-    wins = solved.astype(np.int64)
-    rows = []
+    ids = np.unique(rng.integers(0, 2**63, known, dtype=np.uint64))
+    batches = [
+        (ids[rng.choice(len(ids), size, replace=False)], rng.integers(0, GROUP + 1, size))
+        for size in BATCHES
+        for _ in range(repeats)
+    ]
+    rows: list[dict[str, Any]] = []
 
-    def ledger() -> DifficultyLedger:
-        made = DifficultyLedger(DECAY, len(ids))
-        made.update(ids, none, none, none.astype(np.float64), none, step=0)
-        return made
+    def record(form: str, update: Callable[[Batch, int], object]) -> None:
+        for place, size in enumerate(BATCHES):
+            first = place * repeats
+            taken = times_us(lambda call, first=first: update(batches[first + call], first + call + 1), repeats)
+            rows.append({"form": form, "known": known, "prompts": size, **taken})
+            print(rows[-1], flush=True)
 
-    def update_verdicts(target: DifficultyLedger, threads: int, step: int) -> None:
-        target.update_verdicts(pairs, solved, step=step, num_threads=threads)
-
-    def record(name: str, update: Update) -> None:
-        cpu, wall = best_times(update, repeats)
-        rows.append({"form": name, "cpu_ms": cpu, "wall_ms": wall})
-        print(f"{name:24} cpu {cpu:8.1f} ms   wall {wall:8.1f} ms", flush=True)
-
-    reference = ledger()
-    for threads in (1, 2):
-        target = reference if threads == 1 else ledger()
-        name = f"ledger pairs, {threads} thread{'s' * (threads > 1)}"
-        record(name, functools.partial(update_verdicts, target, threads))
-    full = ledger()
-    record("ledger all columns", lambda step: full.update(pairs, count, wins, zeros, count, step=step))
-    peers = {
-        "numpy searchsorted": searchsorted_update(ids, pairs, solved),
-        "numpy sorted": sorted_update(ids, pairs, solved),
-        "numpy hash": hash_update(ids, pairs, solved),
-        "pandas reindex": pandas_update(ids, pairs, solved, merge=False),
-        "pandas merge": pandas_update(ids, pairs, solved, merge=True),
-    }
-    for name, (update, (known, holder)) in peers.items():
-        record(name, update)
-        check_same(reference, known, holder)
+    ours = Ledger(ids)
+    record("ledger", ours.update)
+    for name, make in PEERS.items():
+        peer = Columns(len(ids), make(ids))
+        record(name, peer.update)
+        check_same(ours.ledger.lookup(ids), peer)
+        del peer
+    prior = {"prior_success": 1.0, "prior_failure": 1.0}
+    record("ledger, read", lambda batch, step: ours.ledger.posterior_mean(batch[0], **prior, step=len(batches)))
     return rows
+
+
+def check_same(rows: LedgerRows, peer: Columns) -> None:
+    """Raise unless a peer's state equals the ledger's after the same updates."""
+    expected = (rows.decayed_successes, rows.decayed_failures, rows.attempts, rows.successes)
+    for name, column in zip(STATE, expected):
+        np.testing.assert_allclose(peer.columns[name], column, rtol=0, atol=1e-6, err_msg=name)
 
 
 def time_growth(num_prompts: int, batch: int) -> tuple[DifficultyLedger, dict[str, float]]:
@@ -258,22 +211,33 @@ def time_file(ledger: DifficultyLedger, folder: str | None, repeats: int) -> dic
     return best
 
 
+def step_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return Markdown: a line per form and number of known prompts, a column per size of batch."""
+    lines = [
+        "| known | form | " + " | ".join(f"{size} prompts" for size in BATCHES) + " |",
+        "|---|---|" + "---|" * len(BATCHES),
+    ]
+    ours = {(row["known"], row["prompts"]): row["median"] for row in rows if row["form"] == "ledger"}
+    for known, form in dict.fromkeys((row["known"], row["form"]) for row in rows):
+        cells = []
+        for row in rows:
+            if (row["known"], row["form"]) == (known, form):
+                ratio = row["median"] / ours[known, row["prompts"]]
+                cells.append(f"{row['median']:.0f} ({row['best']:.0f}), {ratio:.1f} times")
+        lines.append(f"| {known:,} | {form} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def render(results: dict[str, Any]) -> str:
     """Return the Markdown page of the results."""
-    ours = results["updates"][0]
     lines = [
         "# Difficulty ledger",
         "",
         f"`python benchmarks/bench_ledger.py` on {results['machine']}; the forms are described in that file.",
         "",
-        f"## {results['pairs']:,} (prompt, verdict) pairs into {results['prompts']:,} known prompts",
+        "## One step's update: median (best) in microseconds, and the median as a multiple of the ledger's",
         "",
-        "| form | CPU ms | wall ms | CPU, ledger = 1 |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['form']} | {row['cpu_ms']:.1f} | {row['wall_ms']:.1f} | {row['cpu_ms'] / ours['cpu_ms']:.1f} |"
-            for row in results["updates"]
-        ),
+        *step_table(results["updates"]),
         "",
         f"## {results['file_prompts']:,} prompts",
         "",
@@ -289,13 +253,12 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=1_000_000)
-    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--known", type=int, nargs="+", default=[10**5, 10**6, 10**7], help="known prompts")
     parser.add_argument("--file-prompts", type=int, default=10_000_000)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of ledger.md and ledger.json")
     options = parser.parse_args()
-    updates = time_updates(options.prompts, options.pairs, options.repeats)
+    updates = [row for known in options.known for row in time_steps(known, options.repeats)]
     ledger, growth = time_growth(options.file_prompts, batch=4096)
     print(growth, flush=True)
     disk = time_file(ledger, None, repeats=3)
@@ -304,8 +267,6 @@ def main() -> None:
     results = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} during the run)",
         "versions": {"numpy": np.__version__, "pandas": pd.__version__},
-        "prompts": options.prompts,
-        "pairs": options.pairs,
         "file_prompts": options.file_prompts,
         "updates": updates,
         "growth": growth,

@@ -194,8 +194,7 @@ def _saves(
     def files() -> dict[str, Callable[[Path], None]]:
         if platform.rank != 0:
             return {}
-        now = DifficultyLedger(ledger.decay, len(ledger))  # the run's own goes on counting while this one is written
-        now.merge(ledger)
+        now = ledger.copy()  # the run's own goes on counting while this one is written
         return {"ledger": lambda path: now.save(str(path))}
 
     beside = config.run.async_checkpoint

@@ -42,12 +42,6 @@ Span<const T> span(const py::array_t<T, Flags>& array) {
     return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
-// The bytes of a bool array, whose values C++ may only read as bool where they are 0 or 1.
-inline Span<const std::uint8_t> bytes(const Array<bool>& array) {
-    return {static_cast<const std::uint8_t*>(static_cast<const py::array&>(array).data()),
-            static_cast<std::size_t>(array.size())};
-}
-
 template <class T>
 py::array_t<T> to_numpy(std::vector<T>&& values) {
     auto* owned = new std::vector<T>(std::move(values));

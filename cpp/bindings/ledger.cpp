@@ -26,17 +26,6 @@ PyRows rows_to_numpy(LedgerRows&& rows) {
             to_numpy(std::move(rows.entropy_sum)),      to_numpy(std::move(rows.token_count))};
 }
 
-PyRows make_rows(const py::object& prompt_ids, const py::object& decayed_successes, const py::object& decayed_failures,
-                 const py::object& attempts, const py::object& successes, const py::object& last_step,
-                 const py::object& entropy_sum, const py::object& token_count) {
-    PyRows rows{
-        checked<std::uint64_t>(prompt_ids, "prompt_ids"),      checked<double>(decayed_successes, "decayed_successes"),
-        checked<double>(decayed_failures, "decayed_failures"), checked<std::int64_t>(attempts, "attempts"),
-        checked<std::int64_t>(successes, "successes"),         checked<std::int64_t>(last_step, "last_step"),
-        checked<double>(entropy_sum, "entropy_sum"),           checked<std::int64_t>(token_count, "token_count")};
-    return rows;
-}
-
 py::dict as_dict(const PyRows& rows) {
     py::dict columns;
     columns["prompt_ids"] = rows.prompt_ids;
@@ -51,7 +40,7 @@ py::dict as_dict(const PyRows& rows) {
 }
 
 void update(Ledger& ledger, const py::object& prompt_ids, const py::object& attempts, const py::object& successes,
-            const py::object& entropy_sum, const py::object& token_count, std::int64_t step, std::int64_t num_threads) {
+            const py::object& entropy_sum, const py::object& token_count, std::int64_t step) {
     const auto ids = checked<std::uint64_t>(prompt_ids, "prompt_ids");
     const auto tries = checked<std::int64_t>(attempts, "attempts");
     const auto wins = checked<std::int64_t>(successes, "successes");
@@ -59,27 +48,7 @@ void update(Ledger& ledger, const py::object& prompt_ids, const py::object& atte
     const auto tokens = checked<std::int64_t>(token_count, "token_count");
     const LedgerBatch batch{span(ids), span(tries), span(wins), span(entropies), span(tokens)};
     const py::gil_scoped_release release;
-    ledger.update(batch, step, num_threads);
-}
-
-void update_verdicts(Ledger& ledger, const py::object& prompt_ids, const py::object& solved, std::int64_t step,
-                     std::int64_t num_threads) {
-    const auto ids = checked<std::uint64_t>(prompt_ids, "prompt_ids");
-    const auto verdicts = checked<bool>(solved, "solved");
-    const VerdictBatch batch{span(ids), bytes(verdicts)};
-    const py::gil_scoped_release release;
-    ledger.update(batch, step, num_threads);
-}
-
-void merge_state(Ledger& ledger, const PyRows& given) {
-    // checked again: Python may have set dtype or strides of the arrays that it sees
-    const PyRows rows = make_rows(given.prompt_ids, given.decayed_successes, given.decayed_failures, given.attempts,
-                                  given.successes, given.last_step, given.entropy_sum, given.token_count);
-    const LedgerRowsView view{span(rows.prompt_ids),  span(rows.decayed_successes), span(rows.decayed_failures),
-                              span(rows.attempts),    span(rows.successes),         span(rows.last_step),
-                              span(rows.entropy_sum), span(rows.token_count)};
-    const py::gil_scoped_release release;
-    ledger.merge(view);
+    ledger.update(batch, step);
 }
 
 PyRows lookup(const Ledger& ledger, const py::object& prompt_ids) {
@@ -112,24 +81,6 @@ py::array_t<double> posterior_mean(const Ledger& ledger, const py::object& promp
     return to_numpy(std::move(means));
 }
 
-py::array_t<std::uint64_t> call_top_k(const Ledger& ledger, std::int64_t k, const std::string& which,
-                                      double prior_success, double prior_failure, std::int64_t step) {
-    constexpr std::array<std::pair<const char*, Ranking>, 4> kRankings{{{"hardest", Ranking::kHardest},
-                                                                        {"easiest", Ranking::kEasiest},
-                                                                        {"never", Ranking::kNever},
-                                                                        {"always", Ranking::kAlways}}};
-    for (const auto& [name, ranking] : kRankings) {
-        if (which != name) continue;
-        std::vector<std::uint64_t> prompt_ids;
-        {
-            const py::gil_scoped_release release;
-            prompt_ids = top_k(ledger, k, ranking, BetaPrior{prior_success, prior_failure}, step);
-        }
-        return to_numpy(std::move(prompt_ids));
-    }
-    throw py::value_error("which='" + which + "' must be 'hardest', 'easiest', 'never' or 'always'");
-}
-
 py::array_t<std::int64_t> call_histogram2d(const Ledger& ledger, const py::object& difficulty_edges,
                                            const py::object& entropy_edges, double prior_success, double prior_failure,
                                            std::int64_t step) {
@@ -157,10 +108,7 @@ py::array_t<double> call_quantiles(const Ledger& ledger, const py::object& q, do
 void register_rows(py::module_& m) {
     py::class_<PyRows> rows(m, "LedgerRows", plain_type(), py::is_final(),
                             "Ledger records of P prompts as NumPy columns.");
-    rows.def(py::init(&make_rows), py::kw_only(), py::arg("prompt_ids"), py::arg("decayed_successes"),
-             py::arg("decayed_failures"), py::arg("attempts"), py::arg("successes"), py::arg("last_step"),
-             py::arg("entropy_sum"), py::arg("token_count"))
-        .def_readonly("prompt_ids", &PyRows::prompt_ids)
+    rows.def_readonly("prompt_ids", &PyRows::prompt_ids)
         .def_readonly("decayed_successes", &PyRows::decayed_successes)
         .def_readonly("decayed_failures", &PyRows::decayed_failures)
         .def_readonly("attempts", &PyRows::attempts)
@@ -181,26 +129,19 @@ void register_ledger(py::module_& m) {
                               "Per-prompt rollout history keyed by a 64-bit prompt id.");
     ledger.def(py::init<double, std::int64_t>(), py::arg("decay"), py::arg("capacity_hint"))
         .def("update", &update, py::arg("prompt_ids"), py::arg("attempts"), py::arg("successes"),
-             py::arg("entropy_sum"), py::arg("token_count"), py::kw_only(), py::arg("step"), py::arg("num_threads") = 1,
+             py::arg("entropy_sum"), py::arg("token_count"), py::kw_only(), py::arg("step"),
              "Add one batch; all of it or, on an error, nothing.")
-        .def("update_verdicts", &update_verdicts, py::arg("prompt_ids"), py::arg("solved"), py::kw_only(),
-             py::arg("step"), py::arg("num_threads") = 1,
-             "Add one rollout per entry; all of them or, on an error, nothing.")
         .def("lookup", &lookup, py::arg("prompt_ids"),
              "Return the records of the prompts; unknown: zeros, last_step -1.")
         .def("posterior_mean", &posterior_mean, py::arg("prompt_ids"), py::kw_only(), py::arg("prior_success"),
              py::arg("prior_failure"), py::arg("step"),
              "Return each prompt's Beta posterior mean success rate at `step`.")
-        .def("top_k", &call_top_k, py::arg("k"), py::kw_only(), py::arg("which"), py::arg("prior_success"),
-             py::arg("prior_failure"), py::arg("step"), "Return the ids of the first k prompts of a ranking.")
         .def("histogram2d", &call_histogram2d, py::arg("difficulty_edges"), py::arg("entropy_edges"), py::kw_only(),
              py::arg("prior_success"), py::arg("prior_failure"), py::arg("step"),
              "Return prompt counts by difficulty and mean token entropy.")
         .def("quantiles", &call_quantiles, py::arg("q"), py::kw_only(), py::arg("prior_success"),
              py::arg("prior_failure"), py::arg("step"), "Return quantiles of difficulty, 1 - posterior mean.")
-        .def("merge", py::overload_cast<const Ledger&>(&Ledger::merge), py::arg("other"), Release(),
-             "Add all of another ledger.")
-        .def("merge_state", &merge_state, py::arg("rows"), "Add rows that another ledger's export() gave.")
+        .def("copy", method(&Ledger::copy), Release(), "Return another ledger with the same records.")
         .def("export", &export_rows, "Return all records sorted by prompt id.")
         .def("save", method(&Ledger::save), py::arg("path"), Release(), "Write the ledger to a file, atomically.")
         .def_static("load", &Ledger::load, py::arg("path"), py::kw_only(), py::arg("decay") = std::nullopt, Release(),

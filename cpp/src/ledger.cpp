@@ -5,6 +5,8 @@
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
+#include <unordered_map>
+#include <utility>
 
 #include "aer/message.hpp"
 
@@ -17,45 +19,26 @@ using WriteLock = std::unique_lock<std::shared_mutex>;
 // What is known of a prompt that never came.
 Record unknown(std::uint64_t prompt_id) { return {splitmix64(prompt_id), 0.0, 0.0, 0, 0, 0, 0, -1}; }
 
-Record row_record(const LedgerRowsView& rows, std::size_t i) {
-    const auto fail = [&](const auto&... what) {
-        throw std::invalid_argument(message("merge_state: prompt ", rows.prompt_ids[i], " (row ", i, "): ", what...));
-    };
-    if (i > 0 && rows.prompt_ids[i] <= rows.prompt_ids[i - 1])
-        fail("prompt_ids must be strictly ascending, as export() gives them");
-    if (rows.attempts[i] < 0 || rows.attempts[i] > kCountMax) fail("attempts=", rows.attempts[i], " is out of range");
-    if (rows.successes[i] < 0 || rows.successes[i] > rows.attempts[i])
-        fail("successes=", rows.successes[i], " must be in [0, attempts=", rows.attempts[i], "]");
-    if (rows.token_count[i] < 0 || rows.token_count[i] > kCountMax)
-        fail("token_count=", rows.token_count[i], " is out of range");
-    if (rows.last_step[i] < 0 || rows.last_step[i] > kStepMax)
-        fail("last_step=", rows.last_step[i], " must be in [0, ", kStepMax, "]");
-    if (!(rows.entropy_sum[i] >= 0.0 && rows.entropy_sum[i] <= kEntropyMax * kEntropyUnit))
-        fail("entropy_sum=", rows.entropy_sum[i], " is out of range");
-    const double wins = rows.decayed_successes[i], losses = rows.decayed_failures[i];
-    const auto most_losses = static_cast<double>(rows.attempts[i] - rows.successes[i]);
-    if (!(wins >= 0.0 && wins <= static_cast<double>(rows.successes[i])))
-        fail("decayed sum of successes ", wins, " must be in [0, successes=", rows.successes[i], "]");
-    if (!(losses >= 0.0 && losses <= most_losses))
-        fail("decayed sum of failures ", losses, " must be in [0, attempts - successes=", most_losses, "]");
-    return Record{splitmix64(rows.prompt_ids[i]),
-                  Decay::decayed(rows.decayed_successes[i], 1.0),
-                  Decay::decayed(rows.decayed_failures[i], 1.0),
-                  entropy_units(rows.entropy_sum[i]),
-                  static_cast<std::uint32_t>(rows.token_count[i]),
-                  static_cast<std::uint32_t>(rows.attempts[i]),
-                  static_cast<std::uint32_t>(rows.successes[i]),
-                  static_cast<std::int32_t>(rows.last_step[i])};
-}
-
-void check_sum(const Record& record, const Record& other) {
-    const auto fail = [&](const char* what) {
+// Throws for an entry out of range.
+void check_entries(const LedgerBatch& batch) {
+    const std::size_t n = batch.prompt_ids.size;
+    if (batch.attempts.size != n || batch.successes.size != n || batch.entropy_sum.size != n ||
+        batch.token_count.size != n)
         throw std::invalid_argument(
-            message("prompt ", record.prompt_id(), ": its lifetime ", what, " would leave the ledger's range"));
-    };
-    if (std::uint64_t{record.attempts} + other.attempts > kCountMax) fail("attempts");
-    if (std::uint64_t{record.token_count} + other.token_count > kCountMax) fail("token_count");
-    if (record.entropy_sum > kEntropyMax - other.entropy_sum) fail("entropy_sum");
+            "update: prompt_ids, attempts, successes, entropy_sum and token_count must have one length");
+    for (std::size_t i = 0; i < n; ++i) {
+        const auto fail = [&](const auto&... what) {
+            throw std::invalid_argument(message("update: prompt ", batch.prompt_ids[i], " (index ", i, "): ", what...));
+        };
+        if (batch.attempts[i] < 0 || batch.attempts[i] > kCountMax)
+            fail("attempts=", batch.attempts[i], " must be in [0, ", kCountMax, "]");
+        if (batch.successes[i] < 0 || batch.successes[i] > batch.attempts[i])
+            fail("successes=", batch.successes[i], " must be in [0, attempts=", batch.attempts[i], "]");
+        if (!(batch.entropy_sum[i] >= 0.0 && batch.entropy_sum[i] <= kNatsMax))
+            fail("entropy_sum=", batch.entropy_sum[i], " must be in [0, ", kNatsMax, "] nats");
+        if (batch.token_count[i] < 0 || batch.token_count[i] > kCountMax)
+            fail("token_count=", batch.token_count[i], " must be in [0, ", kCountMax, "]");
+    }
 }
 
 void append_row(LedgerRows& rows, const Record& record) {
@@ -105,17 +88,6 @@ double Decay::large_power(std::int64_t steps) const {
     return result;
 }
 
-void LedgerTotals::raise(const Record& record) {
-    attempts = std::max<std::uint64_t>(attempts, record.attempts);
-    tokens = std::max<std::uint64_t>(tokens, record.token_count);
-    nats = std::max(nats, static_cast<double>(record.entropy_sum) * kEntropyUnit);
-}
-
-bool LedgerTotals::has_room_for(const LedgerTotals& added) const {
-    return attempts + added.attempts <= kCountMax && tokens + added.tokens <= kCountMax &&
-           nats + added.nats <= 0.99 * kEntropyMax * kEntropyUnit;
-}
-
 Ledger::Ledger(double decay, std::int64_t capacity_hint)
     : decay_(decay), table_(capacity_hint > 0 ? static_cast<std::size_t>(capacity_hint) : 0) {
     if (capacity_hint < 0) throw std::invalid_argument(message("capacity_hint=", capacity_hint, " must be >= 0"));
@@ -131,68 +103,82 @@ std::size_t Ledger::nbytes() const {
     return sizeof *this - sizeof table_ + table_.nbytes();
 }
 
-void Ledger::add(const Record& other) {
-    Record& record = table_.find_or_insert(other.key);
-    if (record.last_step < 0) record.last_step = other.last_step;
-    Record aligned = other;
-    decay_.align(record, aligned.last_step);
-    decay_.align(aligned, record.last_step);
-    record.decayed_successes += aligned.decayed_successes;
-    record.decayed_failures += aligned.decayed_failures;
-    record.entropy_sum += aligned.entropy_sum;
-    record.token_count += aligned.token_count;
-    record.attempts += aligned.attempts;
-    record.successes += aligned.successes;
-    most_.raise(record);
-    newest_step_ = std::max<std::int64_t>(newest_step_, record.last_step);
+std::unique_ptr<Ledger> Ledger::copy() const {
+    auto made = std::make_unique<Ledger>(decay(), 0);
+    const ReadLock lock(mutex_);
+    made->table_ = table_;
+    return made;
 }
 
-// The exact form of LedgerTotals::has_room_for, by sorting the batch.
-void Ledger::check_capacity(std::vector<Record> added) const {
-    std::sort(added.begin(), added.end(), [](const Record& a, const Record& b) { return a.key < b.key; });
-    Record sum{};
-    for (std::size_t i = 0; i < added.size(); ++i) {
-        if (i == 0 || added[i - 1].key != added[i].key) {
-            const Record* const known = table_.find(added[i].key);
-            sum = known != nullptr ? *known : Record{added[i].key, 0.0, 0.0, 0, 0, 0, 0, 0};
-        }
-        check_sum(sum, added[i]);
-        sum.attempts += added[i].attempts;
-        sum.token_count += added[i].token_count;
-        sum.entropy_sum += added[i].entropy_sum;
+// Throws when a prompt of the batch was last updated after `step`, or when its lifetime totals would leave their range.
+// That a prompt has room for the whole batch is a bound that almost every batch keeps; only where one has not, the sums
+// of single prompts are made. The records of the batch's prompts, nullptr where there is none.
+std::vector<const Record*> Ledger::checked_records(const LedgerBatch& batch, std::int64_t step) const {
+    std::int64_t attempts = 0, tokens = 0;
+    double nats = 0.0;
+    for (std::size_t i = 0; i < batch.prompt_ids.size; ++i) {
+        attempts += batch.attempts[i];
+        tokens += batch.token_count[i];
+        nats += batch.entropy_sum[i];
     }
-}
-
-void Ledger::merge(const Ledger& other) {
-    if (this == &other)
-        throw std::invalid_argument("merge: a ledger cannot be merged with itself; that would count twice");
-    WriteLock mine(mutex_, std::defer_lock);
-    ReadLock theirs(other.mutex_, std::defer_lock);
-    std::lock(mine, theirs);
-    if (decay() != other.decay())
-        throw std::invalid_argument(
-            message("merge: decay ", decay(), " here, ", other.decay(), " in the other ledger; they must be equal"));
-    other.table_.for_each([this](const Record& record) {
-        const Record* const known = table_.find(record.key);
-        if (known != nullptr) check_sum(*known, record);
+    constexpr Record kNothing{0, 0.0, 0.0, 0, 0, 0, 0, -1};
+    std::vector<const Record*> records(batch.prompt_ids.size);
+    bool has_room = true;
+    table_.find_each(batch.prompt_ids, [&](std::size_t i, const Record* known) {
+        records[i] = known;
+        const Record& record = known != nullptr ? *known : kNothing;
+        if (record.last_step > step)
+            throw std::invalid_argument(message("update: prompt ", batch.prompt_ids[i], " was last updated at step ",
+                                                record.last_step, "; step=", step,
+                                                " would go back; pass a step >= ", record.last_step));
+        has_room = has_room && record.attempts + attempts <= kCountMax && record.token_count + tokens <= kCountMax &&
+                   static_cast<double>(record.entropy_sum) * kEntropyUnit + nats <= 0.99 * kNatsMax;
     });
-    other.table_.for_each([this](const Record& record) { add(record); });
+    if (!has_room) check_sums(batch);
+    return records;
 }
 
-void Ledger::merge(const LedgerRowsView& rows) {
-    const std::size_t n = rows.prompt_ids.size;
-    for (const std::size_t size :
-         {rows.decayed_successes.size, rows.decayed_failures.size, rows.attempts.size, rows.successes.size,
-          rows.last_step.size, rows.entropy_sum.size, rows.token_count.size})
-        if (size != n) throw std::invalid_argument("merge_state: all columns must have one length");
-    std::vector<Record> records(n);
-    for (std::size_t i = 0; i < n; ++i) records[i] = row_record(rows, i);
-    const WriteLock lock(mutex_);
-    for (const Record& record : records) {
-        const Record* const known = table_.find(record.key);
-        if (known != nullptr) check_sum(*known, record);
+void Ledger::check_sums(const LedgerBatch& batch) const {
+    std::unordered_map<std::uint64_t, Record> sums;
+    for (std::size_t i = 0; i < batch.prompt_ids.size; ++i) {
+        const auto fail = [&](const char* what) {
+            throw std::invalid_argument(message("update: prompt ", batch.prompt_ids[i], ": its lifetime ", what,
+                                                " would leave the ledger's range"));
+        };
+        const std::uint64_t key = splitmix64(batch.prompt_ids[i]);
+        const Record* const known = table_.find(key);
+        Record& sum = sums.try_emplace(key, known != nullptr ? *known : unknown(batch.prompt_ids[i])).first->second;
+        if (sum.attempts + batch.attempts[i] > kCountMax) fail("attempts");
+        if (sum.token_count + batch.token_count[i] > kCountMax) fail("token_count");
+        if (sum.entropy_sum > kEntropyMax - entropy_units(batch.entropy_sum[i])) fail("entropy_sum");
+        sum.attempts += static_cast<std::uint32_t>(batch.attempts[i]);
+        sum.token_count += static_cast<std::uint32_t>(batch.token_count[i]);
+        sum.entropy_sum += entropy_units(batch.entropy_sum[i]);
     }
-    for (const Record& record : records) add(record);
+}
+
+void Ledger::update(const LedgerBatch& batch, std::int64_t step) {
+    check_step(step);
+    check_entries(batch);
+    const WriteLock lock(mutex_);
+    const std::vector<const Record*> records = checked_records(batch, step);
+    const auto add = [&](Record& record, std::size_t i) {
+        const double power = decay_.power(step - record.last_step);
+        const auto attempts = static_cast<std::uint32_t>(batch.attempts[i]);
+        const auto successes = static_cast<std::uint32_t>(batch.successes[i]);
+        record.decayed_successes = Decay::decayed(record.decayed_successes, power) + successes;
+        record.decayed_failures = Decay::decayed(record.decayed_failures, power) + (attempts - successes);
+        record.entropy_sum += entropy_units(batch.entropy_sum[i]);
+        record.token_count += static_cast<std::uint32_t>(batch.token_count[i]);
+        record.attempts += attempts;
+        record.successes += successes;
+        record.last_step = static_cast<std::int32_t>(step);
+    };
+    // known prompts first: an insertion moves records
+    for (std::size_t i = 0; i < records.size(); ++i)
+        if (records[i] != nullptr) add(table_.writable(records[i]), i);
+    for (std::size_t i = 0; i < records.size(); ++i)
+        if (records[i] == nullptr) add(table_.find_or_insert(splitmix64(batch.prompt_ids[i]), step), i);
 }
 
 LedgerRows Ledger::lookup(Span<const std::uint64_t> prompt_ids) const {
@@ -209,7 +195,11 @@ LedgerRows Ledger::export_rows() const {
     const ReadLock lock(mutex_);
     LedgerRows rows;
     reserve(rows, table_.size());
-    for (const Record* const record : table_.by_prompt_id()) append_row(rows, *record);
+    std::vector<std::pair<std::uint64_t, const Record*>> by_prompt_id;
+    by_prompt_id.reserve(table_.size());
+    table_.for_each([&](const Record& record) { by_prompt_id.emplace_back(record.prompt_id(), &record); });
+    std::sort(by_prompt_id.begin(), by_prompt_id.end());
+    for (const auto& entry : by_prompt_id) append_row(rows, *entry.second);
     return rows;
 }
 

@@ -25,6 +25,7 @@ namespace {
 constexpr char kMagic[8] = {'A', 'E', 'R', 'L', 'E', 'D', 'G', 'R'};
 constexpr std::uint32_t kFormatVersion = 2;
 constexpr std::size_t kBlockRecords = 65536;
+constexpr std::uint64_t kTrusted = std::uint64_t{1} << 20;
 
 struct Header {
     char magic[8];
@@ -155,11 +156,16 @@ void Ledger::save(const std::string& path) const {
         std::memcpy(header.magic, kMagic, sizeof kMagic);
         write(&header, sizeof header);
         std::vector<Record> block;
-        for (std::size_t shard = 0; shard < RecordTable::kShards; ++shard) {
-            block.clear();
-            for (const Record* const record : table_.by_key(shard)) block.push_back(*record);
+        block.reserve(kBlockRecords);
+        const auto flush = [&] {
             write(block.data(), block.size() * sizeof(Record));
-        }
+            block.clear();
+        };
+        table_.for_each([&](const Record& record) {
+            block.push_back(record);
+            if (block.size() == kBlockRecords) flush();
+        });
+        flush();
         const std::uint64_t digest = checksum.digest();
         file.write(&digest, sizeof digest);
         file.sync();
@@ -180,24 +186,27 @@ std::unique_ptr<Ledger> Ledger::load(const std::string& path, std::optional<doub
     File file(path, O_RDONLY | O_NONBLOCK);  // the opening of a pipe would wait for a writer
     if (!file.is_regular()) throw std::invalid_argument(message(path, ": not a regular file"));
     const Header header = read_header(file, path, decay);
-    // the file's length proves nothing, it may have holes: beyond this many prompts the table grows as records come
-    constexpr std::uint64_t kTrusted = std::uint64_t{1} << 22;
-    auto ledger = std::make_unique<Ledger>(header.decay, static_cast<std::int64_t>(std::min(header.count, kTrusted)));
+    auto ledger = std::make_unique<Ledger>(header.decay, 0);
     Checksum64 checksum;
     checksum.update(&header, sizeof header);
     std::vector<Record> block(std::min<std::uint64_t>(kBlockRecords, header.count));
-    std::uint64_t previous = 0;
+    std::uint64_t previous = 0, room = 0;
     for (std::uint64_t start = 0; start < header.count; start += kBlockRecords) {
         const std::size_t n = std::min<std::uint64_t>(kBlockRecords, header.count - start);
         if (file.read(block.data(), n * sizeof(Record)) != n * sizeof(Record))
             throw std::invalid_argument(message(path, ": truncated while it was read"));
         checksum.update(block.data(), n * sizeof(Record));
+        // the file's length proves nothing, it may have holes: room is made for twice what has come and was in order
+        if (start + n > room) {
+            room = std::min(header.count, std::max(kTrusted, 2 * start));
+            ledger->table_.reserve(room);
+        }
         for (std::size_t i = 0; i < n; ++i) {
             if (!sane(block[i]) || (start + i > 0 && block[i].key <= previous))
                 throw std::invalid_argument(
                     message(path, ": corrupt: record ", start + i, " is out of order or out of range"));
             previous = block[i].key;
-            ledger->append(block[i]);
+            ledger->table_.append(block[i]);
         }
     }
     std::uint64_t digest = 0;

@@ -9,15 +9,6 @@
 namespace aer {
 namespace {
 
-struct Ranked {
-    double key;
-    std::uint64_t prompt_id;
-
-    bool operator<(const Ranked& other) const {
-        return key != other.key ? key < other.key : prompt_id < other.prompt_id;
-    }
-};
-
 void check_edges(const char* name, Span<const double> edges) {
     bool ascending = edges.size >= 2;
     for (std::size_t i = 0; i + 1 < edges.size; ++i) ascending = ascending && edges[i] < edges[i + 1];
@@ -32,39 +23,6 @@ std::ptrdiff_t bin_of(Span<const double> edges, double x) {
 }
 
 }  // namespace
-
-std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking ranking, BetaPrior prior,
-                                 std::int64_t step) {
-    if (k < 0) throw std::invalid_argument(message("k=", k, " must be >= 0"));
-    check_prior(prior);
-    check_step(step);
-    std::vector<Ranked> ranked;
-    ledger.visit([&](const Record& record) {
-        switch (ranking) {
-            case Ranking::kHardest:
-                ranked.push_back({ledger.posterior_mean(record, prior, step), record.prompt_id()});
-                break;
-            case Ranking::kEasiest:
-                ranked.push_back({-ledger.posterior_mean(record, prior, step), record.prompt_id()});
-                break;
-            case Ranking::kNever:
-                if (record.attempts > 0 && record.successes == 0)
-                    ranked.push_back({-static_cast<double>(record.attempts), record.prompt_id()});
-                break;
-            case Ranking::kAlways:
-                if (record.attempts > 0 && record.successes == record.attempts)
-                    ranked.push_back({-static_cast<double>(record.attempts), record.prompt_id()});
-                break;
-        }
-    });
-    const std::size_t n = std::min(ranked.size(), static_cast<std::size_t>(k));
-    const auto cut = ranked.begin() + static_cast<std::ptrdiff_t>(n);
-    if (n < ranked.size()) std::nth_element(ranked.begin(), cut, ranked.end());
-    std::sort(ranked.begin(), cut);
-    std::vector<std::uint64_t> prompt_ids(n);
-    std::transform(ranked.begin(), cut, prompt_ids.begin(), [](const Ranked& r) { return r.prompt_id; });
-    return prompt_ids;
-}
 
 std::vector<std::int64_t> histogram2d(const Ledger& ledger, Span<const double> difficulty_edges,
                                       Span<const double> entropy_edges, BetaPrior prior, std::int64_t step) {

@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <fstream>
@@ -56,92 +57,66 @@ std::string temporary_path(const char* name) { return "/tmp/aer_test_" + std::to
 
 }  // namespace
 
-TEST_CASE("every prompt is found through all growth, with exact counts, at an address that never changes") {
+TEST_CASE("every prompt is found through all growth, with exact counts, in the order of keys") {
     RecordTable table(0);
-    std::map<std::uint64_t, std::uint32_t> expected;  // by prompt id
-    std::map<std::uint64_t, const Record*> address;
+    std::map<std::uint64_t, std::uint32_t> expected;  // by key
     std::mt19937_64 random(1);
     for (int i = 0; i < 60000; ++i) {
-        const std::uint64_t id = i % 3 == 0 ? static_cast<std::uint64_t>(i) : random();
+        const std::uint64_t key = splitmix64(i % 3 == 0 ? static_cast<std::uint64_t>(i) : random());
         for (int k = 0; k < 2; ++k) {
-            Record& record = table.find_or_insert(splitmix64(id));
-            ++record.attempts;
-            ++expected[id];
-            REQUIRE(address.emplace(id, &record).first->second == &record);
+            ++table.find_or_insert(key, 0).attempts;
+            ++expected[key];
         }
     }
     CHECK(table.size() == expected.size());
-    for (const auto& [id, attempts] : expected) {
-        const Record* const record = table.find(splitmix64(id));
+    for (const auto& [key, attempts] : expected) {
+        const Record* const record = table.find(key);
         REQUIRE(record != nullptr);
-        REQUIRE(record->prompt_id() == id);
         REQUIRE(record->attempts == attempts);
     }
     CHECK(table.find(splitmix64(0xDEADBEEF12345678ULL)) == nullptr);
     auto next = expected.begin();
-    for (const Record* const record : table.by_prompt_id()) REQUIRE(record->prompt_id() == (next++)->first);
+    table.for_each([&](const Record& record) { REQUIRE(record.key == (next++)->first); });
     CHECK(next == expected.end());
-    std::uint64_t previous = 0;
-    std::size_t visited = 0;
-    for (std::size_t shard = 0; shard < RecordTable::kShards; ++shard)
-        for (const Record* const record : table.by_key(shard)) {
-            REQUIRE((visited++ == 0 || record->key > previous));
-            REQUIRE(RecordTable::shard_of(record->key) == shard);
-            previous = record->key;
-        }
-    CHECK(visited == expected.size());
     CHECK(static_cast<double>(table.nbytes()) / static_cast<double>(table.size()) < 64.0);
 }
 
-TEST_CASE("a large batch gives the same ledger as its small pieces, for any number of threads") {
-    constexpr std::size_t kPieces = 8, kSize = 5000;  // a piece is applied directly, the whole is partitioned
-    for (const std::int64_t num_threads : {1, 2, 7}) {
-        Ledger pieces(0.9, 0), whole(0.9, 0);
-        for (std::int64_t step = 0; step < 3; ++step) {
-            Columns all;
-            for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
-                const Columns columns = random_columns(10 * static_cast<std::uint32_t>(step) + piece, kSize, 9000);
-                pieces.update(columns.batch(), step, 1);
-                for (std::size_t i = 0; i < kSize; ++i)
-                    all.add(columns.prompt_ids[i], columns.attempts[i], columns.successes[i]);
+TEST_CASE("keys that crowd at one end, and appended ones, are found") {
+    for (const std::uint64_t first : {std::uint64_t{0}, UINT64_MAX - 999}) {
+        std::vector<std::uint64_t> keys(1000);
+        for (std::size_t i = 0; i < keys.size(); ++i) keys[i] = first + i;
+        RecordTable appended(0), inserted(100);
+        for (const std::uint64_t key : keys) appended.append(Record{key, 0.0, 0.0, 0, 0, 1, 0, 0});
+        std::shuffle(keys.begin(), keys.end(), std::mt19937_64(2));
+        for (const std::uint64_t key : keys) ++inserted.find_or_insert(key, 0).attempts;
+        for (const RecordTable* table : {&appended, &inserted}) {
+            CHECK(table->size() == keys.size());
+            for (const std::uint64_t key : keys) {
+                const Record* const record = table->find(key);
+                REQUIRE(record != nullptr);
+                REQUIRE(record->key == key);
+                REQUIRE(record->attempts == 1);
             }
-            whole.update(all.batch(), step, num_threads);
+            CHECK(table->find(first + 1000) == nullptr);
+            CHECK(table->find(UINT64_MAX / 2) == nullptr);
         }
-        CHECK(whole.equals(pieces));
     }
 }
 
-TEST_CASE("verdicts are batches of single rollouts") {
-    constexpr std::size_t kSize = 40000;
-    std::mt19937_64 random(3);
-    std::vector<std::uint64_t> ids(kSize);
-    const auto solved = std::make_unique<std::uint8_t[]>(kSize);
-    Columns columns;
-    for (std::size_t i = 0; i < kSize; ++i) {
-        ids[i] = random() % 12000;
-        solved[i] = random() % 3 == 0 ? static_cast<std::uint8_t>(1 + random() % 255) : 0;  // any byte but 0 is true
-        columns.add(ids[i], 1, solved[i] ? 1 : 0);
-    }
-    columns.entropy_sum.assign(kSize, 0.0);
-    columns.token_count.assign(kSize, 0);
-    for (const std::size_t size : {std::size_t{100}, kSize}) {
-        Ledger verdicts(0.9, 0), aggregates(0.9, 0);
-        for (std::int64_t step = 0; step < 2; ++step) {
-            verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, step, 3);
-            LedgerBatch batch = columns.batch();
-            for (auto* column : {&batch.attempts, &batch.successes, &batch.token_count}) column->size = size;
-            batch.prompt_ids.size = batch.entropy_sum.size = size;
-            aggregates.update(batch, step, 1);
+TEST_CASE("a batch gives the same ledger as its pieces") {
+    constexpr std::size_t kPieces = 8, kSize = 2000;
+    Ledger pieces(0.9, 0), whole(0.9, 50000);
+    for (std::int64_t step = 0; step < 3; ++step) {
+        Columns all;
+        for (std::uint32_t piece = 0; piece < kPieces; ++piece) {
+            const Columns columns = random_columns(10 * static_cast<std::uint32_t>(step) + piece, kSize, 9000);
+            pieces.update(columns.batch(), step);
+            for (std::size_t i = 0; i < kSize; ++i)
+                all.add(columns.prompt_ids[i], columns.attempts[i], columns.successes[i]);
         }
-        CHECK(verdicts.equals(aggregates));
-        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 0, 1),
-                        std::invalid_argument);
-        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size - 1}}, 2, 1),
-                        std::invalid_argument);
-        CHECK_THROWS_AS(verdicts.update(VerdictBatch{{ids.data(), size}, {solved.get(), size}}, 2, 0),
-                        std::invalid_argument);
-        CHECK(verdicts.equals(aggregates));
+        whole.update(all.batch(), step);
     }
+    CHECK(whole.equals(pieces));
 }
 
 TEST_CASE("a prompt's decayed sums follow the formula") {
@@ -149,8 +124,8 @@ TEST_CASE("a prompt's decayed sums follow the formula") {
     Columns early, late;
     early.add(42, 8, 6);
     late.add(42, 4, 1);
-    ledger.update(early.batch(), 3, 1);
-    ledger.update(late.batch(), 5, 1);
+    ledger.update(early.batch(), 3);
+    ledger.update(late.batch(), 5);
     const LedgerRows rows = ledger.export_rows();
     CHECK(rows.decayed_successes == std::vector<double>{2.5});
     CHECK(rows.decayed_failures == std::vector<double>{3.5});
@@ -162,20 +137,19 @@ TEST_CASE("a prompt's decayed sums follow the formula") {
 TEST_CASE("a refused batch changes nothing") {
     Ledger ledger(0.9, 0);
     const Columns good = random_columns(1, 500, 100);
-    ledger.update(good.batch(), 7, 1);
-    Ledger before(0.9, 0);
-    before.merge(ledger);
+    ledger.update(good.batch(), 7);
+    const std::unique_ptr<Ledger> before = ledger.copy();
     Columns bad = random_columns(2, 500, 1000);
-    CHECK_THROWS_AS(ledger.update(bad.batch(), 6, 1), std::invalid_argument);
+    CHECK_THROWS_AS(ledger.update(bad.batch(), 6), std::invalid_argument);
     bad.successes.back() = bad.attempts.back() + 1;
-    CHECK_THROWS_AS(ledger.update(bad.batch(), 8, 1), std::invalid_argument);
-    CHECK(ledger.equals(before));
+    CHECK_THROWS_AS(ledger.update(bad.batch(), 8), std::invalid_argument);
+    CHECK(ledger.equals(*before));
 }
 
 TEST_CASE("save and load are the identity; damage is found") {
     Ledger ledger(0.97, 0);
     for (int step = 0; step < 3; ++step)
-        ledger.update(random_columns(static_cast<std::uint32_t>(step), 20000, 9000).batch(), step, 1);
+        ledger.update(random_columns(static_cast<std::uint32_t>(step), 20000, 9000).batch(), step);
     const std::string path = temporary_path("ledger");
     ledger.save(path);
     CHECK(Ledger::load(path, 0.97)->equals(ledger));
@@ -190,8 +164,9 @@ TEST_CASE("save and load are the identity; damage is found") {
     CHECK_THROWS_AS(Ledger::load(path, std::nullopt), std::system_error);
 }
 
-TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
+TEST_CASE("threads that update, read, copy and save one ledger lose nothing") {
     constexpr int kWriters = 3, kRounds = 15;
+    const double half = 0.5;
     Ledger shared(0.9, 0), serial(0.9, 0);
     const std::string path = temporary_path("threads");
     std::atomic<bool> done{false};
@@ -200,13 +175,7 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
         writers.emplace_back([&shared, w] {
             for (int r = 0; r < kRounds; ++r) {
                 const Columns columns = random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000);
-                if (r % 2 == 0) {
-                    shared.update(columns.batch(), 4, 1);
-                } else {
-                    Ledger delta(0.9, 0);
-                    delta.update(columns.batch(), 4, 1);
-                    shared.merge(delta);
-                }
+                shared.update(columns.batch(), 4);
             }
         });
     readers.emplace_back([&] {
@@ -221,7 +190,8 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
             while (!done) {
                 shared.save(path);
                 Ledger::load(path, 0.9);  // whole, whoever saved it last
-                top_k(shared, 5, Ranking::kHardest, {1.0, 1.0}, 4);
+                const std::unique_ptr<Ledger> copy = shared.copy();
+                if (copy->size() > 0) difficulty_quantiles(*copy, {&half, 1}, {1.0, 1.0}, 4);
             }
         });
     for (std::thread& writer : writers) writer.join();
@@ -230,20 +200,6 @@ TEST_CASE("threads that update, read, merge and save one ledger lose nothing") {
     std::remove(path.c_str());
     for (int w = 0; w < kWriters; ++w)
         for (int r = 0; r < kRounds; ++r)
-            serial.update(random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000).batch(), 4, 1);
+            serial.update(random_columns(static_cast<std::uint32_t>(100 * w + r), 700, 3000).batch(), 4);
     CHECK(shared.equals(serial));
-}
-
-TEST_CASE("two ledgers that merge into each other do not deadlock") {
-    Ledger one(1.0, 0), two(1.0, 0);
-    one.update(random_columns(1, 50, 50).batch(), 0, 1);
-    std::thread forward([&] {
-        for (int i = 0; i < 5; ++i) one.merge(two);
-    });
-    std::thread backward([&] {
-        for (int i = 0; i < 5; ++i) two.merge(one);
-    });
-    forward.join();
-    backward.join();
-    CHECK(one.size() == two.size());
 }

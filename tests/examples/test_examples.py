@@ -21,7 +21,7 @@ from tests.support.fake_cluster import free_ports, install, recorded
 from tests.support.runs import ROOT
 
 EXAMPLES = ROOT / "examples"
-START_SERVER = ROOT / "aer_megatron" / "rollout" / "start_server.py"
+START_SERVER = ROOT / "aer_megatron" / "sglang" / "start_server.py"
 KEY = "sesame-0123456789abcdef"
 GPU_RUNS = {  # run file -> numbers of training GPUs that it is for
     "single_node/qwen3-4b-base.toml": (4,),

@@ -102,9 +102,10 @@ def xxh64_of_32_bytes(data: bytes) -> int:
 
 
 def test_equal_ledgers_write_equal_files_however_they_were_filled(tmp_path: Path) -> None:
-    one = make_ledger()
-    two = DifficultyLedger(0.9, 5000)
-    two.merge(one)
+    one, two = DifficultyLedger(0.9, 0), DifficultyLedger(0.9, 5000)
+    prompts, ones = np.arange(3000, dtype=np.uint64), np.ones(3000, dtype=np.int64)
+    for ledger, order in ((one, prompts), (two, prompts[::-1].copy())):
+        ledger.update(order, ones, ones, ones * 1.0, ones, step=0)
     one.save(str(tmp_path / "one"))
     two.save(str(tmp_path / "two"))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

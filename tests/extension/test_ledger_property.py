@@ -1,4 +1,4 @@
-"""Algebra of the ledger: splits, orders and merges do not matter, and a file is the ledger."""
+"""Algebra of the ledger: splits and orders of a batch do not matter, and a file or a copy is the ledger."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tests.support.ledger_reference import ReferenceLedger
 # Few ids, some of them at the ends of the range: collisions of prompts are the interesting case.
 PROMPT = st.sampled_from([0, 1, 2, 3, 2**32, 2**63, 2**64 - 1]) | st.integers(0, 40)
 DECAY = st.sampled_from([1.0, 0.5, 0.9, 0.123, 1e-6])
-EXACT_DECAY = st.sampled_from([1.0, 0.5])  # powers of these are exact on the ledger's grid
 properties = settings(deadline=None, max_examples=60)
 
 
@@ -63,13 +62,6 @@ def build(decay: float, steps: list[list[Entry]]) -> DifficultyLedger:
     return ledger
 
 
-def merged(*ledgers: DifficultyLedger) -> DifficultyLedger:
-    result = DifficultyLedger(ledgers[0].decay, 0)
-    for ledger in ledgers:
-        result.merge(ledger)
-    return result
-
-
 @properties
 @given(DECAY, STEPS)
 def test_matches_the_reference(decay: float, steps: list[list[Entry]]) -> None:
@@ -100,53 +92,14 @@ def test_order_and_split_of_a_batch_do_not_matter(decay, steps, batch, random, n
 
 
 @properties
-@given(DECAY, STEPS, STEPS)
-def test_merge_is_commutative(decay: float, a: list[list[Entry]], b: list[list[Entry]]) -> None:
-    one, two = build(decay, a), build(decay, b)
-    assert merged(one, two) == merged(two, one)
-
-
-@properties
-@given(EXACT_DECAY, STEPS, STEPS, STEPS)
-def test_merge_is_associative_to_the_bit_where_decay_is_exact(decay, a, b, c) -> None:
-    one, two, three = build(decay, a), build(decay, b), build(decay, c)
-    assert merged(merged(one, two), three) == merged(one, merged(two, three)) == merged(three, one, two)
-
-
-@properties
-@given(DECAY, BATCH, BATCH, BATCH)
-def test_merge_within_a_step_is_associative_to_the_bit(decay, a, b, c) -> None:
-    one, two, three = build(decay, [a]), build(decay, [b]), build(decay, [c])
-    assert merged(merged(one, two), three) == merged(one, merged(three, two)) == build(decay, [a + b + c])
-
-
-@properties
-@given(DECAY, STEPS, STEPS, STEPS)
-def test_merge_is_associative_up_to_the_rounding_of_decay(decay, a, b, c) -> None:
-    one, two, three = build(decay, a), build(decay, b), build(decay, c)
-    left = merged(merged(one, two), three).export().as_dict()
-    right = merged(one, merged(two, three)).export().as_dict()
-    for name, column in left.items():
-        tolerance = 2.0**-30 if name.startswith("decayed") else 0.0
-        np.testing.assert_allclose(column, right[name], rtol=0, atol=tolerance, err_msg=name)
-
-
-@properties
 @given(DECAY, STEPS)
-def test_saving_and_loading_is_the_identity(decay: float, steps: list[list[Entry]]) -> None:
+def test_saving_and_loading_and_copying_are_the_identity(decay: float, steps: list[list[Entry]]) -> None:
     ledger = build(decay, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "ledger.bin")
         ledger.save(path)
         assert DifficultyLedger.load(path) == ledger
-
-
-@properties
-@given(DECAY, STEPS)
-def test_merging_an_export_into_nothing_is_the_identity(decay: float, steps: list[list[Entry]]) -> None:
-    ledger, copy = build(decay, steps), DifficultyLedger(decay, 0)
-    copy.merge_state(ledger.export())
-    assert copy == ledger
+    assert ledger.copy() == ledger
 
 
 @properties

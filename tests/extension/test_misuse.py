@@ -46,16 +46,6 @@ def test_members_of_nothing(cls: Any) -> None:
                 call(None)
 
 
-@pytest.mark.parametrize("size", [3, 100_000])
-def test_every_byte_but_zero_is_true_in_a_bool_array(size: int) -> None:
-    ledger, ids = DifficultyLedger(0.9, 0), np.arange(size, dtype=np.uint64)
-    solved = np.resize(np.array([2, 0, 255, 1], np.uint8), size).view(bool)
-    ledger.update_verdicts(ids, solved, step=0)
-    rows = ledger.lookup(ids)
-    assert rows.successes.tolist() == solved.astype(int).tolist()
-    assert rows.attempts.tolist() == [1] * size
-
-
 def test_unaligned_arrays_are_refused() -> None:
     ledger = make_ledger()
     for offset in range(1, 8):
@@ -63,30 +53,6 @@ def test_unaligned_arrays_are_refused() -> None:
         with pytest.raises(ValueError, match=r"prompt_ids must be .* unaligned view.*\.copy\(\)"):
             ledger.lookup(crooked)
         assert len(ledger.lookup(crooked.copy())) == 3
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "error"),
-    [("dtype", np.int8, TypeError), ("shape", (3, 1), ValueError), ("strides", (0,), ValueError)],
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_columns_are_checked_again_when_they_come_back(attribute: str, value: object, error: type[Exception]) -> None:
-    rows = make_ledger().export()
-    for name in rows.as_dict():
-        setattr(getattr(rows, name), attribute, value)
-    with pytest.raises(error, match="must be a C-contiguous one-dimensional"):
-        DifficultyLedger(0.9, 0).merge_state(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("decayed_successes", 1.5), ("decayed_failures", 1.5), ("decayed_failures", np.nan)]
-)
-def test_rows_above_their_lifetime_counts_are_refused(name: str, value: float) -> None:
-    rows, ledger = make_ledger().export(), DifficultyLedger(0.9, 0)
-    getattr(rows, name)[1] = value
-    with pytest.raises(ValueError, match=r"prompt 1 \(row 1\): decayed sum of .* must be in \[0, "):
-        ledger.merge_state(rows)
-    assert len(ledger) == 0
 
 
 def test_a_second_init_changes_nothing() -> None:

@@ -48,14 +48,15 @@ def test_readers_see_whole_batches_only() -> None:
     assert set(ledger.lookup(PROMPTS).attempts.tolist()) == {600}
 
 
-def test_merges_of_two_ledgers_into_each_other_do_not_deadlock() -> None:
-    one, two = DifficultyLedger(1.0, 0), DifficultyLedger(1.0, 0)
-    add_once(one)
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(one.merge, two) if i % 2 else pool.submit(two.merge, one) for i in range(10)]
-        for job in jobs:
-            job.result(timeout=60)
-    assert len(one) == len(two) == 512
+def test_copies_taken_meanwhile_hold_whole_batches() -> None:
+    ledger = DifficultyLedger(0.9, 0)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(add_once, ledger) if i % 2 else pool.submit(ledger.copy) for i in range(200)]
+        copies = [job.result(timeout=60) for job in jobs]
+    for copy in copies[::2]:
+        attempts = copy.lookup(PROMPTS).attempts
+        assert attempts.min() == attempts.max()
+    assert set(ledger.lookup(PROMPTS).attempts.tolist()) == {200}
 
 
 def test_python_runs_while_the_extension_works() -> None:

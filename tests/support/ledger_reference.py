@@ -35,11 +35,6 @@ class ReferenceLedger:
         for prompt_id, *values in zip(prompt_ids.tolist(), *columns):
             self.visits.setdefault(prompt_id, []).append((step, *values))
 
-    def merge(self, other: ReferenceLedger) -> None:
-        """Remember another ledger's visits too."""
-        for prompt_id, visits in other.visits.items():
-            self.visits.setdefault(prompt_id, []).extend(visits)
-
     def decayed(self, prompt_id: int, step: int | None = None) -> tuple[float, float]:
         """Return (successes, failures) decayed to `step`, or to the prompt's last one."""
         visits = self.visits.get(prompt_id, [])

@@ -20,14 +20,6 @@ class Decay {
     }
     // A sum of `steps` ago. The identity for 0 steps: a sum on the grid is a whole number of units.
     static double decayed(double sum, double power) { return round_even(sum * power / kDecayedUnit) * kDecayedUnit; }
-    // Brings the record's sums forward to `step`; not back.
-    void align(Record& record, std::int64_t step) const {
-        const std::int64_t steps = step - record.last_step;
-        if (steps <= 0) return;
-        record.decayed_successes = decayed(record.decayed_successes, power(steps));
-        record.decayed_failures = decayed(record.decayed_failures, power(steps));
-        record.last_step = static_cast<std::int32_t>(step);
-    }
 
   private:
     static constexpr std::int64_t kTable = 256;

@@ -1,12 +1,11 @@
 // The difficulty ledger: what every prompt's rollouts have shown so far, forgotten at a chosen rate.
 //
 // A prompt's decayed sums at step t are  sum over its updates u of  count_u * decay^(t - step_u).
-// All sums are exact on a fixed grid (record.hpp), so that a batch may be split, reordered or merged from ranks in any
-// order with the same bits as a result; only the alignment of different steps rounds (to 2^-32 of a rollout).
+// All sums are exact on a fixed grid (record.hpp), so that a step's batch may be split and reordered with the same bits
+// as a result; only forgetting rounds (to 2^-32 of a rollout).
 // Every public function is safe to call from several threads: readers share, writers are alone.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -31,12 +30,6 @@ struct LedgerBatch {
     Span<const std::int64_t> token_count;
 };
 
-// One rollout per entry: prompt and verdict, nothing aggregated.
-struct VerdictBatch {
-    Span<const std::uint64_t> prompt_ids;
-    Span<const std::uint8_t> solved;  // 0 is no; bytes, because those of a NumPy bool array may be other than 0 and 1
-};
-
 struct LedgerRows {
     std::vector<std::uint64_t> prompt_ids;
     std::vector<double> decayed_successes;  // as of last_step
@@ -48,30 +41,9 @@ struct LedgerRows {
     std::vector<std::int64_t> token_count;
 };
 
-// Views of the same columns, as they come back from another process.
-struct LedgerRowsView {
-    Span<const std::uint64_t> prompt_ids;
-    Span<const double> decayed_successes;
-    Span<const double> decayed_failures;
-    Span<const std::int64_t> attempts;
-    Span<const std::int64_t> successes;
-    Span<const std::int64_t> last_step;
-    Span<const double> entropy_sum;
-    Span<const std::int64_t> token_count;
-};
-
 struct BetaPrior {
     double success;
     double failure;
-};
-
-// Lifetime totals, of a batch or the largest of any prompt.
-struct LedgerTotals {
-    std::uint64_t attempts = 0, tokens = 0;
-    double nats = 0.0;
-
-    void raise(const Record& record);
-    bool has_room_for(const LedgerTotals& added) const;
 };
 
 class Ledger {
@@ -84,11 +56,8 @@ class Ledger {
     std::size_t nbytes() const;
 
     // All or nothing: throws std::invalid_argument before anything is changed.
-    // The number of threads (1 .. 256) does not show in the result; small batches use one.
-    void update(const LedgerBatch& batch, std::int64_t step, std::int64_t num_threads);
-    void update(const VerdictBatch& batch, std::int64_t step, std::int64_t num_threads);
-    void merge(const Ledger& other);
-    void merge(const LedgerRowsView& rows);
+    void update(const LedgerBatch& batch, std::int64_t step);
+    std::unique_ptr<Ledger> copy() const;
 
     LedgerRows lookup(Span<const std::uint64_t> prompt_ids) const;
     LedgerRows export_rows() const;
@@ -96,7 +65,7 @@ class Ledger {
     std::vector<double> posterior_mean(Span<const std::uint64_t> prompt_ids, BetaPrior prior, std::int64_t step) const;
     // The same of one record; throws std::invalid_argument when the record is from a later step.
     double posterior_mean(const Record& record, BetaPrior prior, std::int64_t step) const;
-    // Calls `visitor` with every record, in no particular order.
+    // Calls `visitor` with every record, in the order of keys.
     void visit(const std::function<void(const Record&)>& visitor) const;
 
     bool equals(const Ledger& other) const;
@@ -106,20 +75,11 @@ class Ledger {
     static std::unique_ptr<Ledger> load(const std::string& path, std::optional<double> decay);
 
   private:
-    void check_order(Span<const std::uint64_t> prompt_ids, std::int64_t step) const;
-    void reserve_totals(const LedgerTotals& added, const std::function<void()>& check_exactly);
-    void check_capacity(std::vector<Record> added) const;
-    void add(const Record& record);
-    void append(const Record& record) {  // of a prompt that is not in the table
-        table_.shard(RecordTable::shard_of(record.key)).insert(record.key) = record;
-        most_.raise(record);
-        newest_step_ = std::max<std::int64_t>(newest_step_, record.last_step);
-    }
+    std::vector<const Record*> checked_records(const LedgerBatch& batch, std::int64_t step) const;
+    void check_sums(const LedgerBatch& batch) const;
 
     Decay decay_;
     RecordTable table_;
-    LedgerTotals most_;              // at least the lifetime totals of every prompt
-    std::int64_t newest_step_ = -1;  // the latest last_step of any prompt
     mutable std::shared_mutex mutex_;
 };
 

@@ -1,5 +1,5 @@
-// Read-only questions about a whole ledger. Difficulty is 1 - posterior mean success rate at `step`; ties fall to the
-// smaller prompt id.
+// Read-only questions about a whole ledger. Difficulty is 1 - posterior mean success rate at `step`. Both functions
+// throw std::invalid_argument for bad arguments.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +9,6 @@
 #include "aer/span.hpp"
 
 namespace aer {
-
-enum class Ranking {
-    kHardest,  // lowest posterior mean first
-    kEasiest,  // highest posterior mean first
-    kNever,    // attempted and never solved, most attempts first
-    kAlways,   // always solved, most attempts first
-};
-
-// At most k prompt ids. All functions throw std::invalid_argument for bad arguments.
-std::vector<std::uint64_t> top_k(const Ledger& ledger, std::int64_t k, Ranking ranking, BetaPrior prior,
-                                 std::int64_t step);
 
 // Row-major [difficulty bins][entropy bins] counts of prompts with tokens; entropy is nats per token. Bins are
 // [e_i, e_i+1), the last one closed; prompts outside are not counted.

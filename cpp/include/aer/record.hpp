@@ -14,9 +14,10 @@
 namespace aer {
 
 // Entropy sums are whole multiples of 2^-30 nat: integer addition is associative, so a total does not depend on
-// the order of updates, on how a batch was split over ranks, or on the order of merges.
+// the order of updates or on how a batch was split.
 constexpr double kEntropyUnit = 1.0 / (1LL << 30);
 constexpr std::int64_t kEntropyMax = INT64_MAX / 2;
+constexpr double kNatsMax = static_cast<double>(kEntropyMax) * kEntropyUnit;
 // Decayed sums are rounded to multiples of 2^-32 whenever they decay, so that adding whole rollouts to them is exact.
 constexpr double kDecayedUnit = 1.0 / (1LL << 32);
 constexpr std::uint32_t kCountMax = UINT32_MAX;

@@ -22,7 +22,7 @@ std::uint64_t Checksum64::round(std::uint64_t lane, std::uint64_t word) {
 }
 
 void Checksum64::stripe(const unsigned char* bytes) {
-    for (int i = 0; i < 4; ++i) lanes_[i] = round(lanes_[i], read<std::uint64_t>(bytes + 8 * i));
+    for (std::size_t i = 0; i < 4; ++i) lanes_[i] = round(lanes_[i], read<std::uint64_t>(bytes + 8 * i));
 }
 
 void Checksum64::update(const void* data, std::size_t size) {

@@ -61,7 +61,7 @@ class RecordTable {
     }
     void prefetch(std::uint64_t key) const {
         const auto* const line = reinterpret_cast<const char*>(&slots_[home(key)]);
-        for (int i = 0; i < 3; ++i) __builtin_prefetch(line + 64 * i);
+        for (std::size_t i = 0; i < 3; ++i) __builtin_prefetch(line + 64 * i);
     }
 
     std::size_t num_homes_;

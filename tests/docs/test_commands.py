@@ -51,6 +51,7 @@ class Command:
     page: Path
     line: int
     words: tuple[str, ...]
+    python_path: str | None = None  # a folder that PYTHONPATH=... in front of it names
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}: {shlex.join(self.words)}"
@@ -84,11 +85,14 @@ def commands(page: Path, text: str) -> Iterator[Command]:
                 words = shlex.split(part)
             except ValueError:  # prose, or output with an apostrophe
                 continue
+            variables = {}
             while words and re.match(r"[A-Z_]+=", words[0]):
-                del words[0]
+                name, _, value = words.pop(0).partition("=")
+                variables[name] = value
             words = [word for word in words if word != "..." and not word.startswith("--section.key")]
-            if len(words) > 1 and words[0].removeprefix(".venv/bin/") in PROGRAMS:
-                yield Command(page, number, (words[0].removeprefix(".venv/bin/"), *words[1:]))
+            program = words[0].removeprefix(".venv/bin/") if words else ""
+            if len(words) > 1 and program in PROGRAMS and re.match(r"[\w./-]", words[1]):
+                yield Command(page, number, (program, *words[1:]), variables.get("PYTHONPATH"))
 
 
 ALL = [command for page in PAGES for command in commands(page, page.read_text(encoding="utf-8"))]
@@ -116,7 +120,16 @@ def help_of(*words: str) -> str:
 
 def faults(command: Command, own_run: Path) -> Iterator[str]:
     """Yields what is wrong with a command, in words."""
-    program, *rest = command.words
+    if command.python_path is None:
+        yield from _faults(command.words, own_run)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / command.python_path)
+        yield from list(_faults(command.words, own_run))
+
+
+def _faults(words: Sequence[str], own_run: Path) -> Iterator[str]:
+    program, *rest = words
     yield from (f"{word} does not exist" for word in rest if _is_missing(word))
     if program == "make":
         yield from (f"make {word} is no target" for word in rest if "=" not in word and word not in MAKE_TARGETS)

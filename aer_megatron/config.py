@@ -356,8 +356,12 @@ class Config(Section):
         self.rollout.check(self.algo.tis_clip)
         if self.rollout.engine == "sglang":
             self.sglang.check()
-        if self.rollout.group_size == 1 and self.algo.divide_by_std:
-            raise ValueError("rollout.group_size=1 leaves no group to compare with; use at least 2")
+        advantage = self.algo.advantage
+        if self.rollout.group_size < advantage.min_group_size:
+            raise ValueError(
+                f"rollout.group_size={self.rollout.group_size} leaves no group to compare with under "
+                f"algo.advantage.kind={advantage.kind!r}; use at least {advantage.min_group_size}"
+            )
         return self
 
     def check_world_size(self, world_size: int) -> int:

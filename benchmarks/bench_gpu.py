@@ -60,8 +60,8 @@ engine = "sglang"
 prompts_per_step = {sequences}
 group_size = 1
 max_new_tokens = {response}
-[algo]
-divide_by_std = false
+[algo.advantage]
+kind = "dr_grpo"
 [sglang]
 num_servers = 1
 """

@@ -31,8 +31,8 @@ from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_di
 from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.updates import POLICY_STATISTICS, LossFunction, Report, Update, Updates, stop
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
-from aer_megatron.algo.covariance import BoolArray, select_tokens
 from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
+from aer_megatron.algo.policy_losses.base import BoolArray
 from aer_megatron.config import Config, OptimizerSection
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.exchange import all_sum_disjoint
@@ -193,28 +193,27 @@ class Actor:
             bad = tuple(nonfinite_inputs(batch, indices))
             selected_T = None if bad else self._select_tokens(batch, indices, seed=seed, moved=index > 0)
             micros, loss = self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
-            yield Update(index, micros, loss, bad)
+            yield Update(index, micros, loss, bad, self._config.algo.policy_loss.reports)
 
     def _select_tokens(self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool) -> BoolArray | None:
-        """Returns bool [T], the tokens of a mini-batch that its covariance rule picks, or None without such a rule.
+        """Returns bool [T], the tokens of a mini-batch that the policy loss selects, or None where it selects none.
 
         The rule needs the whole mini-batch's log-probabilities before the first micro-batch has a gradient: a forward
         pass of its own, except where the weights have not moved since ``old_logprob_T`` was scored.
         """
-        experience, algo = batch.experience, self._config.algo
-        if algo.policy_loss == "clip":
+        experience, rule = batch.experience, self._config.algo.policy_loss
+        if not rule.selects:
             return None
         logprob_T = self._score(experience, indices_b)[0] if moved else batch.old_logprob_T
         member_B = np.zeros(experience.num_sequences, dtype=np.bool_)
         member_B[indices_b] = True
         member_T = np.repeat(member_B, experience.sampled_length_B)
         selected_T = np.zeros_like(member_T)
-        selected_T[member_T] = select_tokens(
+        selected_T[member_T] = rule.select(
             np.repeat(batch.advantage_B, experience.sampled_length_B)[member_T],
             logprob_T[member_T],
             batch.old_logprob_T[member_T],
             key=(seed, self.num_updates),
-            config=algo,
         )
         return selected_T
 

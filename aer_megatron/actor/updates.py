@@ -26,6 +26,7 @@ from aer_megatron.actor.nonfinite import Probe, uncounted_gradients
 from aer_megatron.actor.nonfinite_findings import Diagnosis, Finding, nonfinite_sums, ordered
 from aer_megatron.actor.optimizer import apply_gradients, gradient_norm
 from aer_megatron.algo.loss import LossOutput
+from aer_megatron.algo.statistics import LOSS_STATISTICS
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.parallel.exchange import all_sum
 from aer_megatron.parallel.topology import Topology
@@ -36,24 +37,6 @@ LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossOutput]
 # hears of an update that is not finite, on every rank and before anything moves; returns to skip it, or raises
 Report = Callable[[Diagnosis], None]
 Sums = dict[str, tuple[float, float]]
-
-# the order in which statistics travel between ranks, so that stages without a loss know the layout
-STAT_NAMES = (
-    "policy_loss",
-    "entropy_bonus",
-    "supervised_loss",
-    "token_entropy",
-    "ratio",
-    "clip_low",
-    "clip_high",
-    "dual_clip",
-    "approx_kl",
-    "selected",
-    "reference_kl",
-    "tis_weight",
-    "tis_weight_squared",
-    "tis_cut",
-)
 
 POLICY_STATISTICS = ("policy_loss", "entropy_bonus", "token_entropy", "ratio", "clip_low", "clip_high", "approx_kl")
 
@@ -66,6 +49,7 @@ class Update:
     micros: list[MicroBatch]
     loss: LossFunction
     bad_inputs: tuple[Finding, ...] = ()  # what makes it hopeless from the start
+    reports: tuple[str, ...] = ()  # statistics of the loss beyond LOSS_STATISTICS
 
 
 def stop(diagnosis: Diagnosis) -> None:
@@ -134,7 +118,7 @@ class Updates:
         """
         if update.bad_inputs:
             return {}, math.nan, "the batch has values that are not finite"
-        sums, faults = self._forward_backward(update.micros, update.loss)
+        sums, faults = self._forward_backward(update)
         if bad := nonfinite_sums(sums):
             return sums, math.nan, f"sums over the batch: {', '.join(bad)}"
         norm = gradient_norm(self._optimizer)
@@ -174,10 +158,9 @@ class Updates:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    def _forward_backward(self, micros: list[MicroBatch], loss: LossFunction) -> tuple[Sums, int]:
+    def _forward_backward(self, update: Update) -> tuple[Sums, int]:
         """Returns the loss's sums over all ranks, and how many ranks' own copies of gradients are not finite."""
-        collected = self._pass(micros, loss)
-        return self._sum_over_ranks(collected, names=loss_names(collected))
+        return self._sum_over_ranks(self._pass(update.micros, update.loss), names=(*LOSS_STATISTICS, *update.reports))
 
     def _pass(
         self,
@@ -198,27 +181,19 @@ class Updates:
 
         return self._runner.forward_backward(micros, finish)
 
-    def _sum_over_ranks(self, collected: list[dict[str, Any]], names: list[str]) -> tuple[Sums, int]:
-        """Adds (sum, count) pairs over micro-batches and ranks; each token is spoken for by one rank.
+    def _sum_over_ranks(self, collected: list[dict[str, Any]], names: Sequence[str]) -> tuple[Sums, int]:
+        """Adds (sum, count) pairs of ``names`` over micro-batches and ranks; each token is spoken for by one rank.
 
         The same exchange counts the ranks on which a gradient that the global norm leaves out is not finite.
         """
-        local = np.zeros((len(STAT_NAMES) + 1, 2), dtype=np.float64)
+        local = np.zeros((len(names) + 1, 2), dtype=np.float64)
         if self._topology.writes_results:
             for sums in collected:
-                for name in names:
-                    total, count = sums[name]
-                    local[STAT_NAMES.index(name)] += (float(total), float(count))
+                for name, (total, count) in sums.items():
+                    local[names.index(name)] += (float(total), float(count))
         own = uncounted_gradients(self._chunks, self._topology)
         if own and not math.isfinite(float(torch.nn.utils.get_total_norm(own))):
             local[-1] = (1.0, 1.0)
         summed = all_sum(local, device=self._device).tolist()
-        named = zip(STAT_NAMES, summed[:-1], strict=True)
+        named = zip(names, summed[:-1], strict=True)
         return {name: (row[0], row[1]) for name, row in named if row[1]}, int(summed[-1][0])
-
-
-def loss_names(collected: list[dict[str, Any]]) -> list[str]:
-    """Returns the statistics that a loss reported, checked against the wire order."""
-    names = sorted({name for sums in collected for name in sums})
-    assert set(names) <= set(STAT_NAMES), names
-    return names

@@ -1,77 +1,84 @@
-"""Group-relative advantages of a rollout batch (GRPO, Dr.GRPO), computed by the C++ group statistics; DAPO's reward
-shaping for long responses.
+"""Advantages of a rollout batch by a rule, with its verdicts per prompt; DAPO's reward shaping for long responses.
 
 Shape suffixes: P prompts, B sequences.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from aer_megatron import _C
+from aer_megatron.algo.advantages.base import Advantage
 from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience, Float64Array, Int64Array, UInt64Array
 
 
 @dataclass(frozen=True, slots=True)
-class AdvantageResult:
-    """Advantages per sequence and verdict counts per prompt, prompts in the order of their groups.
+class Verdicts:
+    """Verdict counts per prompt, prompts in the order of their groups.
 
-    Example (one prompt, rewards 1 and 0, no division by the std):
-    ``advantage_B=[0.5, -0.5], accuracy_P=[0.5], counts_P=[2], successes_P=[1], prompt_id_P=[0x9AE1]``.
+    Example (one prompt, rewards 1 and 0): ``accuracy_P=[0.5], counts_P=[2], successes_P=[1], prompt_id_P=[0x9AE1]``.
     """
 
-    advantage_B: Float64Array
     accuracy_P: Float64Array  # successes / counts
     counts_P: Int64Array
     successes_P: Int64Array  # verdicts: rewards >= 1, before any shaping
     prompt_id_P: UInt64Array
 
 
-def group_advantages(
-    experience: Experience, config: AlgoSection, *, penalty_B: Float64Array | None = None
-) -> AdvantageResult:
-    """Returns A = (R - mean) / (std + eps) per prompt group, float64 [B], with the verdict counts per prompt.
+@dataclass(frozen=True, slots=True)
+class AdvantageResult(Verdicts):
+    """The verdicts with an advantage per sequence, and what its rule reports of its own, (sum, count) by name."""
 
-    std is the unbiased one (n - 1). ``divide_by_std = False`` leaves out the division (Dr.GRPO, arXiv
-    2503.20783); with it the formula is GRPO's (arXiv 2402.03300). Equal rewards in a group give zeros.
-    ``penalty_B`` (from ``overlong_penalty``) is subtracted from R for the advantage alone: successes and accuracy are
-    those of the verdicts.
+    advantage_B: Float64Array
+    reported: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def group_verdicts(experience: Experience) -> Verdicts:
+    """Returns the verdict counts of each prompt.
 
     Raises:
         ValueError: ``group_index_B`` is not 0..P-1, or a group mixes prompts.
     """
     group_index_B = experience.group_index_B
-    group_P, first_B = np.unique(group_index_B, return_index=True)
+    group_P, first_B, counts_P = np.unique(group_index_B, return_index=True, return_counts=True)
     if not np.array_equal(group_P, np.arange(group_P.size)):
         raise ValueError(f"group_index_B must number the groups 0..P-1 without gaps, got {group_P[:8]}")
     prompt_id_P = experience.prompt_id_B[first_B]
     if not np.array_equal(prompt_id_P[group_index_B], experience.prompt_id_B):
         raise ValueError("prompt_id_B differs within a group; a group is the rollouts of one prompt")
-    statistics = _C.group_statistics(
-        group_index_B,
-        experience.reward_B,
-        std_epsilon=config.std_epsilon,
-        divide_by_std=config.divide_by_std,
-    )
-    advantage_B = statistics.advantage
-    if penalty_B is not None:
-        advantage_B = _C.group_statistics(
-            group_index_B,
-            experience.reward_B - penalty_B,
-            std_epsilon=config.std_epsilon,
-            divide_by_std=config.divide_by_std,
-        ).advantage
-    order = np.argsort(statistics.group_ids)  # to prompt order, whatever order the extension reports
-    counts_P, successes_P = statistics.counts[order], statistics.successes[order]
+    successes_P = np.bincount(group_index_B[experience.reward_B >= 1.0], minlength=group_P.size)
+    return Verdicts(successes_P / counts_P, counts_P, successes_P, prompt_id_P)
+
+
+def group_advantages(
+    experience: Experience, rule: Advantage, *, penalty_B: Float64Array | None = None
+) -> AdvantageResult:
+    """Returns the advantages by ``rule``, float64 [B], with the verdict counts per prompt.
+
+    ``penalty_B`` (from ``overlong_penalty``) is subtracted from the rewards for the advantage alone: successes and
+    accuracy are those of the verdicts.
+
+    Raises:
+        ValueError: as in ``group_verdicts``, a reward is not finite, or the rule returns another shape or reports what
+            it did not declare.
+    """
+    verdicts = group_verdicts(experience)
+    reward_B = experience.reward_B if penalty_B is None else experience.reward_B - penalty_B
+    advantage_B, reported = rule.advantages(reward_B, experience.group_index_B)
+    if advantage_B.shape != reward_B.shape or not reported.keys() <= set(rule.reports):
+        raise ValueError(
+            f"algo.advantage.kind={rule.kind!r} must return one advantage per sequence, {reward_B.shape}, and report "
+            f"among {list(rule.reports)}; it returned {advantage_B.shape}, {sorted(reported)}"
+        )
     return AdvantageResult(
+        accuracy_P=verdicts.accuracy_P,
+        counts_P=verdicts.counts_P,
+        successes_P=verdicts.successes_P,
+        prompt_id_P=verdicts.prompt_id_P,
         advantage_B=advantage_B,
-        accuracy_P=successes_P / counts_P,
-        counts_P=counts_P,
-        successes_P=successes_P,
-        prompt_id_P=prompt_id_P,
+        reported=reported,
     )
 
 

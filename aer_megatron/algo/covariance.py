@@ -1,4 +1,4 @@
-"""Picks the tokens that Clip-Cov and KL-Cov treat specially, from the whole mini-batch of an optimizer step.
+"""What Clip-Cov and KL-Cov pick their tokens by, from the whole mini-batch of an optimizer step.
 
 Both rules (Cui et al., arXiv 2505.22617) start from the share of each token in the covariance of advantage and
 log-probability, C_t = (A_t - mean A) (logp_t - mean logp), which is what drives entropy down. The means and the ranking
@@ -21,42 +21,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Float64Array
 
 BoolArray = NDArray[np.bool_]
-
-
-def select_tokens(
-    advantage_T: NDArray[np.floating],
-    logprob_T: NDArray[np.floating],
-    old_logprob_T: NDArray[np.floating],
-    *,
-    key: tuple[int, int],
-    config: AlgoSection,
-) -> BoolArray:
-    """Returns bool [T]: the tokens that ``config.policy_loss`` silences (clip_cov) or penalises (kl_cov).
-
-    Args:
-        advantage_T: A of the token's sequence.
-        logprob_T: log pi(token) in nats under the policy being trained, at this optimizer step.
-        old_logprob_T: log pi(token) at the start of the rollout step; says which tokens the ratio clips.
-        key: (seed, update), both >= 0: the random pick of clip_cov depends on nothing else.
-
-    Raises:
-        ValueError: ``config.policy_loss`` is a rule that selects nothing.
-    """
-    covariance_T = token_covariance(advantage_T, logprob_T)
-    if config.policy_loss == "kl_cov":
-        return highest_covariance(covariance_T, fraction=config.kl_cov_fraction)
-    if config.policy_loss == "clip_cov":
-        ratio_T = np.exp(logprob_T.astype(np.float64) - old_logprob_T)
-        clipped_T = ((advantage_T < 0) & (ratio_T < 1 - config.clip_low)) | (
-            (advantage_T > 0) & (ratio_T > 1 + config.clip_high)
-        )
-        between_T = (covariance_T > config.clip_cov_low) & (covariance_T < config.clip_cov_high)
-        return random_subset(between_T & ~clipped_T, fraction=config.clip_cov_fraction, key=key)
-    raise ValueError(f"algo.policy_loss={config.policy_loss!r} selects no tokens; use 'clip_cov' or 'kl_cov'")
 
 
 def token_covariance(advantage_T: NDArray[np.floating], logprob_T: NDArray[np.floating]) -> Float64Array:

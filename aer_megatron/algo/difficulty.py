@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.algo.advantage import AdvantageResult
+from aer_megatron.algo.advantage import Verdicts
 from aer_megatron.algo.options import LedgerSection
 from aer_megatron.types import Experience, Float32Array, Float64Array, Int64Array, UInt64Array
 
@@ -93,14 +93,16 @@ def group_token_entropy(experience: Experience, token_entropy_T: Float32Array) -
 
 def update_ledger(
     ledger: DifficultyLedger,
-    result: AdvantageResult,
+    verdicts: Verdicts,
     *,
     entropy_sum_P: Float64Array,
     token_count_P: Int64Array,
     step: int,
 ) -> None:
     """Returns nothing; adds the evidence of one rollout batch to ``ledger``, in place and in one call."""
-    ledger.update(result.prompt_id_P, result.counts_P, result.successes_P, entropy_sum_P, token_count_P, step=step)
+    ledger.update(
+        verdicts.prompt_id_P, verdicts.counts_P, verdicts.successes_P, entropy_sum_P, token_count_P, step=step
+    )
 
 
 def difficulty_accuracy(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from aer_megatron.algo.advantage import AdvantageResult
+from aer_megatron.algo.advantage import Verdicts
 from aer_megatron.types import BoolArray, Completion, Experience, PackedSequences, Prompt, ScoredGroup
 
 
@@ -107,9 +107,9 @@ def num_groups(experience: Experience) -> int:
     return int(experience.group_index_B[-1]) + 1 if experience.num_sequences else 0
 
 
-def mixed_groups(result: AdvantageResult) -> NDArray[np.bool_]:
+def mixed_groups(verdicts: Verdicts) -> NDArray[np.bool_]:
     """Returns bool [P]: groups solved sometimes, neither always nor never (what dynamic sampling keeps)."""
-    return (result.successes_P > 0) & (result.successes_P < result.counts_P)
+    return (verdicts.successes_P > 0) & (verdicts.successes_P < verdicts.counts_P)
 
 
 def staleness(experience: Experience, *, policy_version: int) -> Staleness:

@@ -1,8 +1,8 @@
-"""The policy loss (a surrogate per token, an entropy bonus, a KL to a reference policy) and the supervised loss.
+"""The policy loss (a rule's loss per token, an entropy bonus, a KL to a reference policy) and the supervised loss.
 
-Coefficients are data: the entropy weight and the weight in the mean arrive as one number per token, which tokens a
-covariance rule picked as a mask, the normaliser as the token count of the GLOBAL batch. Partial losses of any split of
-the batch over ranks and micro-batches therefore add up to the whole.
+Coefficients are data: the entropy weight and the weight in the mean arrive as one number per token, which tokens the
+rule picked as a mask, the normaliser as the token count of the GLOBAL batch. Partial losses of any split of the batch
+over ranks and micro-batches therefore add up to the whole.
 
 Shape suffixes: T packed sampled tokens of this part of the batch (T = 0 is a legal part), b sequences of the
 mini-batch.
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.statistics import CLIP_STATISTICS, TokenSums, token_sum
 from aer_megatron.types import Float64Array, Int64Array
 
 # exp(20) = 4.9e8: no useful ratio is larger, and beyond 88 fp32 gives inf, which turns 0 * ratio into NaN.
 _MAX_LOG_RATIO = 20.0
-# Two fp32 log-probabilities of one policy differ by less than this; the sign of such a difference is noise.
-_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class TokenData:
     advantage_T: Tensor  # A of the token's sequence
     entropy_weight_T: Tensor  # coefficient * d(q)
     mean_weight_T: Tensor  # weight in the mean over tokens, see sequence_weights; 1 for the token mean
-    selected_T: Tensor | None  # bool [T]: picked by the covariance rule; None where the rule is "clip"
+    selected_T: Tensor | None  # bool [T]: picked by the policy loss; None where it selects nothing
     ref_logprob_T: Tensor | None  # log pi(token) under the reference policy; None where kl_coefficient is 0
 
 
@@ -49,7 +49,7 @@ class LossOutput:
     """
 
     loss: Tensor
-    sums: dict[str, tuple[Tensor, Tensor | float]]
+    sums: TokenSums
 
 
 def policy_loss(
@@ -57,18 +57,10 @@ def policy_loss(
 ) -> LossOutput:
     """Returns L = (1/N) sum_t w_t (p_t - e_t H_t + k kl_t), r = exp(logprob - old_logprob).
 
-    p_t by ``config.policy_loss``:
-
-    - ``clip``: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), PPO's surrogate (arXiv 1707.06347) with separate
-      bounds (DAPO, arXiv 2503.14476). ``dual_clip`` = c > 1 bounds it below by c A where A < 0 (arXiv 1912.09729).
-    - ``clip_cov``: the same, 0 for the selected tokens (arXiv 2505.22617).
-    - ``kl_cov``: -r A, plus kl_cov_coefficient |logprob - old_logprob| for the selected tokens (arXiv 2505.22617).
-      Where the two differ by rounding alone the term has no gradient: its sign would be noise.
-
-    ``tis_clip`` = c > 0 multiplies p_t by min(exp(old_logprob - rollout_logprob), c), truncated importance sampling of
-    the difference between rollout engine and trainer. kl_t is k3 = exp(x) - x - 1 with x = ref_logprob - logprob
-    (Schulman, "Approximating KL divergence"; GRPO, arXiv 2402.03300), its gradient through logprob. e_t H_t is the
-    bonus of docs/aer.md. Log-ratios are limited to +-20 so that they cannot overflow.
+    p_t is the loss of ``config.policy_loss``. ``tis_clip`` = c > 0 multiplies it by
+    min(exp(old_logprob - rollout_logprob), c), truncated importance sampling of the difference between rollout engine
+    and trainer. kl_t is the estimate of ``config.kl_estimator``, its gradient through logprob. e_t H_t is the bonus of
+    docs/aer.md. Log-ratios are limited to +-20 so that they cannot overflow.
 
     Args:
         logprob_T: log pi(token) under the policy being trained, fp32 [T], with graph.
@@ -79,15 +71,15 @@ def policy_loss(
     ``sums``, each over the T tokens: policy_loss (w p), entropy_bonus (w e H), token_entropy, ratio, clip_low,
     clip_high and dual_clip (tokens whose gradient that bound removes), approx_kl (r - 1 - log r >= 0, whose mean under
     tokens of the old policy is KL(old || new)); where they are in force: reference_kl (w kl), selected (tokens), and
-    tis_weight, tis_weight_squared, tis_cut (tokens above the bound).
+    tis_weight, tis_weight_squared, tis_cut (tokens above the bound). Then what the rule reports of its own.
 
     Raises:
-        ValueError: shapes differ, ``normalizer`` is not positive, or data of a rule in force is missing.
+        ValueError: shapes differ, ``normalizer`` is not positive, data of a rule in force is missing, or the rule
+            returns another shape or reports what it did not declare.
     """
     _check(normalizer, logprob_T, entropy_T, *_present(tokens, config))
     log_ratio_T = (logprob_T - tokens.old_logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    policy_T = _policy_terms(log_ratio_T, tokens, config)
-    sums = _ratio_statistics(log_ratio_T, tokens, config)
+    policy_T, sums = _policy_terms(log_ratio_T, tokens, config.policy_loss)
     weight_T = tokens.mean_weight_T
     if config.tis_clip:
         importance_T, correction = _importance(tokens, config.tis_clip)
@@ -95,14 +87,14 @@ def policy_loss(
         sums |= correction
     bonus_T = tokens.entropy_weight_T * entropy_T
     total_T = policy_T - bonus_T
-    sums["policy_loss"] = _sum(weight_T * policy_T)
-    sums["entropy_bonus"] = _sum(weight_T * bonus_T)
-    sums["token_entropy"] = _sum(entropy_T)
+    sums["policy_loss"] = token_sum(weight_T * policy_T)
+    sums["entropy_bonus"] = token_sum(weight_T * bonus_T)
+    sums["token_entropy"] = token_sum(entropy_T)
     if config.kl_coefficient and tokens.ref_logprob_T is not None:
         gap_T = (tokens.ref_logprob_T - logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        kl_T = torch.expm1(gap_T) - gap_T
+        kl_T = config.kl_estimator.estimate(gap_T)
         total_T = total_T + config.kl_coefficient * kl_T
-        sums["reference_kl"] = _sum(weight_T * kl_T)
+        sums["reference_kl"] = token_sum(weight_T * kl_T)
     return LossOutput((weight_T * total_T).sum() / normalizer, sums)
 
 
@@ -117,7 +109,7 @@ def supervised_loss(logprob_T: Tensor, *, normalizer: float) -> LossOutput:
         ValueError: ``normalizer`` is not positive or ``logprob_T`` is not 1-D.
     """
     _check(normalizer, logprob_T)
-    return LossOutput(-logprob_T.sum() / normalizer, {"supervised_loss": _sum(-logprob_T)})
+    return LossOutput(-logprob_T.sum() / normalizer, {"supervised_loss": token_sum(-logprob_T)})
 
 
 def sequence_weights(sampled_length_b: Int64Array, *, rule: str, max_new_tokens: int) -> Float64Array:
@@ -135,58 +127,41 @@ def sequence_weights(sampled_length_b: Int64Array, *, rule: str, max_new_tokens:
     return weight_b
 
 
-def _policy_terms(log_ratio_T: Tensor, tokens: TokenData, config: AlgoSection) -> Tensor:
-    ratio_T, advantage_T = log_ratio_T.exp(), tokens.advantage_T
-    if config.policy_loss == "kl_cov":
-        assert tokens.selected_T is not None
-        moved_T = torch.where(log_ratio_T.abs() < _ROUNDING, log_ratio_T.detach(), log_ratio_T)
-        penalty_T = config.kl_cov_coefficient * moved_T.abs()
-        return torch.where(tokens.selected_T, penalty_T, 0.0) - ratio_T * advantage_T
-    clipped_T = ratio_T.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    surrogate_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
-    if config.dual_clip > 0:
-        bounded_T = torch.maximum(surrogate_T, config.dual_clip * advantage_T)
-        surrogate_T = torch.where(advantage_T < 0, bounded_T, surrogate_T)
-    if config.policy_loss == "clip_cov":
-        assert tokens.selected_T is not None
-        surrogate_T = torch.where(tokens.selected_T, 0.0, surrogate_T)
-    return -surrogate_T
-
-
-def _ratio_statistics(
-    log_ratio_T: Tensor, tokens: TokenData, config: AlgoSection
-) -> dict[str, tuple[Tensor, Tensor | float]]:
-    log_ratio, advantage_T = log_ratio_T.detach(), tokens.advantage_T
-    ratio, negative = log_ratio.exp(), advantage_T < 0
-    none = torch.zeros_like(negative)
-    clips = config.policy_loss != "kl_cov"
-    sums: dict[str, tuple[Tensor, Tensor | float]] = {
-        "ratio": _sum(ratio),
-        "clip_low": _sum(negative & (ratio < 1.0 - config.clip_low) if clips else none),
-        "clip_high": _sum((advantage_T > 0) & (ratio > 1.0 + config.clip_high) if clips else none),
-        "dual_clip": _sum(negative & (ratio > config.dual_clip) if config.dual_clip > 0 else none),
-        "approx_kl": _sum(torch.expm1(log_ratio.double()) - log_ratio.double()),
+def _policy_terms(log_ratio_T: Tensor, tokens: TokenData, rule: PolicyLoss) -> tuple[Tensor, TokenSums]:
+    """Returns (the rule's loss per token, its statistics and those that every rule has)."""
+    policy_T, reported = rule.token_loss(log_ratio_T, tokens.advantage_T, tokens.selected_T)
+    if policy_T.shape != log_ratio_T.shape or not reported.keys() <= {*CLIP_STATISTICS, *rule.reports}:
+        raise ValueError(
+            f"algo.policy_loss.kind={rule.kind!r} must return one loss per token, {tuple(log_ratio_T.shape)}, and "
+            f"report among {[*CLIP_STATISTICS, *rule.reports]}; it returned {tuple(policy_T.shape)}, {sorted(reported)}"
+        )
+    log_ratio = log_ratio_T.detach()
+    sums: TokenSums = {
+        "ratio": token_sum(log_ratio.exp()),
+        "approx_kl": token_sum(torch.expm1(log_ratio.double()) - log_ratio.double()),
     }
+    none = (log_ratio.new_zeros((), dtype=torch.float64), float(len(log_ratio)))
     if tokens.selected_T is not None:
-        sums["selected"] = _sum(tokens.selected_T)
-    return sums
+        sums["selected"] = token_sum(tokens.selected_T)
+    return policy_T, sums | dict.fromkeys(CLIP_STATISTICS, none) | reported
 
 
-def _importance(tokens: TokenData, bound: float) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor | float]]]:
+def _importance(tokens: TokenData, bound: float) -> tuple[Tensor, TokenSums]:
     gap_T = (tokens.old_logprob_T - tokens.rollout_logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio_T = gap_T.detach().exp()
     weight_T = ratio_T.clamp(max=bound)
     return weight_T, {
-        "tis_weight": _sum(weight_T),
-        "tis_weight_squared": _sum(weight_T.double().square()),
-        "tis_cut": _sum(ratio_T > bound),
+        "tis_weight": token_sum(weight_T),
+        "tis_weight_squared": token_sum(weight_T.double().square()),
+        "tis_cut": token_sum(ratio_T > bound),
     }
 
 
 def _present(tokens: TokenData, config: AlgoSection) -> list[Tensor]:
     """Returns the tensors of ``tokens``. Raises ValueError where a rule in force has no data."""
-    if (tokens.selected_T is None) != (config.policy_loss == "clip"):
-        raise ValueError(f"algo.policy_loss={config.policy_loss!r}: selected_T belongs to clip_cov and kl_cov alone")
+    rule = config.policy_loss
+    if (tokens.selected_T is not None) != rule.selects:
+        raise ValueError(f"algo.policy_loss.kind={rule.kind!r}: selected_T belongs to rules that select alone")
     if config.kl_coefficient and tokens.ref_logprob_T is None:
         raise ValueError(
             f"algo.kl_coefficient={config.kl_coefficient} needs log-probabilities of the reference policy: "
@@ -201,10 +176,6 @@ def _present(tokens: TokenData, config: AlgoSection) -> list[Tensor]:
         tokens.mean_weight_T,
         *optional,
     ]
-
-
-def _sum(value_T: Tensor) -> tuple[Tensor, float]:
-    return value_T.detach().double().sum(), float(value_T.shape[0])
 
 
 def _check(normalizer: float, *tensors_T: Tensor) -> None:

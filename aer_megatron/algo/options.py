@@ -5,11 +5,22 @@ This file does NOT hold formulas.
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from aer_megatron.algo.advantages.dr_grpo import DrGrpo
+from aer_megatron.algo.advantages.grpo import Grpo
+from aer_megatron.algo.kl_estimators.k2 import K2
+from aer_megatron.algo.kl_estimators.k3 import K3
+from aer_megatron.algo.policy_losses.clip import Clip
+from aer_megatron.algo.policy_losses.clip_cov import ClipCov
+from aer_megatron.algo.policy_losses.kl_cov import KlCov
+from aer_megatron.algo.statistics import LOSS_STATISTICS
 from aer_megatron.config_section import Section
+
+_LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class EntropySection(Section):
@@ -66,21 +77,13 @@ class SelectionSection(Section):
 
 class AlgoSection(Section):
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch")
-    divide_by_std: bool = Field(True, description="False: Dr.GRPO's advantage (no division by the group's std)")
-    std_epsilon: float = Field(1e-6, gt=0)
-    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clipped below 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="ratio clipped above 1 + clip_high (Clip-Higher: 0.28)")
-    dual_clip: float = Field(0.0, ge=0, description="lower bound c > 1 on negative-advantage ratios; 0 = off")
-    policy_loss: Literal["clip", "clip_cov", "kl_cov"] = Field("clip", description="token rule; see docs/aer.md")
-    clip_cov_fraction: float = Field(2e-4, gt=0, le=1, description="share of tokens that clip_cov silences")
-    clip_cov_low: float = Field(1.0, description="clip_cov picks among covariances above this")
-    clip_cov_high: float = Field(5.0, description="clip_cov picks among covariances below this")
-    kl_cov_fraction: float = Field(2e-3, gt=0, le=1, description="share of tokens, the highest, that kl_cov penalises")
-    kl_cov_coefficient: float = Field(1.0, ge=0, description="weight of kl_cov's |logprob - old logprob|")
+    policy_loss: Annotated[Clip | ClipCov | KlCov, Field(discriminator="kind")] = Clip()
+    advantage: Annotated[Grpo | DrGrpo, Field(discriminator="kind")] = Grpo()
     normalizer: Literal["tokens", "sequences", "constant"] = Field(
         "tokens", description="the loss is a mean over tokens, over sequences, or over sequences * max_new_tokens"
     )
-    kl_coefficient: float = Field(0.0, ge=0, description="weight of the k3 KL to the policy of model.path; 0 = off")
+    kl_coefficient: float = Field(0.0, ge=0, description="weight of the KL to the policy of model.path; 0 = off")
+    kl_estimator: Annotated[K3 | K2, Field(discriminator="kind")] = K3()
     tis_clip: float = Field(0.0, ge=0, description="bound of the train/rollout importance weight (usual: 2); 0 = off")
     overlong_buffer: int = Field(0, ge=0, description="last tokens before max_new_tokens that cost reward; 0 = off")
     overlong_penalty: float = Field(1.0, gt=0, description="reward taken from a response of max_new_tokens tokens")
@@ -90,12 +93,13 @@ class AlgoSection(Section):
 
     def check_loss_options(self, max_new_tokens: int) -> None:
         """Raises ValueError where options of the loss do not fit together, naming the remedy."""
-        if self.dual_clip and self.dual_clip <= 1:
-            raise ValueError(f"algo.dual_clip={self.dual_clip} must be greater than 1 (usual: 3), or 0 for off")
-        if self.dual_clip and self.policy_loss == "kl_cov":
-            raise ValueError(f"algo.dual_clip={self.dual_clip} must be 0: algo.policy_loss='kl_cov' clips nothing")
-        if not self.clip_cov_low < self.clip_cov_high:
-            raise ValueError(f"algo.clip_cov_low={self.clip_cov_low} must be below clip_cov_high={self.clip_cov_high}")
+        reported = [*self.policy_loss.reports, *self.advantage.reports]
+        for name in reported:
+            if not _LABEL.fullmatch(name) or name in LOSS_STATISTICS or reported.count(name) > 1:
+                raise ValueError(
+                    f"algo.policy_loss and algo.advantage report {reported}: {name!r} must be a snake_case name that "
+                    "no other number of the loss has; rename it"
+                )
         if 0 < self.tis_clip < 1:
             raise ValueError(f"algo.tis_clip={self.tis_clip} would cut equal policies; use at least 1 (usual: 2), or 0")
         if self.overlong_buffer >= max_new_tokens:

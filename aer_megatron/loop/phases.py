@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from aer_megatron.algo import controller
-from aer_megatron.algo.advantage import AdvantageResult, group_advantages, overlong_penalty
+from aer_megatron.algo.advantage import AdvantageResult, group_advantages, group_verdicts, overlong_penalty
 from aer_megatron.algo.controller import ControllerState, Decision, Observation
 from aer_megatron.algo.difficulty import (
     difficulty,
@@ -42,6 +42,7 @@ from aer_megatron.report.training import (
     engine_metrics,
     experience_metrics,
     training_metrics,
+    user_metrics,
 )
 from aer_megatron.rewards.labels import bound_counts
 from aer_megatron.types import (
@@ -117,7 +118,7 @@ class Phases:
         with parts.timer.phase("eval"):
             groups = parts.rollouts.eval_collector.collect(parts.rollouts.eval_prompts, step=step, refill=0)
             experience, _ = parts.rollouts.gather(parts.rollouts.score_groups(groups))
-        result = group_advantages(experience, self.config.algo)
+        result = group_verdicts(experience)
         metrics = {pass_at(k): float(pass_at_k(result.counts_P, result.successes_P, k=k).mean()) for k in options.k}
         return metrics | {Metric.EVAL_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean())}
 
@@ -145,7 +146,7 @@ class Phases:
             if not options.dynamic_sampling:
                 kept.append(experience)
                 break
-            keep_P = mixed_groups(group_advantages(experience, self.config.algo))
+            keep_P = mixed_groups(group_verdicts(experience))
             kept.append(select_groups(experience, keep_P))
             spare.append(select_groups(experience, ~keep_P))
             missing -= int(keep_P.sum())
@@ -216,7 +217,7 @@ class Phases:
             mismatch.check_same_policy(self.config.rollout.logprob_gate)
         algo, ledger = self.config.algo, self.parts.ledger
         with self.parts.timer.phase("score"):
-            advantages = group_advantages(experience, algo, penalty_B=self._penalty(experience))
+            advantages = group_advantages(experience, algo.advantage, penalty_B=self._penalty(experience))
             entropy_sum_P, token_count_P = group_token_entropy(experience, scores.token_entropy_T)
             update_ledger(ledger, advantages, entropy_sum_P=entropy_sum_P, token_count_P=token_count_P, step=step)
             accuracy_P = difficulty_accuracy(
@@ -300,6 +301,7 @@ class Phases:
         experience, algo = collected.experience, self.config.algo
         penalty_B = self._penalty(experience)
         shaping = {} if penalty_B is None else {Metric.REWARD_OVERLONG_PENALTY: float(penalty_B.mean())}
+        own = {name: stats.sums[name] for name in algo.policy_loss.reports if name in stats.sums}
         skips = self.config.run.on_nonfinite == "skip"
         skipped = {Metric.TRAIN_UPDATES_SKIPPED: stats.updates_skipped} if skips else {}
         return (
@@ -320,6 +322,7 @@ class Phases:
             | controller_metrics(decision, algo.entropy, assessed.observation, assessed.advantages)
             | difficulty_metrics(assessed.profile, coefficient)
             | training_metrics(stats, kl_coefficient=algo.kl_coefficient)
+            | user_metrics(own | assessed.advantages.reported)
         )
 
     def end_step(self, progress: Progress) -> bool:

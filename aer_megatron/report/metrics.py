@@ -1,8 +1,8 @@
 """Every metric name of a run, with its unit and meaning: the only file that spells one.
 
 A name is an attribute of ``Metric``, which is a ``str``: ``{Metric.REWARD_MEAN: 0.4}``. Families take a
-suffix: ``pass_at(8)`` is ``eval/pass@8``, ``reason_count("no_answer")`` is ``rewards/reason/no_answer`` and
-``by_difficulty("reward", "hard")`` is ``difficulty/reward/hard``.
+suffix: ``pass_at(8)`` is ``eval/pass@8``, ``reason_count("no_answer")`` is ``rewards/reason/no_answer``,
+``user_number("gate")`` is ``user/gate`` and ``by_difficulty("reward", "hard")`` is ``difficulty/reward/hard``.
 
 Everything that depends on the machine rather than on the seed is under ``time/``: drop those keys and two
 runs of the same configuration are equal byte for byte.
@@ -87,8 +87,12 @@ class Metric(StrEnum):
     )
 
     LOSS_TOTAL = "loss/total", "nats", "what is minimised: policy loss minus entropy bonus, plus the weighted loss/kl"
-    LOSS_POLICY = "loss/policy", "1", "surrogate of algo.policy_loss, mean by algo.normalizer over the global batch"
-    LOSS_KL = "loss/kl", "nats", "k3 estimate of KL(policy || reference), same mean as loss/policy (kl_coefficient > 0)"
+    LOSS_POLICY = "loss/policy", "1", "loss of algo.policy_loss, mean by algo.normalizer over the global batch"
+    LOSS_KL = (
+        "loss/kl",
+        "nats",
+        "estimate of KL(policy || reference) by algo.kl_estimator, same mean as loss/policy (kl_coefficient > 0)",
+    )
     LOSS_ENTROPY_BONUS = (
         "loss/entropy_bonus",
         "nats",
@@ -244,7 +248,8 @@ DIFFICULTY = {
     measure: Family(f"difficulty/{measure}/", re.compile("|".join(BUCKETS)), "BUCKET", unit, meaning)
     for measure, (unit, meaning) in _BY_DIFFICULTY.items()
 }
-FAMILIES = (PASS_AT, REASON, *DIFFICULTY.values())
+USER = Family("user/", _LABEL, "NAME", "1", "mean of a number that a rule of the run's own reports under this name")
+FAMILIES = (PASS_AT, REASON, USER, *DIFFICULTY.values())
 
 
 def pass_at(k: int) -> str:
@@ -267,6 +272,11 @@ def reason_count(label: str) -> str:
     if not _LABEL.fullmatch(label):
         raise ValueError(f"verdict reason {label!r} must be a snake_case label such as no_answer; rename it")
     return f"{REASON.prefix}{label}"
+
+
+def user_number(name: str) -> str:
+    """Returns the name of what a run's own rule reports as ``name``, for example ``user/gate``."""
+    return f"{USER.prefix}{name}"
 
 
 def by_difficulty(measure: str, bucket: str) -> str:

@@ -5,6 +5,7 @@ This file does NOT spell metric names (metrics.py) or reduce over ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from aer_megatron.algo.advantage import AdvantageResult
@@ -13,7 +14,7 @@ from aer_megatron.algo.experience import Staleness
 from aer_megatron.algo.flight import BatchProfile, bucket_means
 from aer_megatron.algo.mismatch import Mismatch
 from aer_megatron.algo.options import EntropySection
-from aer_megatron.report.metrics import Metric, by_difficulty
+from aer_megatron.report.metrics import Metric, by_difficulty, user_number
 from aer_megatron.types import Experience, StepStats
 
 
@@ -40,6 +41,11 @@ def training_metrics(stats: StepStats, *, kl_coefficient: float) -> dict[str, fl
         # (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n where one token has all of it
         metrics[Metric.TRAIN_TIS_SAMPLE_SIZE] = stats.mean("tis_weight") ** 2 / stats.mean("tis_weight_squared")
     return metrics
+
+
+def user_metrics(reported: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Returns the means of what a run's own rules reported, (sum, count) by name."""
+    return {user_number(name): total / count for name, (total, count) in reported.items() if count}
 
 
 def controller_metrics(

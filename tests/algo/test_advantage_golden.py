@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from aer_megatron.algo.advantage import group_advantages, overlong_penalty
+from aer_megatron.algo.advantages.dr_grpo import DrGrpo
+from aer_megatron.algo.advantages.grpo import Grpo
 from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience
 
@@ -40,7 +42,7 @@ def test_grpo_and_counts():
     # Group 0: rewards 1 0 0 0, mean 1/4, squares 9/16 + 3/16 = 12/16, unbiased variance (12/16)/3 = 1/4,
     # std 1/2. With eps = 0.5 the divisor is exactly 1: advantages 0.75 and three times -0.25.
     # Group 1: all equal, zeros.
-    result = group_advantages(ragged(), AlgoSection(std_epsilon=0.5))
+    result = group_advantages(ragged(), Grpo(std_epsilon=0.5))
     np.testing.assert_allclose(result.advantage_B, [0.75, -0.25, -0.25, -0.25, 0, 0], rtol=1e-15)
     assert result.accuracy_P.tolist() == [0.25, 1.0]
     assert result.counts_P.tolist() == [4, 2]
@@ -53,20 +55,20 @@ def test_default_epsilon_and_dr_grpo():
     # Rewards 1 0: mean 1/2, unbiased std sqrt(1/2).
     pair = experience([1, 0], [0, 0], [3, 3])
     expected = 0.5 / (math.sqrt(0.5) + 1e-6)
-    np.testing.assert_allclose(group_advantages(pair, AlgoSection()).advantage_B, [expected, -expected], rtol=1e-14)
-    plain = group_advantages(pair, AlgoSection(divide_by_std=False)).advantage_B
+    np.testing.assert_allclose(group_advantages(pair, Grpo()).advantage_B, [expected, -expected], rtol=1e-14)
+    plain = group_advantages(pair, DrGrpo()).advantage_B
     assert plain.tolist() == [0.5, -0.5]
 
 
 def test_prompts_keep_the_order_of_their_group_numbers():
     # Group 1 comes first in the batch: P stays in the order of the group numbers.
-    result = group_advantages(experience([1, 1, 0, 0], [1, 1, 0, 0], [8, 8, 9, 9]), AlgoSection())
+    result = group_advantages(experience([1, 1, 0, 0], [1, 1, 0, 0], [8, 8, 9, 9]), Grpo())
     assert result.prompt_id_P.tolist() == [9, 8]
     assert result.accuracy_P.tolist() == [0.0, 1.0]
 
 
 def test_partial_reward_is_not_a_success():
-    result = group_advantages(experience([0.5, 0.999, 1.0, 0.0], [0] * 4, [1] * 4), AlgoSection())
+    result = group_advantages(experience([0.5, 0.999, 1.0, 0.0], [0] * 4, [1] * 4), Grpo())
     assert result.successes_P.tolist() == [1]
     assert result.accuracy_P.tolist() == [0.25]
 
@@ -74,11 +76,11 @@ def test_partial_reward_is_not_a_success():
 def test_broken_groups_are_refused():
     batch = ragged()
     with pytest.raises(ValueError, match="without gaps"):
-        group_advantages(replace(batch, group_index_B=batch.group_index_B * 2), AlgoSection())
+        group_advantages(replace(batch, group_index_B=batch.group_index_B * 2), Grpo())
     mixed = batch.prompt_id_B.copy()
     mixed[1] = EASY
     with pytest.raises(ValueError, match="differs within a group"):
-        group_advantages(replace(batch, prompt_id_B=mixed), AlgoSection())
+        group_advantages(replace(batch, prompt_id_B=mixed), Grpo())
 
 
 def test_overlong_penalty_grows_over_the_buffer():
@@ -94,13 +96,11 @@ def test_overlong_penalty_grows_over_the_buffer():
 def test_a_penalty_moves_the_advantage_and_no_verdict():
     # rewards 1 1 0 0, penalties 0 1/2 0 1/2: shaped 1 1/2 0 -1/2, mean 1/4
     group = experience([1, 1, 0, 0], [0] * 4, [3] * 4)
-    shaped = group_advantages(group, AlgoSection(divide_by_std=False), penalty_B=np.array([0, 0.5, 0, 0.5]))
+    shaped = group_advantages(group, DrGrpo(), penalty_B=np.array([0, 0.5, 0, 0.5]))
     assert shaped.advantage_B.tolist() == [0.75, 0.25, -0.25, -0.75]
     assert (shaped.successes_P.tolist(), shaped.accuracy_P.tolist()) == ([2], [0.5])
     assert group.reward_B.tolist() == [1, 1, 0, 0]
     # all right, one too long: 1 and 0.5 are told apart, and both still count as solved
-    solved = group_advantages(
-        experience([1, 1], [0, 0], [3, 3]), AlgoSection(divide_by_std=False), penalty_B=np.array([0.0, 0.5])
-    )
+    solved = group_advantages(experience([1, 1], [0, 0], [3, 3]), DrGrpo(), penalty_B=np.array([0.0, 0.5]))
     assert solved.advantage_B.tolist() == [0.25, -0.25]
     assert solved.successes_P.tolist() == [2]

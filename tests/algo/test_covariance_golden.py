@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from aer_megatron.algo.covariance import select_tokens, token_covariance, token_quota
-from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.covariance import token_covariance, token_quota
+from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.policy_losses.clip_cov import ClipCov
+from aer_megatron.algo.policy_losses.kl_cov import KlCov
 
 # mean A = 0; mean logp = -3, deviations 2, 0, 1, -3: C = 2, 0, -1, 3
 ADVANTAGE = np.array([1.0, 1.0, -1.0, -1.0])
 LOGPROB = np.array([-1.0, -3.0, -2.0, -6.0], dtype=np.float32)
 
 
-def select(config: AlgoSection, old=LOGPROB) -> list[int]:
-    return np.flatnonzero(select_tokens(ADVANTAGE, LOGPROB, old, key=(0, 0), config=config)).tolist()
+def select(rule: PolicyLoss, old=LOGPROB) -> list[int]:
+    return np.flatnonzero(rule.select(ADVANTAGE, LOGPROB, old, key=(0, 0))).tolist()
 
 
 def test_covariance():
@@ -26,12 +28,12 @@ def test_covariance():
 
 @pytest.mark.parametrize(("fraction", "expected"), [(1e-3, [3]), (0.25, [3]), (0.74, [0, 3]), (0.75, [0, 1, 3])])
 def test_kl_cov_takes_the_highest(fraction, expected):
-    assert select(AlgoSection(policy_loss="kl_cov", kl_cov_fraction=fraction)) == expected
+    assert select(KlCov(fraction=fraction)) == expected
 
 
 def test_kl_cov_takes_the_earlier_of_equals():
-    config = AlgoSection(policy_loss="kl_cov", kl_cov_fraction=0.25)
-    tied = select_tokens(np.array([1.0, -1, 1, -1]), np.array([0.0, -1, 0, -1]), np.zeros(4), key=(0, 0), config=config)
+    rule = KlCov(fraction=0.25)
+    tied = rule.select(np.array([1.0, -1, 1, -1]), np.array([0.0, -1, 0, -1]), np.zeros(4), key=(0, 0))
     assert tied.tolist() == [True, False, False, False]
 
 
@@ -46,31 +48,25 @@ def test_kl_cov_takes_the_earlier_of_equals():
     ],
 )
 def test_clip_cov_picks_between_its_bounds(low, high, expected):
-    config = AlgoSection(policy_loss="clip_cov", clip_cov_fraction=1.0, clip_cov_low=low, clip_cov_high=high)
-    assert select(config) == expected
+    assert select(ClipCov(fraction=1.0, covariance_low=low, covariance_high=high)) == expected
 
 
 def test_clip_cov_picks_one_candidate_at_least_and_none_where_there_is_none():
-    one = select(AlgoSection(policy_loss="clip_cov"))
+    one = select(ClipCov())
     assert len(one) == 1 and set(one) <= {0, 3}
-    assert select(AlgoSection(policy_loss="clip_cov", clip_cov_low=4.0)) == []
+    assert select(ClipCov(covariance_low=4.0)) == []
 
 
 def test_clip_cov_leaves_out_what_the_ratio_clips():
-    config = AlgoSection(policy_loss="clip_cov", clip_cov_fraction=1.0)
+    rule = ClipCov(fraction=1.0)
     # token 3 has A < 0: a ratio of e^-1 < 0.8 is clipped, e^+1 is not; token 0 has A > 0: e^+1 > 1.2 is clipped
     shift = np.array([0.0, 0.0, 0.0, 1.0], dtype=np.float32)
-    assert select(config, old=LOGPROB + shift) == [0]
-    assert select(config, old=LOGPROB - shift) == [0, 3]
-    assert select(config, old=LOGPROB - shift[::-1]) == [3]
+    assert select(rule, old=LOGPROB + shift) == [0]
+    assert select(rule, old=LOGPROB - shift) == [0, 3]
+    assert select(rule, old=LOGPROB - shift[::-1]) == [3]
 
 
 def test_quota():
     # 0.29 * 100 is 28.999999999999996 in binary
     cases = [(100, 0.29), (9999, 2e-4), (1, 1.0), (0, 0.5), (3, 1e-9)]
     assert [token_quota(size, fraction) for size, fraction in cases] == [29, 1, 1, 0, 1]
-
-
-def test_the_plain_rule_selects_nothing():
-    with pytest.raises(ValueError, match=r"algo\.policy_loss='clip'"):
-        select(AlgoSection())

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aer_megatron.algo.advantage import group_advantages
+from aer_megatron.algo.advantages.dr_grpo import DrGrpo
+from aer_megatron.algo.advantages.grpo import Grpo
 from aer_megatron.algo.difficulty import difficulty, normalize_difficulty
-from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience
 
 shapes = st.sampled_from(["linear_deficit", "threshold", "complement"])
@@ -61,7 +62,7 @@ def test_advantages_equal_numpy_group_by_group(groups, divide):
         policy_version_B=zeros,
         policy_version_sum_B=zeros,
     )
-    result = group_advantages(batch, AlgoSection(divide_by_std=divide))
+    result = group_advantages(batch, Grpo() if divide else DrGrpo())
     expected = []
     for group in groups:
         values = np.array(group, dtype=np.float64)

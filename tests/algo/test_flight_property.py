@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aer_megatron.algo.advantage import group_advantages
+from aer_megatron.algo.advantages.grpo import Grpo
 from aer_megatron.algo.experience import num_groups, select_groups
 from aer_megatron.algo.flight import BUCKETS, BucketSums, bucket_means, profile_batch
-from aer_megatron.algo.options import AlgoSection
 from aer_megatron.types import Experience, PolicyScores
 
 
@@ -51,7 +51,7 @@ def batches(draw: st.DrawFn) -> tuple[Experience, PolicyScores]:
 @given(batches(), st.integers(0, 255))
 def test_sums_and_histograms_add_over_any_cut_of_the_batch(batch, mask):
     experience, scores = batch
-    advantages = group_advantages(experience, AlgoSection())
+    advantages = group_advantages(experience, Grpo())
     allocation_P = 1.0 - advantages.accuracy_P
     whole = profile_batch(experience, scores, advantages, allocation_P)
     keep_P = np.array([bool(mask >> p & 1) for p in range(num_groups(experience))])
@@ -63,7 +63,7 @@ def test_sums_and_histograms_add_over_any_cut_of_the_batch(batch, mask):
         part = select_groups(experience, part_P)
         part_T = np.repeat(part_P[experience.group_index_B], experience.response_length_B)
         part_scores = PolicyScores(scores.logprob_T[part_T], scores.token_entropy_T[part_T])
-        profile = profile_batch(part, part_scores, group_advantages(part, AlgoSection()), allocation_P[part_P])
+        profile = profile_batch(part, part_scores, group_advantages(part, Grpo()), allocation_P[part_P])
         histograms += profile.entropy_by_difficulty_DK
         for field in dataclasses.fields(BucketSums):
             added[field.name] = added.get(field.name, 0) + getattr(profile.buckets, field.name)
@@ -76,7 +76,7 @@ def test_sums_and_histograms_add_over_any_cut_of_the_batch(batch, mask):
 @given(batches())
 def test_every_token_is_counted_once_and_means_rebuild_the_batch(batch):
     experience, scores = batch
-    advantages = group_advantages(experience, AlgoSection())
+    advantages = group_advantages(experience, Grpo())
     profile = profile_batch(experience, scores, advantages, np.ones(num_groups(experience)))
     np.testing.assert_array_equal(profile.entropy_by_difficulty_DK.sum(1), profile.buckets.tokens_D)
     assert profile.entropy_by_position_QK.sum() == experience.num_sampled_tokens
@@ -94,7 +94,7 @@ def test_every_token_is_counted_once_and_means_rebuild_the_batch(batch):
 @given(batches(), st.floats(0.1, 10))
 def test_the_cosine_is_one_of_directions(batch, scale):
     experience, scores = batch
-    advantages = group_advantages(experience, AlgoSection())
+    advantages = group_advantages(experience, Grpo())
     allocation_P = 1.0 - advantages.accuracy_P
     geometry = profile_batch(experience, scores, advantages, allocation_P).gradients
     scaled = profile_batch(experience, scores, advantages, scale * allocation_P).gradients

@@ -9,9 +9,10 @@ import torch
 
 from aer_megatron.algo.loss import policy_loss, supervised_loss
 from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.policy_losses.clip import Clip
 from tests.support.tokens import token_data
 
-CONFIG = AlgoSection(clip_low=0.2, clip_high=0.28)
+CONFIG = AlgoSection(policy_loss=Clip(clip_low=0.2, clip_high=0.28))
 # Ratios r and advantages A of six tokens, with what min(r A, clip(r) A) is and whether its gradient survives:
 #   r    A   surrogate                                     d surrogate / d logprob = r A where not clipped
 #   1.0  +1  min(1.0, 1.0)            =  1.0               1.0
@@ -57,7 +58,7 @@ def test_dual_clip_bounds_only_negative_advantages():
         entropy,
         tokens=tokens,
         normalizer=NORMALIZER,
-        config=AlgoSection(clip_low=0.2, clip_high=0.28, dual_clip=3.0),
+        config=AlgoSection(policy_loss=Clip(clip_low=0.2, clip_high=0.28, dual_clip=3.0)),
     )
     # Only the last token has r = 4 > 3 with A < 0: -8 becomes 3 * -2 = -6, its gradient 0. Loss 0.512.
     assert output.loss.item() == pytest.approx(0.512, rel=1e-12)
@@ -113,7 +114,7 @@ def test_no_tokens_give_a_zero_with_a_graph():
         empty,
         tokens=token_data(data, data),
         normalizer=5.0,
-        config=AlgoSection(dual_clip=3.0),
+        config=AlgoSection(policy_loss=Clip(dual_clip=3.0)),
     )
     assert output.loss.item() == 0
     output.loss.backward()

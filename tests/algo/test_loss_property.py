@@ -11,19 +11,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aer_megatron.algo.kl_estimators.k2 import K2
+from aer_megatron.algo.kl_estimators.k3 import K3
 from aer_megatron.algo.loss import TokenData, policy_loss, sequence_weights
 from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.policy_losses.clip import Clip, ClippedRatio
+from aer_megatron.algo.policy_losses.clip_cov import ClipCov
+from aer_megatron.algo.policy_losses.kl_cov import KlCov
 from tests.support.tokens import token_data
 
 seeds = st.integers(0, 2**31)
+bounds = {
+    "clip_low": st.floats(0.05, 0.5),
+    "clip_high": st.floats(0.05, 0.5),
+    "dual_clip": st.sampled_from([0.0, 1.5, 3.0]),
+}
 options = st.builds(
     AlgoSection,
-    clip_low=st.floats(0.05, 0.5),
-    clip_high=st.floats(0.05, 0.5),
-    dual_clip=st.sampled_from([0.0, 1.5, 3.0]),
-    policy_loss=st.sampled_from(["clip", "clip_cov", "kl_cov"]),
-    kl_cov_coefficient=st.floats(0.1, 2.0),
+    policy_loss=st.one_of(
+        st.builds(Clip, **bounds), st.builds(ClipCov, **bounds), st.builds(KlCov, coefficient=st.floats(0.1, 2.0))
+    ),
     kl_coefficient=st.sampled_from([0.0, 0.3]),
+    kl_estimator=st.sampled_from([K3(), K2()]),
     tis_clip=st.sampled_from([0.0, 1.2]),
 )
 
@@ -45,7 +54,7 @@ def batch(
         entropy_weight_T=0.1 * normal().abs(),
         mean_weight_T=normal().abs(),
         rollout_logprob_T=old + 0.3 * normal(),
-        selected_T=None if config.policy_loss == "clip" else normal() > 0.5,
+        selected_T=normal() > 0.5 if config.policy_loss.selects else None,
         ref_logprob_T=logprob.detach() + 0.5 * normal() if config.kl_coefficient else None,
     )
     return logprob, entropy, tokens
@@ -94,7 +103,9 @@ def test_gradient_is_the_finite_difference(seed, num_tokens, chosen):
     logprob, entropy, tokens = batch(seed, num_tokens, torch.float64, chosen)
     policy_loss(logprob, entropy, tokens=tokens, normalizer=7.0, config=chosen).loss.backward()
     ratio = (logprob.detach() - tokens.old_logprob_T).exp()
-    edges = [1 - chosen.clip_low, 1 + chosen.clip_high, chosen.dual_clip or 1e9, 1.0]
+    rule, edges = chosen.policy_loss, [1.0]
+    if isinstance(rule, ClippedRatio):
+        edges += [1 - rule.clip_low, 1 + rule.clip_high, rule.dual_clip or 1e9]
     step = 1e-6
     for index in range(num_tokens):
         if any(abs(ratio[index].item() - edge) < 1e-4 for edge in edges):

@@ -10,6 +10,9 @@ import torch
 
 from aer_megatron.algo.loss import policy_loss, sequence_weights
 from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.policy_losses.clip import Clip
+from aer_megatron.algo.policy_losses.clip_cov import ClipCov
+from aer_megatron.algo.policy_losses.kl_cov import KlCov
 from tests.support.tokens import token_data
 
 LN2 = math.log(2)
@@ -34,7 +37,7 @@ def run(config: AlgoSection, **given):
 
 def test_clip_cov_silences_the_selected_tokens():
     selected = torch.tensor([True, False, False, False, True, False])
-    output, gradient = run(AlgoSection(clip_high=0.28, policy_loss="clip_cov"), selected_T=selected)
+    output, gradient = run(AlgoSection(policy_loss=ClipCov(clip_high=0.28)), selected_T=selected)
     # surrogates 1, 1.28, 0.5, -0.8, -1.5, -8 without the first and the fifth: -7.02
     assert output.loss.item() == pytest.approx(0.702, rel=1e-12)
     assert gradient == pytest.approx([0, 0, -0.5, 0, 0, 8.0], rel=1e-12)
@@ -45,7 +48,7 @@ def test_clip_cov_silences_the_selected_tokens():
 
 def test_kl_cov_holds_the_selected_tokens_and_clips_nothing():
     selected = torch.tensor([False, False, True, False, False, True])
-    config = AlgoSection(policy_loss="kl_cov", kl_cov_coefficient=0.5)
+    config = AlgoSection(policy_loss=KlCov(coefficient=0.5))
     output, gradient = run(config, selected_T=selected)
     # -r A: -1, -1.5, -0.5, 0.5, 1.5, 8 = 7; penalties 0.5 |ln 0.5| = 0.5 ln 2 and 0.5 ln 4 = ln 2
     assert output.loss.item() == pytest.approx((7 + 1.5 * LN2) / NORMALIZER, rel=1e-12)
@@ -63,7 +66,7 @@ def test_kl_cov_ignores_the_sign_of_rounding():
         zeros,
         tokens=token_data(old, zeros, selected_T=every),
         normalizer=1.0,
-        config=AlgoSection(policy_loss="kl_cov"),
+        config=AlgoSection(policy_loss=KlCov()),
     ).loss.backward()
     assert logprob.grad.tolist() == [0, 0, 1]
 
@@ -72,7 +75,7 @@ def test_truncated_importance_weights():
     weight = double([1.0, 3.0, 0.5, 1.6, 1.0, 1.0])  # pi_train / pi_rollout; only the 3 is above 2
     old = double([-1.0, -0.5, -2.0, -0.1, -3.0, -0.7])
     rollout = (old - weight.log()).requires_grad_()
-    output, gradient = run(AlgoSection(clip_high=0.28, tis_clip=2.0), rollout_logprob_T=rollout)
+    output, gradient = run(AlgoSection(policy_loss=Clip(clip_high=0.28), tis_clip=2.0), rollout_logprob_T=rollout)
     # -surrogates times weights: -1, -1.28 * 2, -0.5 * 0.5, 0.8 * 1.6, 1.5, 8 = 6.97
     assert output.loss.item() == pytest.approx(0.697, rel=1e-12)
     assert gradient == pytest.approx([-1, 0, -0.25, 0, 1.5, 8], rel=1e-12)
@@ -130,8 +133,8 @@ def test_sequence_weights():
 @pytest.mark.parametrize(
     ("config", "given", "words"),
     [
-        (AlgoSection(policy_loss="kl_cov"), {}, "algo.policy_loss='kl_cov'"),
-        (AlgoSection(), {"selected_T": torch.ones(6, dtype=torch.bool)}, "algo.policy_loss='clip'"),
+        (AlgoSection(policy_loss=KlCov()), {}, "algo.policy_loss.kind='kl_cov'"),
+        (AlgoSection(), {"selected_T": torch.ones(6, dtype=torch.bool)}, "algo.policy_loss.kind='clip'"),
         (AlgoSection(kl_coefficient=0.1), {}, "algo.kl_coefficient=0.1"),
     ],
 )

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from aer_megatron.algo.advantages.grpo import Grpo
+from aer_megatron.algo.kl_estimators.k3 import K3
+from aer_megatron.algo.policy_losses.clip import Clip
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest, load_config
 from aer_megatron.config_section import describe
@@ -42,7 +45,9 @@ def test_the_defaults_are_those_of_the_specification() -> None:
     assert (entropy.rho, entropy.tau, entropy.eta, entropy.alpha_max) == (0.5, 0.4, 1e-3, 0.05)
     assert (entropy.skywork_target, entropy.skywork_delta, entropy.skywork_max) == (0.2, 1e-4, 0.005)
     algo = build().algo
-    assert (algo.clip_low, algo.clip_high, algo.std_epsilon, algo.divide_by_std) == (0.2, 0.2, 1e-6, True)
+    assert algo.policy_loss == Clip(clip_low=0.2, clip_high=0.2, dual_clip=0.0)
+    assert algo.advantage == Grpo(std_epsilon=1e-6)
+    assert algo.kl_estimator == K3()
 
 
 def test_a_run_file_sets_values_and_keeps_the_other_defaults(tmp_path: Path) -> None:
@@ -177,9 +182,11 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"parallel": {"sequence_parallel": True}}, ["parallel.sequence_parallel=true", "parallel.tp > 1"]),
     ({"eval": {"k": [1, 64], "num_samples": 32}}, ["eval.k=[1, 64]", "pass@64", "eval.num_samples=32"]),
     ({"run": {"eval_every": 5}}, ["run.eval_every=5", "[data.eval]"]),
-    ({"algo": {"dual_clip": 0.5}}, ["algo.dual_clip=0.5", "greater than 1"]),
-    ({"algo": {"dual_clip": 3.0, "policy_loss": "kl_cov"}}, ["algo.dual_clip=3.0 must be 0", "kl_cov"]),
-    ({"algo": {"clip_cov_low": 5.0}}, ["algo.clip_cov_low=5.0", "below clip_cov_high=5.0"]),
+    ({"algo": {"policy_loss": {"dual_clip": 0.5}}}, ["algo.policy_loss", "dual_clip=0.5", "greater than 1"]),
+    (
+        {"algo": {"policy_loss": {"kind": "clip_cov", "covariance_low": 5.0}}},
+        ["algo.policy_loss", "covariance_low=5.0", "below covariance_high=5.0"],
+    ),
     ({"algo": {"tis_clip": 0.5}}, ["algo.tis_clip=0.5", "at least 1"]),
     (
         {"algo": {"overlong_buffer": 64}, "rollout": {"max_new_tokens": 64}},
@@ -209,11 +216,11 @@ def test_options_that_do_not_fit_together_are_an_error(sections: dict[str, dict[
         {"parallel": {"sequence_parallel": True, "tp": 2}},
         {"eval": {"k": [1, 32], "num_samples": 32}},
         {"run": {"eval_every": 5}, "data": {"train": {"task": "countdown"}, "eval": {"path": "eval.jsonl"}}},
-        {"algo": {"dual_clip": 3.0}},
-        {"algo": {"dual_clip": 3.0, "policy_loss": "clip_cov"}},
+        {"algo": {"policy_loss": {"dual_clip": 3.0}}},
+        {"algo": {"policy_loss": {"kind": "clip_cov", "dual_clip": 3.0}}},
         {"algo": {"tis_clip": 1.0}},
         {"algo": {"overlong_buffer": 63}, "rollout": {"max_new_tokens": 64}},
-        {"rollout": {"group_size": 1}, "algo": {"divide_by_std": False}},
+        {"rollout": {"group_size": 1}, "algo": {"advantage": {"kind": "dr_grpo"}}},
     ],
 )
 def test_the_remedies_of_the_cross_checks_work(sections: dict[str, dict[str, Any]]) -> None:

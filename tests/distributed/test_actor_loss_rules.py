@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from aer_megatron.actor.batching import minibatch_indices
-from aer_megatron.algo.covariance import select_tokens
 from aer_megatron.parallel.platform import install_platform
 from tests.support.experiences import with_context
 from tests.support.policies import build_actor, build_topology, fixed_batch, policy_config, tiny_hf_model
@@ -28,20 +27,25 @@ class Layout(NamedTuple):
 ONE_RANK = [Layout(micro_batch_size=3), Layout(micro_batch_size=1)]
 WHOLE = ONE_RANK[0]
 TWO_RANKS = [Layout(micro_batch_size=1), Layout(micro_batch_size=3), Layout(tp=2), Layout(pp=2)]
-CLIP_COV = {"policy_loss": "clip_cov", "clip_cov_fraction": 0.1, "clip_cov_low": -0.2, "clip_cov_high": 3.0}
-KL_COV = {"policy_loss": "kl_cov", "kl_cov_fraction": 0.1}
+CLIP_COV = {"kind": "clip_cov", "fraction": 0.1, "covariance_low": -0.2, "covariance_high": 3.0}
+KL_COV = {"kind": "kl_cov", "fraction": 0.1}
 RULES: dict[str, dict[str, Any]] = {
-    "clip_higher": {"clip_high": 0.28},
-    "dual_clip": {"dual_clip": 1.1},
-    "clip_cov": CLIP_COV,
-    "kl_cov": KL_COV,
+    "clip_higher": {"policy_loss": {"clip_high": 0.28}},
+    "dual_clip": {"policy_loss": {"dual_clip": 1.1}},
+    "clip_cov": {"policy_loss": CLIP_COV},
+    "kl_cov": {"policy_loss": KL_COV},
     "sequences": {"normalizer": "sequences"},
     "constant": {"normalizer": "constant"},
     "reference_kl": {"kl_coefficient": 0.2},
     "tis": {"tis_clip": 1.1},
-    "clip_cov, masked": CLIP_COV,  # a tool said some of the response tokens
-    "kl_cov, masked": KL_COV,
-    "everything": {**CLIP_COV, "dual_clip": 1.1, "normalizer": "sequences", "kl_coefficient": 0.2, "tis_clip": 1.1},
+    "clip_cov, masked": {"policy_loss": CLIP_COV},  # a tool said some of the response tokens
+    "kl_cov, masked": {"policy_loss": KL_COV},
+    "everything": {
+        "policy_loss": {**CLIP_COV, "dual_clip": 1.1},
+        "normalizer": "sequences",
+        "kl_coefficient": 0.2,
+        "tis_clip": 1.1,
+    },
 }
 NUM_MINIBATCHES = 2
 MUTATED = (*ONE_RANK, TWO_RANKS[1])
@@ -108,12 +112,11 @@ def _record_selections(actor: Any, per_micro_batch: bool) -> list[Any]:
         scores = actor._score(batch.experience, indices_b)
         selected_T = np.zeros(batch.experience.num_sampled_tokens, dtype=np.bool_)
         for micro in actor._micro_batches(batch.experience, indices_b):
-            selected_T[micro.packed_t] = select_tokens(
+            selected_T[micro.packed_t] = actor._config.algo.policy_loss.select(
                 batch.advantage_B[micro.sequence_t],
                 scores[0][micro.packed_t],
                 batch.old_logprob_T[micro.packed_t],
                 key=(seed, actor.num_updates),
-                config=actor._config.algo,
             )
         return selected_T
 
@@ -211,7 +214,7 @@ def test_the_selection_is_that_of_the_rule_on_the_whole_mini_batch(rule: str, on
     result = one_rank[WHOLE, rule]
     experience = _fixed_batch(rule).experience
     parts = minibatch_indices(experience.num_sequences, NUM_MINIBATCHES, 3)
-    share = RULES[rule][f"{rule.removesuffix(', masked')}_fraction"]
+    share = RULES[rule]["policy_loss"]["fraction"]
     total = 0
     for selected_T, part in zip(result["selections"], parts, strict=True):
         member_T = np.repeat(np.isin(np.arange(experience.num_sequences), part), experience.sampled_length_B)

@@ -140,7 +140,7 @@ def _collectives(rank: int, world_size: int, layout: dict[str, Any]) -> tuple[li
         for patch in patches:
             patch.start()
         if megatrons:
-            actor._updates._forward_backward(update.micros, update.loss)
+            actor._updates._forward_backward(update)
             actor.optimizer.step()
         else:
             actor._updates.make([update], batch.experience, lambda diagnosis: None, always=())

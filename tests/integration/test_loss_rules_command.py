@@ -12,10 +12,10 @@ pytestmark = pytest.mark.integration
 
 RULES = (
     "--run.eval_every=0",
-    "--algo.policy_loss=kl_cov",
-    "--algo.kl_cov_fraction=0.05",
+    "--algo.policy_loss.kind=kl_cov",
+    "--algo.policy_loss.fraction=0.05",
     "--algo.normalizer=constant",
-    "--algo.divide_by_std=false",
+    "--algo.advantage.kind=dr_grpo",
     "--algo.kl_coefficient=0.1",
     "--algo.tis_clip=2.0",
     "--algo.overlong_buffer=4",

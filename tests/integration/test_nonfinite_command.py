@@ -35,7 +35,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-OPTIONS = [f"--run.num_steps={STEPS}", "--run.checkpoint_every=1", "--algo.divide_by_std=false"]
+OPTIONS = [f"--run.num_steps={STEPS}", "--run.checkpoint_every=1", "--algo.advantage.kind=dr_grpo"]
 
 
 def _train(run_file: Path, *arguments: str) -> Any:

@@ -1,0 +1,71 @@
+"""What a policy loss is: a rule that says what each token costs. algo/loss.py does the rest, once for all of them:
+importance weights, the KL to a reference policy, the entropy bonus, the normaliser.
+
+The tensors come and go as methods, so that reading a run file needs no torch.
+
+Shape suffix: T packed response tokens of one part of the batch (T = 0 is a legal part).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aer_megatron.algo.statistics import TokenSums
+from aer_megatron.config_section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BoolArray = NDArray[np.bool_]
+
+
+class PolicyLoss(Section):
+    """The policy loss of a token, with the options of ``[algo.policy_loss]`` as fields.
+
+    A class of a run's own names in ``reports`` the numbers that it reports, metrics ``user/NAME``. With ``selects`` the
+    tokens that ``select`` picks from the whole mini-batch are known to ``token_loss``.
+    """
+
+    kind: str
+    reports: ClassVar[tuple[str, ...]] = ()
+    selects: ClassVar[bool] = False
+
+    @abstractmethod
+    def token_loss(
+        self, log_ratio_T: Tensor, advantage_T: Tensor, selected_T: Tensor | None
+    ) -> tuple[Tensor, TokenSums]:
+        """Returns (the loss of each token, what is reported of them).
+
+        A token's loss may depend on its own numbers alone: how the batch is cut into parts is the layout's business.
+
+        Args:
+            log_ratio_T: log pi(token) - log pi_old(token) in nats, limited to +-20, fp32 [T], with graph.
+            advantage_T: A of the token's sequence, fp32 [T].
+            selected_T: bool [T], what ``select`` picked; None for a rule that selects nothing.
+
+        Returns:
+            The loss fp32 [T], to be minimised, and (sum, count) by name: ``CLIP_STATISTICS`` (tokens whose gradient
+            a bound removes) and ``reports``, all or some, without a graph; see ``algo/statistics.py``.
+        """
+
+    def select(
+        self,
+        advantage_T: NDArray[np.floating],
+        logprob_T: NDArray[np.floating],
+        old_logprob_T: NDArray[np.floating],
+        *,
+        key: tuple[int, int],
+    ) -> BoolArray:
+        """Returns bool [T]: what the rule picks from the T response tokens of the whole mini-batch.
+
+        Args:
+            advantage_T: A of the token's sequence.
+            logprob_T: log pi(token) in nats under the policy being trained, at this optimizer step.
+            old_logprob_T: log pi(token) at the start of the rollout step.
+            key: (seed, update), both >= 0: whatever is random depends on nothing else.
+        """
+        raise NotImplementedError(f"{type(self).__name__} selects tokens and does not say which")

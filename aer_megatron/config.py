@@ -13,16 +13,14 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from aer_megatron.algo.options import AlgoSection
-from aer_megatron.config_section import Section
+from aer_megatron.config_section import IMPORTABLE, Section
 
 _SEED_LIMIT = 2**63  # torch, NumPy and the servers all take seeds below it
-_FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
 def _not_blank(text: str) -> str:
@@ -178,7 +176,7 @@ class DataSection(Section):
     def check(self) -> None:
         """Raises ValueError where ``verifiers`` lists what is no function."""
         for name in self.verifiers:
-            if _FUNCTION.fullmatch(name) is None:
+            if IMPORTABLE.fullmatch(name) is None:
                 raise ValueError(
                     f"data.verifiers={list(self.verifiers)}: {name!r} is not of the form 'package.module:function'; "
                     "built-in verifiers need not be listed"
@@ -316,8 +314,25 @@ class ReportSection(Section):
     flight_recorder: bool = Field(True, description="write flight.jsonl, from which controllers can be replayed")
 
 
+_MOVED = {
+    "algo.policy_loss": "write algo.policy_loss.kind",
+    "algo.clip_low": "it is algo.policy_loss.clip_low, of the kinds clip and clip_cov",
+    "algo.clip_high": "it is algo.policy_loss.clip_high, of the kinds clip and clip_cov",
+    "algo.dual_clip": "it is algo.policy_loss.dual_clip, of the kinds clip and clip_cov",
+    "algo.clip_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='clip_cov'",
+    "algo.clip_cov_low": "it is algo.policy_loss.covariance_low under algo.policy_loss.kind='clip_cov'",
+    "algo.clip_cov_high": "it is algo.policy_loss.covariance_high under algo.policy_loss.kind='clip_cov'",
+    "algo.kl_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='kl_cov'",
+    "algo.kl_cov_coefficient": "it is algo.policy_loss.coefficient under algo.policy_loss.kind='kl_cov'",
+    "algo.divide_by_std": "write algo.advantage.kind='grpo' for true, 'dr_grpo' for false",
+    "algo.std_epsilon": "it is algo.advantage.std_epsilon, of the kind grpo",
+}
+
+
 class Config(Section):
     """A whole run."""
+
+    moved = _MOVED
 
     run: RunSection = RunSection()
     model: ModelSection

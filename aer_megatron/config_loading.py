@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from aer_megatron.config import Config
-from aer_megatron.config_section import merged, nested_section, shown
+from aer_megatron.config_section import merged, nested_section, rules_of, shown
 
 _MAX_FILE_BYTES = 1 << 24
 
@@ -102,10 +102,14 @@ def _is_text(parts: Sequence[str]) -> bool:
         field = section.model_fields.get(part)
         if field is None:
             return False
-        nested = nested_section(field.annotation)
+        rules, below = rules_of(field), parts[index + 1 : index + 2]
+        if rules is not None:
+            nested = next((rule for rule in rules.rules.values() if {*below} <= rule.model_fields.keys()), rules.base)
+        else:
+            nested = nested_section(field.annotation)
         if nested is None:
-            below = len(parts) - index - 1
-            return field.annotation == dict[str, str] if below == 1 else not below and _takes_text(field.annotation)
+            depth = len(parts) - index - 1
+            return field.annotation == dict[str, str] if depth == 1 else not depth and _takes_text(field.annotation)
         section = nested
     return False
 

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import importlib
+import inspect
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MAX_DEPTH = 32  # of tables and lists in one another
 MAX_INTEGER = 2**63  # TOML's integers have 64 bits
 _MAX_SHOWN = 120
+IMPORTABLE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 # what a value of another type is told; pydantic's own words for everything else
 _RULES = {
     "int_type": "must be an integer: no text, no fraction, not true or false",
@@ -36,6 +42,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+    moved: ClassVar[Mapping[str, str]] = {}  # what is told who gives an option of former versions, by its dotted name
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> Self:
@@ -59,6 +66,87 @@ class Section(BaseModel):
             changes: by dotted name, ``{"parallel.tp": 2, "data.eval": None}``; a table replaces a whole table.
         """
         return self.from_table(merged(self.model_dump(exclude_unset=True), changes))
+
+
+class Rule(Section):
+    """A section that is a rule: ``kind`` says which one, the other fields are its own options."""
+
+    kind: str
+
+    def model_post_init(self, context: Any) -> None:
+        self.model_fields_set.add("kind")  # also where it is the default: without it the options mean nothing
+
+
+class OneOf:
+    """Says of a field which rules it may hold: ``Annotated[PolicyLoss, OneOf(PolicyLoss, Clip, KlCov)]``.
+
+    The table's ``kind`` chooses, the first rule without one. ``kind = "package.module:name"`` is a class of a
+    run's own, derived from ``base``.
+    """
+
+    def __init__(self, base: type[Rule], *rules: type[Rule]) -> None:
+        self.base = base
+        self.rules = {str(rule.model_fields["kind"].default): rule for rule in rules}
+
+    def choose(self, table: Mapping[str, Any]) -> type[Rule]:
+        """Returns the rule that a table is of.
+
+        Raises:
+            ValueError: no rule has its ``kind``, or the class that it names cannot be imported or is no such rule.
+        """
+        kind = table.get("kind", next(iter(self.rules)))
+        if not isinstance(kind, str) or not (kind in self.rules or IMPORTABLE.fullmatch(kind)):
+            known = ", ".join(map(repr, self.rules))
+            raise ValueError(
+                f"kind={shown(kind)} is not valid: must be {known} or 'package.module:name', a class of yours"
+            )
+        return self.rules[kind] if kind in self.rules else _own_rule(kind, self.base)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, value: Any) -> Rule:
+        if isinstance(value, self.base):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("model_type", "must be a table")
+        return self.choose(value).model_validate(dict(value))
+
+
+def rules_of(field: FieldInfo) -> OneOf | None:
+    """Returns the rules that a field may hold; None for any other field."""
+    return next((item for item in field.metadata if isinstance(item, OneOf)), None)
+
+
+def _own_rule(kind: str, base: type[Rule]) -> type[Rule]:
+    """Returns the class that ``kind`` names, checked against ``base``."""
+    module, _, name = kind.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ValueError(
+            f"kind={kind!r} cannot be imported: {type(error).__name__}: {error}; it must be 'package.module:name', a "
+            f"class on the Python path (PYTHONPATH)"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"kind={kind!r} must be a class derived from {base.__module__}.{base.__name__}")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise ValueError(f"kind={kind!r} must define {', '.join(missing)}, as {base.__module__}.{base.__name__} says")
+    for method, wanted in inspect.getmembers(base, inspect.isfunction):
+        if method.startswith("_") or getattr(Rule, method, None) is wanted:
+            continue
+        parameters = list(inspect.signature(wanted).parameters.values())
+        named = [item.name for item in parameters if item.kind is item.KEYWORD_ONLY]
+        try:
+            inspect.signature(getattr(found, method)).bind(
+                *parameters[: len(parameters) - len(named)], **dict.fromkeys(named)
+            )
+        except TypeError as error:
+            raise ValueError(
+                f"kind={kind!r}: {method}{inspect.signature(getattr(found, method))} is called as "
+                f"{method}{inspect.signature(wanted)}: {error}"
+            ) from None
+    return found
 
 
 def merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +184,9 @@ def describe(
     """
     for name, info in section.model_fields.items():
         value = getattr(given, name) if given is not None else info.get_default(call_default_factory=True)
+        if (rules := rules_of(info)) is not None:
+            yield from _describe_rules(rules, f"{prefix}{name}.", value, info.description or "")
+            continue
         nested = nested_section(info.annotation)
         if nested is not None:
             yield from describe(nested, f"{prefix}{name}.", value if isinstance(value, BaseModel) else None)
@@ -104,6 +195,18 @@ def describe(
         kind = str(info.annotation).replace("typing.", "")
         kind = info.annotation.__name__ if isinstance(info.annotation, type) and "[" not in kind else kind
         yield f"{prefix}{name}", kind, default, info.description or ""
+
+
+def _describe_rules(rules: OneOf, prefix: str, given: Rule, text: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yields ``kind``, then the options of all rules, each with the kinds that have it."""
+    yield f"{prefix}kind", " | ".join(rules.rules), json.dumps(given.kind), f"{text}; or 'package.module:name'"
+    kinds_of: dict[tuple[str, str, str, str], list[str]] = {}
+    for kind, rule in rules.rules.items():
+        for option in describe(rule, prefix, given if type(given) is rule else None):
+            if option[0] != f"{prefix}kind":
+                kinds_of.setdefault(option, []).append(kind)
+    for (key, form, default, meaning), kinds in kinds_of.items():
+        yield key, form, default, f"{meaning} (kind = {', '.join(kinds)})"
 
 
 def nested_section(annotation: Any) -> type[BaseModel] | None:
@@ -141,14 +244,32 @@ def _check_value(value: Any, where: str, *, depth: int) -> None:
         raise ValueError(f"option {where}={shown(value)} is not valid: it {problem}")
 
 
-def _reject_unknown(table: Mapping[str, Any], section: type[BaseModel], root: type[BaseModel], prefix: str) -> None:
+def _reject_unknown(table: Mapping[str, Any], section: type[BaseModel], root: type[Section], prefix: str) -> None:
     for key, value in table.items():
-        field = section.model_fields.get(key)
+        field, name = section.model_fields.get(key), f"{prefix}{str(key)[:_MAX_SHOWN]}"
+        if name in root.moved and not (field and isinstance(value, Mapping)):
+            raise ValueError(f"option {name}={shown(value)} is no longer there: {root.moved[name]}")
         if field is None:
-            raise ValueError(_unknown_key_message(f"{prefix}{str(key)[:_MAX_SHOWN]}", prefix, section, root))
-        nested = nested_section(field.annotation)
-        if nested is not None and isinstance(value, Mapping):
-            _reject_unknown(value, nested, root, f"{prefix}{key}.")
+            raise ValueError(_unknown_key_message(name, prefix, section, root))
+        if isinstance(value, Mapping) and (rules := rules_of(field)) is not None:
+            _reject_unknown_of_rule(value, rules, root, f"{name}.")
+        elif isinstance(value, Mapping) and (nested := nested_section(field.annotation)) is not None:
+            _reject_unknown(value, nested, root, f"{name}.")
+
+
+def _reject_unknown_of_rule(table: Mapping[str, Any], rules: OneOf, root: type[Section], prefix: str) -> None:
+    try:
+        rule = rules.choose(table)
+    except ValueError as error:
+        raise ValueError(f"option {prefix}{error}") from error
+    for key in table:
+        owners = [kind for kind, other in rules.rules.items() if key in other.model_fields]
+        if key not in rule.model_fields and owners:
+            kind = table.get("kind", next(iter(rules.rules)))
+            raise ValueError(
+                f"option {prefix}{key} is not one of kind={kind!r}; kinds that have it: {', '.join(owners)}"
+            )
+    _reject_unknown(table, rule, root, prefix)
 
 
 def _unknown_key_message(key: str, prefix: str, section: type[BaseModel], root: type[BaseModel]) -> str:

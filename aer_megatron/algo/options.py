@@ -10,15 +10,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from aer_megatron.algo.advantages.base import Advantage
 from aer_megatron.algo.advantages.dr_grpo import DrGrpo
 from aer_megatron.algo.advantages.grpo import Grpo
+from aer_megatron.algo.kl_estimators.base import KlEstimator
 from aer_megatron.algo.kl_estimators.k2 import K2
 from aer_megatron.algo.kl_estimators.k3 import K3
+from aer_megatron.algo.policy_losses.base import PolicyLoss
 from aer_megatron.algo.policy_losses.clip import Clip
 from aer_megatron.algo.policy_losses.clip_cov import ClipCov
 from aer_megatron.algo.policy_losses.kl_cov import KlCov
 from aer_megatron.algo.statistics import LOSS_STATISTICS
-from aer_megatron.config_section import Section
+from aer_megatron.config_section import OneOf, Section
 
 _LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -77,16 +80,22 @@ class SelectionSection(Section):
 
 class AlgoSection(Section):
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch")
-    policy_loss: Annotated[Clip | ClipCov | KlCov, Field(discriminator="kind")] = Clip()
-    advantage: Annotated[Grpo | DrGrpo, Field(discriminator="kind")] = Grpo()
     normalizer: Literal["tokens", "sequences", "constant"] = Field(
         "tokens", description="the loss is a mean over tokens, over sequences, or over sequences * max_new_tokens"
     )
     kl_coefficient: float = Field(0.0, ge=0, description="weight of the KL to the policy of model.path; 0 = off")
-    kl_estimator: Annotated[K3 | K2, Field(discriminator="kind")] = K3()
     tis_clip: float = Field(0.0, ge=0, description="bound of the train/rollout importance weight (usual: 2); 0 = off")
     overlong_buffer: int = Field(0, ge=0, description="last tokens before max_new_tokens that cost reward; 0 = off")
     overlong_penalty: float = Field(1.0, gt=0, description="reward taken from a response of max_new_tokens tokens")
+    policy_loss: Annotated[PolicyLoss, OneOf(PolicyLoss, Clip, ClipCov, KlCov)] = Field(
+        Clip(), description="what a token costs; docs/aer.md"
+    )
+    advantage: Annotated[Advantage, OneOf(Advantage, Grpo, DrGrpo)] = Field(
+        Grpo(), description="how a reward is compared with those of its group"
+    )
+    kl_estimator: Annotated[KlEstimator, OneOf(KlEstimator, K3, K2)] = Field(
+        K3(), description="how that KL is estimated from two log-probabilities"
+    )
     entropy: EntropySection = EntropySection()
     ledger: LedgerSection = LedgerSection()
     selection: SelectionSection = SelectionSection()

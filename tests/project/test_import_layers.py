@@ -77,7 +77,8 @@ ENVIRONMENT_READERS = {
 COMMAND_LINES = {"cli.py", "train.py", "replay/batch.py"}  # and the command.py of a feature room
 SPEAKER = "console/standard_streams.py"  # the one function by which the rest speaks to the user
 BROAD_HANDLER_HOME = "rewards/"  # user code
-BROAD_TRANSLATOR = "data/tokenizer.py"  # its library raises Exception itself; a handler must end in a raise
+# a library that raises Exception itself; a class that a run file names. A handler must end in a raise
+BROAD_TRANSLATORS = {"data/tokenizer.py", "config_section.py"}
 MESSAGE_EDGE = "console/failures.py"  # turns any exception into one line and an exit code
 METRIC_NAMES_HOME = "report/metrics.py"
 
@@ -173,7 +174,7 @@ def _handler_violations(path: str, tree: ast.Module) -> Iterator[str]:
         if path == "loop/synchronous.py" and isinstance(node, (ast.Try, ast.TryStar)):
             yield f"{path}:{node.lineno}: the loop has a try"
     if not path.startswith(BROAD_HANDLER_HOME) and path != MESSAGE_EDGE:
-        lines = _broad_handlers(tree, translates=path == BROAD_TRANSLATOR)
+        lines = _broad_handlers(tree, translates=path in BROAD_TRANSLATORS)
         yield from (f"{path}:{line}: catches everything" for line in lines)
 
 
@@ -231,7 +232,7 @@ def violations(sources: dict[str, str]) -> list[str]:
         tree = ast.parse(text, filename=path)
         for rule in RULES:
             found.extend(rule(path, tree))
-        if path != MESSAGE_EDGE and _broad_handlers(tree, translates=path == BROAD_TRANSLATOR):
+        if path != MESSAGE_EDGE and _broad_handlers(tree, translates=path in BROAD_TRANSLATORS):
             broad.append(path)
     if len(broad) > 1:
         found.append(f"except Exception in more than one file: {', '.join(broad)}")

@@ -8,17 +8,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from aer_megatron.config_section import Section
+from aer_megatron.config_section import Rule
 from aer_megatron.types import Float64Array, Int64Array
 
 
-class Advantage(Section):
+class Advantage(Rule):
     """The advantage of each response, with the options of ``[algo.advantage]`` as fields.
 
     A class of a run's own names in ``reports`` the numbers that it reports, metrics ``user/NAME``.
     """
 
-    kind: str
     reports: ClassVar[tuple[str, ...]] = ()
     min_group_size: ClassVar[int] = 1  # rollouts of a prompt that it needs
 

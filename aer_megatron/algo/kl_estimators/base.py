@@ -8,16 +8,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
-from aer_megatron.config_section import Section
+from aer_megatron.config_section import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class KlEstimator(Section):
+class KlEstimator(Rule):
     """An estimate per token (Schulman, "Approximating KL divergence"), from ``[algo.kl_estimator]``."""
-
-    kind: str
 
     @abstractmethod
     def estimate(self, log_ratio_T: Tensor) -> Tensor:

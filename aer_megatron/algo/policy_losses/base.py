@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aer_megatron.algo.statistics import TokenSums
-from aer_megatron.config_section import Section
+from aer_megatron.config_section import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 BoolArray = NDArray[np.bool_]
 
 
-class PolicyLoss(Section):
+class PolicyLoss(Rule):
     """The policy loss of a token, with the options of ``[algo.policy_loss]`` as fields.
 
-    A class of a run's own names in ``reports`` the numbers that it reports, metrics ``user/NAME``. With ``selects`` the
-    tokens that ``select`` picks from the whole mini-batch are known to ``token_loss``.
+    A class of a run's own names in ``reports`` the numbers that it reports, metrics ``user/NAME``. One that defines
+    ``select`` has tokens picked from the whole mini-batch, which ``token_loss`` is told.
     """
 
-    kind: str
     reports: ClassVar[tuple[str, ...]] = ()
-    selects: ClassVar[bool] = False
+
+    @property
+    def selects(self) -> bool:
+        """Whether the class has a ``select`` of its own, which is asked before each optimizer step."""
+        return type(self).select is not PolicyLoss.select
 
     @abstractmethod
     def token_loss(
@@ -68,4 +71,4 @@ class PolicyLoss(Section):
             old_logprob_T: log pi(token) at the start of the rollout step.
             key: (seed, update), both >= 0: whatever is random depends on nothing else.
         """
-        raise NotImplementedError(f"{type(self).__name__} selects tokens and does not say which")
+        raise NotImplementedError("only asked of a class that defines it")

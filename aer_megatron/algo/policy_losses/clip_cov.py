@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ class ClipCov(ClippedRatio):
     """The clipped surrogate, 0 for a random share of the tokens whose covariance lies between two bounds."""
 
     kind: Literal["clip_cov"] = "clip_cov"
-    selects: ClassVar[bool] = True
     fraction: float = Field(2e-4, gt=0, le=1, description="share of tokens that it silences")
     covariance_low: float = Field(1.0, description="it picks among covariances above this")
     covariance_high: float = Field(5.0, description="it picks among covariances below this")

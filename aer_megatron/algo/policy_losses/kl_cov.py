@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,6 @@ class KlCov(PolicyLoss):
     """
 
     kind: Literal["kl_cov"] = "kl_cov"
-    selects: ClassVar[bool] = True
     fraction: float = Field(2e-3, gt=0, le=1, description="share of tokens, the highest, that it penalises")
     coefficient: float = Field(1.0, ge=0, description="weight of |logprob - old logprob|")
 

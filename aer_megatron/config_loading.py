@@ -102,14 +102,12 @@ def _is_text(parts: Sequence[str]) -> bool:
         field = section.model_fields.get(part)
         if field is None:
             return False
-        rules, below = rules_of(field), parts[index + 1 : index + 2]
-        if rules is not None:
-            nested = next((rule for rule in rules.rules.values() if {*below} <= rule.model_fields.keys()), rules.base)
-        else:
-            nested = nested_section(field.annotation)
+        below = parts[index + 1 :]
+        rules = rules_of(field)
+        nested = nested_section(field.annotation) if rules is None else rules.first_with(*below[:1])
         if nested is None:
-            depth = len(parts) - index - 1
-            return field.annotation == dict[str, str] if depth == 1 else not depth and _takes_text(field.annotation)
+            of_table = len(below) == 1 and field.annotation == dict[str, str]
+            return of_table or (not below and _takes_text(field.annotation))
         section = nested
     return False
 

@@ -102,6 +102,10 @@ class OneOf:
             )
         return self.rules[kind] if kind in self.rules else _own_rule(kind, self.base)
 
+    def first_with(self, *options: str) -> type[Rule]:
+        """Returns the first rule that has ``options``, the base where none has them."""
+        return next((rule for rule in self.rules.values() if {*options} <= rule.model_fields.keys()), self.base)
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._validate)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from aer_megatron.algo.kl_estimators.k2 import K2
 from aer_megatron.algo.loss import policy_loss, sequence_weights
 from aer_megatron.algo.options import AlgoSection
 from aer_megatron.algo.policy_losses.clip import Clip
@@ -141,3 +142,21 @@ def test_sequence_weights():
 def test_data_that_a_rule_lacks_is_an_error(config, given, words):
     with pytest.raises(ValueError, match=words):
         run(config, **given)
+
+
+def test_k2_to_a_reference_policy():
+    logprob = double([-1.0, -2.0, -3.0]).requires_grad_()
+    zeros = torch.zeros(3, dtype=torch.float64)
+    output = policy_loss(
+        logprob,
+        zeros,
+        tokens=token_data(logprob.detach(), zeros, ref_logprob_T=logprob.detach() + double([0.0, 2.0, -4.0])),
+        normalizer=5.0,
+        config=AlgoSection(kl_coefficient=0.5, kl_estimator=K2()),
+    )
+    # x^2 / 2: 0, 2, 8
+    assert output.sums["reference_kl"][0].item() == 10
+    assert output.loss.item() == pytest.approx(1.0, rel=1e-12)
+    output.loss.backward()
+    # -x: 0, -2, 4
+    assert logprob.grad.tolist() == pytest.approx([0, -0.2, 0.4], rel=1e-12)

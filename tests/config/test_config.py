@@ -15,10 +15,13 @@ from pydantic import ValidationError
 
 from aer_megatron.algo.advantages.grpo import Grpo
 from aer_megatron.algo.kl_estimators.k3 import K3
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.algo.policy_losses.clip import Clip
+from aer_megatron.algo.policy_losses.kl_cov import KlCov
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest, load_config
 from aer_megatron.config_section import describe
+from tests.support.config_options import described_options
 from tools import write_configuration_docs
 
 MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
@@ -201,6 +204,52 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
 ]
 
 
+RULE_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"policy_loss": {"kind": "kl_cov", "clip_low": 0.1}},
+        "algo.policy_loss.clip_low is not one of kind='kl_cov'; kinds that have it: clip, clip_cov",
+    ),
+    (
+        {"advantage": {"kind": "dr_grpo", "std_epsilon": 0.1}},
+        "algo.advantage.std_epsilon is not one of kind='dr_grpo'; kinds that have it: grpo",
+    ),
+    (
+        {"policy_loss": {"fraction": 0.1}},
+        "algo.policy_loss.fraction is not one of kind='clip'; kinds that have it: clip_cov, kl_cov",
+    ),
+    (
+        {"policy_loss": {"kind": "ppo"}},
+        "algo.policy_loss.kind='ppo' is not valid: must be 'clip', 'clip_cov', 'kl_cov' or 'package.module:name'",
+    ),
+    ({"policy_loss": {"kind": ["clip"]}}, "algo.policy_loss.kind=['clip'] is not valid"),
+    ({"policy_loss": {"clip_low": 2}}, "algo.policy_loss.clip_low=2 is not valid: Input should be less than 1"),
+    ({"policy_loss": {"clip_loow": 2}}, "algo.policy_loss.clip_loow: did you mean algo.policy_loss.clip_low?"),
+    ({"advantage": 3}, "algo.advantage=3 is not valid: algo.advantage is a section; set the options below it"),
+]
+
+
+@pytest.mark.parametrize(("algo", "words"), RULE_OPTIONS)
+def test_an_option_belongs_to_the_rules_that_have_it(algo: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build(algo=algo)
+    assert words in str(caught.value)
+
+
+def test_a_rule_keeps_its_kind_where_defaults_are_left_out() -> None:
+    config = build(algo={"policy_loss": {"kind": "kl_cov", "fraction": 0.5}})
+    assert config.with_options({"run.seed": 3}).algo == config.algo
+    assert AlgoSection(policy_loss=KlCov()).model_dump(exclude_unset=True) == {"policy_loss": {"kind": "kl_cov"}}
+
+
+@pytest.mark.parametrize("option", sorted(Config.moved))
+def test_an_option_of_former_versions_is_told_where_it_went(option: str) -> None:
+    with pytest.raises(ValueError, match=rf"option {re.escape(option)}=.* is no longer there: ") as caught:
+        load_config(None, ["--model.path=base", "--data.train.task=countdown", f"--{option}=0.5"])
+    named = re.findall(r"algo\.[a-z_.]+", Config.moved[option])
+    known = {key for key, *_ in describe(Config)}
+    assert named and set(named) <= known, caught.value
+
+
 @pytest.mark.parametrize(("sections", "words"), CROSS_CHECKS)
 def test_options_that_do_not_fit_together_are_an_error(sections: dict[str, dict[str, Any]], words: list[str]) -> None:
     with pytest.raises(ValueError) as caught:
@@ -281,9 +330,9 @@ def test_every_option_is_described_by_the_default_that_a_run_gets() -> None:
     source = {"task": "countdown"}
     resolved = build(data={"train": source, "eval": source}, sft={"source": source}).model_dump(mode="json")
     given = {"model.path", "data.train.task", "data.eval.task", "sft.source.task"}
-    described = {key: default for key, _, default, _ in describe(Config)}
-    assert described["model.path"] == "required"
-    for key, default in described.items():
+    described = [(key, default) for key, _, default, needed in described_options() if not needed]
+    assert ("model.path", "required") in described
+    for key, default in described:
         value: Any = resolved
         for part in key.split("."):
             value = value[part]

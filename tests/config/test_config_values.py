@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
-from aer_megatron.config_section import describe
+from tests.support.config_options import described_options
 
 BASE = ["--model.path=base", "--data.train.task=countdown"]
 MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
@@ -24,7 +24,7 @@ def load(*overrides: str) -> Config:
 
 
 def options_of(kind: str) -> list[str]:
-    return [key for key, found, *_ in describe(Config) if found == kind]
+    return [key for key, found, _, needed in described_options() if found == kind and not needed]
 
 
 def refused(*overrides: str) -> str:
@@ -39,6 +39,14 @@ def test_a_number_is_a_number(value: str) -> None:
     assert len(keys) > 80
     message = refused(*(f"--{key}={value}" for key in keys))
     assert [key for key in keys if f"option {key}=" not in message] == []
+
+
+def test_options_of_other_rules_are_checked_too() -> None:
+    found = [(key, form, needed) for key, form, _, needed in described_options() if needed and form in ("int", "float")]
+    assert {"algo.policy_loss.fraction", "algo.policy_loss.coefficient"} <= {key for key, *_ in found}
+    for key, form, needed in found:
+        for value in ("true", '"1"', "inf", str(10**400), "[1]"):
+            assert f"option {key}=" in refused(needed, f"--{key}={value}"), (key, form, value)
 
 
 @pytest.mark.parametrize("value", ["1", "0", '"true"', "yes", "1.0"])
@@ -243,7 +251,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | 
 VALUES = st.recursive(SCALARS, lambda part: st.lists(part, max_size=3) | st.dictionaries(st.text(), part, max_size=3))
 
 
-@given(key=st.sampled_from([key for key, *_ in describe(Config)]), value=VALUES)
+@given(key=st.sampled_from([key for key, *_ in described_options()]), value=VALUES)
 def test_any_value_of_any_option_is_taken_or_named(key: str, value: Any) -> None:
     table = json.loads(json.dumps(MINIMAL))
     node = table

@@ -34,6 +34,7 @@ RULES: dict[str, dict[str, Any]] = {
     "dual_clip": {"policy_loss": {"dual_clip": 1.1}},
     "clip_cov": {"policy_loss": CLIP_COV},
     "kl_cov": {"policy_loss": KL_COV},
+    "soft_clip": {"policy_loss": {"kind": "examples.extend.soft_clip:SoftClip", "tau_negative": 3.0}},
     "sequences": {"normalizer": "sequences"},
     "constant": {"normalizer": "constant"},
     "reference_kl": {"kl_coefficient": 0.2},

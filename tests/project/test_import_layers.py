@@ -59,7 +59,7 @@ THIRD_PARTY = {
     "algo": {"numpy", "pydantic", "torch"},
     "config_loading": {"pydantic"},
     "config": {"pydantic"},
-    "config_section": {"pydantic"},
+    "config_section": {"pydantic", "pydantic_core"},
     "types": {"numpy"},
     "files": set[str](),
     "costs": set[str](),

@@ -25,11 +25,11 @@ def flight_records(options: EntropySection, num_steps: int, *, seed: int = 0) ->
         successes_P = rng.integers(0, GROUP_SIZE + 1, NUM_PROMPTS)
         counts_P = np.full(NUM_PROMPTS, GROUP_SIZE)
         advantages = AdvantageResult(
-            rng.normal(size=experience.num_sequences),
-            successes_P / counts_P,
-            counts_P,
-            successes_P,
-            np.arange(NUM_PROMPTS, dtype=np.uint64),
+            advantage_B=rng.normal(size=experience.num_sequences),
+            accuracy_P=successes_P / counts_P,
+            counts_P=counts_P,
+            successes_P=successes_P,
+            prompt_id_P=np.arange(NUM_PROMPTS, dtype=np.uint64),
         )
         d_P = difficulty(advantages.accuracy_P, shape=options.difficulty, rho=options.rho)
         observation = Observation(

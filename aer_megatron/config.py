@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.options import MOVED_OPTIONS, AlgoSection
 from aer_megatron.config_section import IMPORTABLE, Section
 
 _SEED_LIMIT = 2**63  # torch, NumPy and the servers all take seeds below it
@@ -314,25 +314,10 @@ class ReportSection(Section):
     flight_recorder: bool = Field(True, description="write flight.jsonl, from which controllers can be replayed")
 
 
-_MOVED = {
-    "algo.policy_loss": "write algo.policy_loss.kind",
-    "algo.clip_low": "it is algo.policy_loss.clip_low, of the kinds clip and clip_cov",
-    "algo.clip_high": "it is algo.policy_loss.clip_high, of the kinds clip and clip_cov",
-    "algo.dual_clip": "it is algo.policy_loss.dual_clip, of the kinds clip and clip_cov",
-    "algo.clip_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='clip_cov'",
-    "algo.clip_cov_low": "it is algo.policy_loss.covariance_low under algo.policy_loss.kind='clip_cov'",
-    "algo.clip_cov_high": "it is algo.policy_loss.covariance_high under algo.policy_loss.kind='clip_cov'",
-    "algo.kl_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='kl_cov'",
-    "algo.kl_cov_coefficient": "it is algo.policy_loss.coefficient under algo.policy_loss.kind='kl_cov'",
-    "algo.divide_by_std": "write algo.advantage.kind='grpo' for true, 'dr_grpo' for false",
-    "algo.std_epsilon": "it is algo.advantage.std_epsilon, of the kind grpo",
-}
-
-
 class Config(Section):
     """A whole run."""
 
-    moved = _MOVED
+    moved = MOVED_OPTIONS
 
     run: RunSection = RunSection()
     model: ModelSection
@@ -367,16 +352,10 @@ class Config(Section):
             )
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(f"run.eval_every={self.run.eval_every} needs a [data.eval] source; add one or set 0")
-        self.algo.check_loss_options(self.rollout.max_new_tokens)
+        self.algo.check(self.rollout.group_size, self.rollout.max_new_tokens)
         self.rollout.check(self.algo.tis_clip)
         if self.rollout.engine == "sglang":
             self.sglang.check()
-        advantage = self.algo.advantage
-        if self.rollout.group_size < advantage.min_group_size:
-            raise ValueError(
-                f"rollout.group_size={self.rollout.group_size} leaves no group to compare with under "
-                f"algo.advantage.kind={advantage.kind!r}; use at least {advantage.min_group_size}"
-            )
         return self
 
     def check_world_size(self, world_size: int) -> int:

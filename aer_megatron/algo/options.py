@@ -25,6 +25,21 @@ from aer_megatron.config_section import OneOf, Section
 
 _LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
+# what is told who gives an option of former versions
+MOVED_OPTIONS = {
+    "algo.policy_loss": "write algo.policy_loss.kind",
+    "algo.clip_low": "it is algo.policy_loss.clip_low, of the kinds clip and clip_cov",
+    "algo.clip_high": "it is algo.policy_loss.clip_high, of the kinds clip and clip_cov",
+    "algo.dual_clip": "it is algo.policy_loss.dual_clip, of the kinds clip and clip_cov",
+    "algo.clip_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='clip_cov'",
+    "algo.clip_cov_low": "it is algo.policy_loss.covariance_low under algo.policy_loss.kind='clip_cov'",
+    "algo.clip_cov_high": "it is algo.policy_loss.covariance_high under algo.policy_loss.kind='clip_cov'",
+    "algo.kl_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='kl_cov'",
+    "algo.kl_cov_coefficient": "it is algo.policy_loss.coefficient under algo.policy_loss.kind='kl_cov'",
+    "algo.divide_by_std": "write algo.advantage.kind='grpo' for true, 'dr_grpo' for false",
+    "algo.std_epsilon": "it is algo.advantage.std_epsilon, of the kind grpo",
+}
+
 
 class EntropySection(Section):
     """Entropy rule; formulas and provenance in docs/aer.md and algo/controller.py."""
@@ -100,13 +115,22 @@ class AlgoSection(Section):
     ledger: LedgerSection = LedgerSection()
     selection: SelectionSection = SelectionSection()
 
-    def check_loss_options(self, max_new_tokens: int) -> None:
-        """Raises ValueError where options of the loss do not fit together, naming the remedy."""
-        reported = [*self.policy_loss.reports, *self.advantage.reports]
-        for name in reported:
-            if not _LABEL.fullmatch(name) or name in LOSS_STATISTICS or reported.count(name) > 1:
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """The numbers of their own that the rules report."""
+        return (*self.policy_loss.reports, *self.advantage.reports)
+
+    def check(self, group_size: int, max_new_tokens: int) -> None:
+        """Raises ValueError where options do not fit together, or to the rollouts, naming the remedy."""
+        if group_size < self.advantage.min_group_size:
+            raise ValueError(
+                f"rollout.group_size={group_size} leaves no group to compare with under "
+                f"algo.advantage.kind={self.advantage.kind!r}; use at least {self.advantage.min_group_size}"
+            )
+        for name in self.reports:
+            if not _LABEL.fullmatch(name) or name in LOSS_STATISTICS or self.reports.count(name) > 1:
                 raise ValueError(
-                    f"algo.policy_loss and algo.advantage report {reported}: {name!r} must be a snake_case name that "
+                    f"algo.policy_loss and algo.advantage report {self.reports}: {name!r} must be a snake_case name that "
                     "no other number of the loss has; rename it"
                 )
         if 0 < self.tis_clip < 1:

@@ -301,7 +301,6 @@ class Phases:
         experience, algo = collected.experience, self.config.algo
         penalty_B = self._penalty(experience)
         shaping = {} if penalty_B is None else {Metric.REWARD_OVERLONG_PENALTY: float(penalty_B.mean())}
-        own = {name: stats.sums[name] for name in algo.policy_loss.reports if name in stats.sums}
         skips = self.config.run.on_nonfinite == "skip"
         skipped = {Metric.TRAIN_UPDATES_SKIPPED: stats.updates_skipped} if skips else {}
         return (
@@ -322,7 +321,7 @@ class Phases:
             | controller_metrics(decision, algo.entropy, assessed.observation, assessed.advantages)
             | difficulty_metrics(assessed.profile, coefficient)
             | training_metrics(stats, kl_coefficient=algo.kl_coefficient)
-            | user_metrics(own | assessed.advantages.reported)
+            | user_metrics(algo.reports, {**stats.sums, **assessed.advantages.reported})
         )
 
     def end_step(self, progress: Progress) -> bool:

@@ -5,7 +5,7 @@ This file does NOT spell metric names (metrics.py) or reduce over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aer_megatron.algo.advantage import AdvantageResult
@@ -43,9 +43,10 @@ def training_metrics(stats: StepStats, *, kl_coefficient: float) -> dict[str, fl
     return metrics
 
 
-def user_metrics(reported: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Returns the means of what a run's own rules reported, (sum, count) by name."""
-    return {user_number(name): total / count for name, (total, count) in reported.items() if count}
+def user_metrics(names: Sequence[str], sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Returns the means of ``names``, what a run's own rules report, as far as ``sums`` has them."""
+    found = {name: sums[name] for name in names if name in sums}
+    return {user_number(name): total / count for name, (total, count) in found.items() if count}
 
 
 def controller_metrics(

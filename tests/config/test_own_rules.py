@@ -120,8 +120,8 @@ def test_an_advantage_of_a_runs_own_reports_numbers() -> None:
     )
     result = group_advantages(experience, config.algo.advantage)
     assert result.advantage_B.tolist() == [1.0, -0.5, -0.5]
-    assert user_metrics(result.reported) == {"user/baseline": pytest.approx(1 / 3)}
-    assert user_metrics({"rises": (0.0, 0.0)}) == {}
+    sums = {**result.reported, "rises": (0.0, 0.0), "ratio": (3.0, 3.0)}
+    assert user_metrics(("baseline", "rises", "steps"), sums) == {"user/baseline": pytest.approx(1 / 3)}
 
 
 REFUSED = [

@@ -40,6 +40,8 @@ PERMITTED = {
     "actor/conversion_check.py": {"megatron.core.dist_checkpointing.load"},
     # a function that the run file names, in a worker process
     "rewards/registry.py": {"importlib.import_module"},
+    # a class that the run file names
+    "config_section.py": {"importlib.import_module"},
     # the command's own table
     "cli.py": {"importlib.import_module"},
     # the module that the launcher's command line names

@@ -21,9 +21,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from aer_megatron.types import Float64Array
-
-BoolArray = NDArray[np.bool_]
+from aer_megatron.types import BoolArray, Float64Array
 
 
 def token_covariance(advantage_T: NDArray[np.floating], logprob_T: NDArray[np.floating]) -> Float64Array:

@@ -130,8 +130,8 @@ class AlgoSection(Section):
         for name in self.reports:
             if not _LABEL.fullmatch(name) or name in LOSS_STATISTICS or self.reports.count(name) > 1:
                 raise ValueError(
-                    f"algo.policy_loss and algo.advantage report {self.reports}: {name!r} must be a snake_case name that "
-                    "no other number of the loss has; rename it"
+                    f"algo.policy_loss and algo.advantage report {self.reports}: {name!r} must be a snake_case name "
+                    "that no other number of the loss has; rename it"
                 )
         if 0 < self.tis_clip < 1:
             raise ValueError(f"algo.tis_clip={self.tis_clip} would cut equal policies; use at least 1 (usual: 2), or 0")

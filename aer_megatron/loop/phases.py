@@ -380,8 +380,7 @@ class Phases:
             return parts.rollouts.gather(parts.rollouts.score_groups(groups))
 
     def _penalty(self, experience: Experience) -> Float64Array | None:
-        max_new_tokens = self.config.rollout.max_new_tokens
-        return overlong_penalty(experience, self.config.algo, max_new_tokens=max_new_tokens)
+        return overlong_penalty(experience, self.config.algo, max_new_tokens=self.config.rollout.max_new_tokens)
 
     def _score_reference(self, experience: Experience) -> Float32Array | None:
         if not self.config.algo.kl_coefficient:

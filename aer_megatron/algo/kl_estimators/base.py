@@ -1,6 +1,6 @@
 """What a KL estimator is: a rule for KL(policy || reference) of one token from its two log-probabilities.
 
-Shape suffix: T packed response tokens.
+Shape suffix: T packed sampled tokens.
 """
 
 from __future__ import annotations

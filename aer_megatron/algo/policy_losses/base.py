@@ -3,7 +3,7 @@ importance weights, the KL to a reference policy, the entropy bonus, the normali
 
 The tensors come and go as methods, so that reading a run file needs no torch.
 
-Shape suffix: T packed response tokens of one part of the batch (T = 0 is a legal part).
+Shape suffix: T packed sampled tokens of one part of the batch (T = 0 is a legal part).
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from aer_megatron.algo.statistics import TokenSums
 from aer_megatron.config_section import Rule
+from aer_megatron.types import BoolArray
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-BoolArray = NDArray[np.bool_]
 
 
 class PolicyLoss(Rule):
@@ -63,7 +62,7 @@ class PolicyLoss(Rule):
         *,
         key: tuple[int, int],
     ) -> BoolArray:
-        """Returns bool [T]: what the rule picks from the T response tokens of the whole mini-batch.
+        """Returns bool [T]: what the rule picks from the T sampled tokens of the whole mini-batch.
 
         Args:
             advantage_T: A of the token's sequence.

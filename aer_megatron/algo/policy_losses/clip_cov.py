@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from aer_megatron.algo.covariance import random_subset, token_covariance
-from aer_megatron.algo.policy_losses.base import BoolArray
 from aer_megatron.algo.policy_losses.clip import ClippedRatio
 from aer_megatron.algo.statistics import TokenSums
+from aer_megatron.types import BoolArray
 
 if TYPE_CHECKING:
     from torch import Tensor

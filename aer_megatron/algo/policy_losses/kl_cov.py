@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from aer_megatron.algo.covariance import highest_covariance, token_covariance
-from aer_megatron.algo.policy_losses.base import BoolArray, PolicyLoss
+from aer_megatron.algo.policy_losses.base import PolicyLoss
 from aer_megatron.algo.statistics import TokenSums
+from aer_megatron.types import BoolArray
 
 if TYPE_CHECKING:
     from torch import Tensor

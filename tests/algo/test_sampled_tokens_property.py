@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aer_megatron.algo.advantage import group_advantages
+from aer_megatron.algo.advantages.grpo import Grpo
 from aer_megatron.algo.difficulty import group_token_entropy
 from aer_megatron.algo.experience import (
     join_experiences,
@@ -27,6 +28,10 @@ from aer_megatron.algo.experience import (
 from aer_megatron.algo.flight import profile_batch
 from aer_megatron.algo.loss import TokenData, policy_loss, sequence_weights
 from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.policy_losses.clip import Clip
+from aer_megatron.algo.policy_losses.clip_cov import ClipCov
+from aer_megatron.algo.policy_losses.kl_cov import KlCov
 from aer_megatron.report.training import experience_metrics
 from aer_megatron.types import (
     Completion,
@@ -116,7 +121,7 @@ def test_entropy_difficulty_and_gradients_are_of_sampled_tokens(drawn: Any, seed
     scores = PolicyScores(*rng.random((5, found.num_sampled_tokens)).astype(np.float32))
     results = []
     for experience in (found, alone):
-        advantages = group_advantages(experience, AlgoSection())
+        advantages = group_advantages(experience, Grpo())
         profile = profile_batch(experience, scores, advantages, np.linspace(0, 1, num_groups(experience)))
         evidence = group_token_entropy(experience, scores.token_entropy_T)
         weight_B = sequence_weights(experience.sampled_length_B, rule="sequences", max_new_tokens=9)
@@ -138,12 +143,12 @@ def test_metrics_tell_sampled_tokens_from_responses(drawn: Any) -> None:
 @given(
     st.integers(0, 2**31),
     st.lists(st.booleans(), min_size=1, max_size=30).filter(any),
-    st.sampled_from(["clip", "clip_cov", "kl_cov"]),
+    st.sampled_from([Clip(dual_clip=2.0), ClipCov(dual_clip=2.0), KlCov()]),
 )
 def test_sampled_tokens_alone_have_the_loss_of_all_with_weight_zero_between(
-    seed: int, mask: list[bool], rule: Any
+    seed: int, mask: list[bool], rule: PolicyLoss
 ) -> None:
-    config = AlgoSection(policy_loss=rule, kl_coefficient=0.2, tis_clip=1.3, dual_clip=2.0)
+    config = AlgoSection(policy_loss=rule, kl_coefficient=0.2, tis_clip=1.3)
     sampled_T = torch.tensor(mask)
     generator = torch.Generator().manual_seed(seed)
 
@@ -156,7 +161,7 @@ def test_sampled_tokens_alone_have_the_loss_of_all_with_weight_zero_between(
         entropy_weight_T=0.1 * normal().abs(),
         mean_weight_T=normal().abs() * sampled_T,
         rollout_logprob_T=normal(),
-        selected_T=None if rule == "clip" else normal() > 0.5,
+        selected_T=normal() > 0.5 if rule.selects else None,
         ref_logprob_T=normal(),
     )
     values = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}

@@ -24,7 +24,7 @@ import numpy as np
 
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.writer import read_metrics
-from aer_megatron.sglang.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup
 from tests.support.real_servers import export_last_checkpoint, real_server_options, served, served_difference
 from tests.support.runs import ROOT, environment, train_command
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of the embedded engine")
     given = parser.parse_args(arguments)
     runs: dict[str, dict[str, Any]] = {}
-    with ServerGroup(2, real_server_options(MODEL, given.scratch / "logs"), command=command_line) as group:
+    with ServerGroup(2, real_server_options(MODEL, given.scratch / "logs")) as group:
         urls = group.start()
         for transport in TRANSPORTS:
             options = [f"--sglang.urls={json.dumps(urls)}", "--sglang.num_servers=0", f"--sglang.transport={transport}"]

@@ -16,6 +16,7 @@ Rounds are taken in turns, so that other work on the machine meets all of them a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -37,14 +38,16 @@ from transformers import Qwen3Config
 
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.mapping import hf_names
-from aer_megatron.sglang.disk import DiskSync
-from aer_megatron.sglang.distributed import DistributedSync
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
-from aer_megatron.sglang.protocol import WeightLabels, new_run_id
+from aer_megatron.sglang.labels import WeightLabels, new_run_id
+from aer_megatron.sglang.publication import WeightPublisher
 from aer_megatron.sglang.server import LaunchOptions, ServerGroup
-from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
+from aer_megatron.sglang.transports import BaseTransport, TransportOptions, make_transport
+from aer_megatron.sglang.transports.disk import Transport as DiskTransport
+from aer_megatron.sglang.weight_servers import Published, WeightServers
 from tests.support.runs import ROOT
+from tests.support.sglang_fixtures import PLATFORM, one_rank
 
 NUM_SERVERS = 2
 TRANSPORTS = ("distributed", "disk")
@@ -79,15 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="weight-sync-", dir=given.scratch)))
         urls = stack.enter_context(receivers(scratch, config))
         broadcast = stack.enter_context(plain_broadcast(scratch, weights, given.rounds))
+        stack.enter_context(one_rank())
         fleet = stack.enter_context(
             ServerFleet(urls, ClientOptions(max_concurrency=1, connect_timeout_s=5, control_timeout_s=60, api_key=None))
         )
-        syncs = {name: transport(name, fleet, config, scratch, given.bucket_mb * 10**6) for name in TRANSPORTS}
+        publications = {
+            name: stack.enter_context(publication(name, fleet, config, scratch, given.bucket_mb * 10**6))
+            for name in TRANSPORTS
+        }
         taken: dict[str, list[float]] = {}
         used: dict[str, list[float]] = {}
         for number in range(given.rounds):
             for name, action in [
-                *[(name, publication(syncs[name], weights, number)) for name in TRANSPORTS],
+                *[(name, functools.partial(publications[name], weights, number)) for name in TRANSPORTS],
                 ("broadcast", broadcast),
                 ("cp", copy(scratch)),
             ]:
@@ -95,8 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for part, seconds in action().items():
                     taken.setdefault(f"{name} {part}".strip(), []).append(seconds)
                 used.setdefault(name, []).append(cpu_seconds() - cpu)
-        for sync in syncs.values():
-            sync.close()
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     result = {
         "bytes": num_bytes,
@@ -139,91 +144,92 @@ def receivers(scratch: Path, config: dict[str, Any]) -> Iterator[list[str]]:
         yield group.start()
 
 
-def transport(name: str, fleet: ServerFleet, config: dict[str, Any], scratch: Path, bucket_bytes: int) -> ServerSync:
-    """Returns a transport that notes when its servers have taken the last byte."""
-    context = SyncContext(
-        arch=architecture_from_hf_config(config),
-        labels=WeightLabels(new_run_id()),
-        timeout_s=300.0,
-        recovery_s=1.0,
-        leads=True,
-        exchange=lambda value: [json.loads(json.dumps(value))],
-        replace=lambda index: None,
-        max_unhashed_bytes=1250 * 10**6,
-        fp8=False,
+class TimedServers(WeightServers):
+    """Notes when a server has taken the last byte: its verification begins."""
+
+    arrived: list[float]
+
+    def verify(self, index: int, published: Published) -> None:
+        self.arrived.append(time.perf_counter())
+        super().verify(index, published)
+
+
+@contextmanager
+def publication(
+    name: str, fleet: ServerFleet, config: dict[str, Any], scratch: Path, bucket_bytes: int
+) -> Iterator[Any]:
+    """Yields what publishes (weights, version) through a transport and returns its seconds."""
+    arch = architecture_from_hf_config(config)
+    servers = TimedServers(fleet, arch, WeightLabels(new_run_id()), timeout_s=300.0, fp8=False)
+    options = TransportOptions(
+        folder=scratch / "transfer",
+        owner=str(scratch),
+        hf_config=config,
+        max_shard_bytes=5 * 10**9,
+        backend="gloo",
+        address="127.0.0.1",
+        bucket_bytes=bucket_bytes,
     )
-    if name == "disk":
-        return DiskSync(
-            fleet,
-            context,
-            folder=scratch / "transfer",
-            owner=str(scratch),
-            hf_config=config,
-            max_shard_bytes=5 * 10**9,
-        )
-    return DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=bucket_bytes)
+    transport = make_transport(name, servers, options)
+    written = noted_writes(transport)
+    publisher = WeightPublisher(servers, transport, PLATFORM, recovery_s=1.0)
 
-
-def publication(sync: ServerSync, weights: dict[str, Tensor], version: int) -> Any:
-    """Returns what publishes the weights and returns its seconds."""
-    arrived: list[float] = []
-    written: list[float] = []
-    verify = type(sync)._verify
-
-    def noted(index: int, published: Any) -> None:
-        arrived.append(time.perf_counter())
-        verify(sync, index, published)
-
-    def publish() -> dict[str, float]:
-        sync._verify = noted  # type: ignore[method-assign]
-        if isinstance(sync, DiskSync):
-            write = type(sync)._write
-
-            def noted_write(target: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-                write(sync, target, tensors)
-                written.append(time.perf_counter())
-
-            sync._write = noted_write  # type: ignore[assignment,method-assign]
+    def publish(weights: dict[str, Tensor], version: int) -> dict[str, float]:
+        servers.arrived = []
         began = time.perf_counter()
-        sync.publish(iter(weights.items()), version)
-        taken = {"transfer": min(arrived) - began, "verified": time.perf_counter() - began}
+        publisher.publish(iter(weights.items()), version)
+        taken = {"transfer": min(servers.arrived) - began, "verified": time.perf_counter() - began}
         return {"written": written[-1] - began} | taken if written else taken
 
-    return publish
+    yield publish
+    transport.close()
+
+
+def noted_writes(transport: BaseTransport) -> list[float]:
+    """Returns the times, one more for every publication, when the disk transport has written its files."""
+    written: list[float] = []
+    if isinstance(transport, DiskTransport):
+        write = transport._write
+
+        def noted_write(target: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+            write(target, tensors)
+            written.append(time.perf_counter())
+
+        transport._write = noted_write  # type: ignore[assignment,method-assign]
+    return written
 
 
 @contextmanager
 def plain_broadcast(scratch: Path, weights: dict[str, Tensor], rounds: int) -> Iterator[Any]:
-    """Yields what broadcasts the weights, tensor by tensor, to two processes and returns its seconds."""
-    world_size = 1 + NUM_SERVERS
-    shapes = [tuple(tensor.shape) for tensor in weights.values()]
+    """Yields what has three processes broadcast such weights, tensor by tensor, and returns its seconds."""
     method = f"file://{scratch}/broadcast"
-    context = mp.spawn(_receive, (method, shapes, rounds), nprocs=NUM_SERVERS, join=False)
-    dist.init_process_group("gloo", init_method=method, rank=0, world_size=world_size)
+    shapes = [tuple(tensor.shape) for tensor in weights.values()]
+    ours, theirs = mp.get_context("spawn").Pipe()
+    context = mp.spawn(_broadcast, (method, shapes, rounds, theirs), nprocs=1 + NUM_SERVERS, join=False)
 
     def broadcast() -> dict[str, float]:
-        dist.barrier()
-        began = time.perf_counter()
-        for tensor in weights.values():
-            dist.broadcast(tensor, 0)
-        dist.barrier()
-        return {"": time.perf_counter() - began}
+        ours.send("next round")
+        return {"": ours.recv()}
 
     yield broadcast
     while not context.join():
         pass
-    dist.destroy_process_group()
 
 
-def _receive(place: int, method: str, shapes: list[tuple[int, ...]], rounds: int) -> None:
+def _broadcast(rank: int, method: str, shapes: list[tuple[int, ...]], rounds: int, pipe: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=method, rank=1 + place, world_size=1 + NUM_SERVERS)
-    held = [torch.empty(shape) for shape in shapes]
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=1 + NUM_SERVERS)
+    held = [torch.randn(shape) if rank == 0 else torch.empty(shape) for shape in shapes]
     for _ in range(rounds):
+        if rank == 0:
+            pipe.recv()
         dist.barrier()
+        began = time.perf_counter()
         for tensor in held:
             dist.broadcast(tensor, 0)
         dist.barrier()
+        if rank == 0:
+            pipe.send(time.perf_counter() - began)
     dist.destroy_process_group()
 
 

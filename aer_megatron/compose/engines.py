@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import secrets
@@ -16,26 +15,26 @@ from transformers import AutoConfig
 
 from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
-from aer_megatron.compose.quantization import fp8_checkpoint
+from aer_megatron.compose.quantization import fp8_checkpoint, is_fp8
 from aer_megatron.config import Config
 from aer_megatron.files.json_input import read_json_object
 from aer_megatron.loop.parts import WeightSync
-from aer_megatron.parallel.agreement import exchange_json, on_first_rank
+from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.rollout.embedded import EmbeddedEngine
 from aer_megatron.rollout.engine import RolloutEngine
 from aer_megatron.rollout.in_process import InProcessSync
 from aer_megatron.sglang.addresses import allow_open_files, is_loopback, without_proxies
 from aer_megatron.sglang.calls import RequestLimits
-from aer_megatron.sglang.disk import DiskSync
-from aer_megatron.sglang.distributed import DistributedSync
 from aer_megatron.sglang.engine import SGLangEngine
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
-from aer_megatron.sglang.protocol import WeightLabels, new_run_id
-from aer_megatron.sglang.server import LaunchOptions, ServerGroup, command_line
-from aer_megatron.sglang.tensor import TensorSync
-from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
+from aer_megatron.sglang.labels import WeightLabels, new_run_id
+from aer_megatron.sglang.publication import WeightPublisher
+from aer_megatron.sglang.server import LaunchOptions, ServerGroup
+from aer_megatron.sglang.supervisor import Supervisor
+from aer_megatron.sglang.transports import TransportOptions, make_transport
+from aer_megatron.sglang.weight_servers import WeightServers
 
 _LOG = logging.getLogger(__name__)
 _KEY_BYTES = 32
@@ -53,13 +52,12 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER
 
 
 def build_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
-    """Returns the engine that ``rollout.engine`` names and its weight transport; ``stack`` closes them."""
-    build = sglang_engine if config.rollout.engine == "sglang" else embedded_engine
-    return build(config, platform, stack)
+    """Returns the engine that ``rollout.engine`` names and what gives it weights; ``stack`` closes them."""
+    return ENGINES[config.rollout.engine](config, platform, stack)
 
 
 def embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
-    """Returns an engine in this process, and what gives it weights; ``stack`` releases the model."""
+    """Returns an engine in this process."""
     engine = EmbeddedEngine(
         AutoConfig.from_pretrained(config.model.path),
         dtype=TORCH_DTYPES[config.model.dtype],
@@ -67,48 +65,38 @@ def embedded_engine(config: Config, platform: Platform, stack: ExitStack) -> tup
         max_batch_size=config.rollout.max_batch_size,
     )
     stack.callback(engine.close)
-    return engine, InProcessSync(engine, fp8=config.rollout.quantization == "fp8")
+    return engine, InProcessSync(engine, fp8=is_fp8(config))
 
 
 def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple[RolloutEngine, WeightSync]:
-    """Returns engine and weight transport over the servers, which rank 0 launches where the run file says so."""
+    """Returns an engine over servers, which rank 0 launches where the run file says so."""
     options = config.sglang
     _check_release(config)
     allow_open_files(options.max_concurrency * (len(options.urls) + options.num_servers) + _OTHER_FILES)
+    # what is entered first ends last: servers, who watches them, the connections to them
     urls, api_key, group = _servers(config, platform, stack)
-    fleet = stack.enter_context(
-        ServerFleet(
-            urls,
-            ClientOptions(
-                max_concurrency=options.max_concurrency,
-                connect_timeout_s=options.connect_timeout_s,
-                control_timeout_s=options.control_timeout_s,
-                api_key=api_key,
-            ),
-        )
+    supervisor = stack.enter_context(Supervisor(group)) if group else None
+    client = ClientOptions(
+        max_concurrency=options.max_concurrency,
+        connect_timeout_s=options.connect_timeout_s,
+        control_timeout_s=options.control_timeout_s,
+        api_key=api_key,
     )
+    fleet = stack.enter_context(ServerFleet(urls, client))
     if options.router_url:
         fleet.route_through(options.router_url)
     if options.router_url and group:  # their addresses end with the run
         stack.callback(fleet.leave_router)
+    # weights, labelled as this launch's: another one, of the same run too, never takes what they sampled for its own
     arch = architecture(config.model.path)
-    # of this launch: another one, of the same run too, never takes what these weights sampled for its own
     labels = WeightLabels(on_first_rank(new_run_id, rank=platform.rank, device=platform.device))
-    context = SyncContext(
-        arch=arch,
-        labels=labels,
-        timeout_s=options.transfer_timeout_s,
-        recovery_s=options.recovery_timeout_s,
-        leads=platform.rank == 0,
-        exchange=functools.partial(exchange_json, device=platform.device),
-        replace=group.replace if group else lambda index: None,
-        max_unhashed_bytes=platform.spare_weight_bytes,
-        fp8=config.rollout.quantization == "fp8",
-    )
-    sync = _server_sync(config, platform, fleet, context)
-    stack.callback(sync.close)
-    if group:
-        group.watch(restore=sync.restore, renewed=fleet.allow_transfer)
+    servers = WeightServers(fleet, arch, labels, timeout_s=options.transfer_timeout_s, fp8=is_fp8(config), group=group)
+    transport = make_transport(options.transport, servers, _transport_options(config, platform))
+    stack.callback(transport.close)
+    publisher = WeightPublisher(servers, transport, platform, recovery_s=options.recovery_timeout_s)
+    if supervisor:
+        supervisor.watch(publisher)
+    # requests
     limits = RequestLimits(
         request_timeout_s=options.request_timeout_s,
         max_attempts=options.max_attempts,
@@ -116,7 +104,10 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
         recovery_timeout_s=options.recovery_timeout_s,
         probe_interval_s=options.probe_interval_s,
     )
-    return SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size), sync
+    return SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size), publisher
+
+
+ENGINES = {"embedded": embedded_engine, "sglang": sglang_engine}
 
 
 def _servers(config: Config, platform: Platform, stack: ExitStack) -> tuple[list[str], str | None, ServerGroup | None]:
@@ -136,32 +127,23 @@ def _servers(config: Config, platform: Platform, stack: ExitStack) -> tuple[list
     def launch() -> tuple[list[str], str]:
         key = given or secrets.token_hex(_KEY_BYTES)  # nobody else on this machine, or beyond it, has it
         launched = _launch_options(config, str(_served_folder(config)), key)
-        groups.append(stack.enter_context(ServerGroup(options.num_servers, launched, command=command_line)))
+        groups.append(stack.enter_context(ServerGroup(options.num_servers, launched)))
         return groups[0].start(), key
 
     urls, key = on_first_rank(launch, rank=platform.rank, device=platform.device)
     return urls, key, groups[0] if groups else None
 
 
-def _server_sync(config: Config, platform: Platform, fleet: ServerFleet, context: SyncContext) -> ServerSync:
-    options = config.sglang
-    if options.transport == "distributed":
-        return DistributedSync(
-            fleet,
-            context,
-            backend=platform.backend,
-            address=options.trainer_address,
-            bucket_bytes=options.bucket_mb * 10**6,
-        )
-    if options.transport == "tensor":
-        return TensorSync(fleet, context, bucket_bytes=options.bucket_mb * 10**6)
-    return DiskSync(
-        fleet,
-        context,
-        folder=Path(options.transfer_dir or Path(config.run.output_dir) / "weights"),
-        owner=str(Path(config.run.output_dir).absolute()),
+def _transport_options(config: Config, platform: Platform) -> TransportOptions:
+    options, output = config.sglang, Path(config.run.output_dir)
+    return TransportOptions(
+        folder=Path(options.transfer_dir or output / "weights"),
+        owner=str(output.absolute()),
         hf_config=read_json_object(Path(config.model.path) / "config.json"),
         max_shard_bytes=MAX_SHARD_BYTES,
+        backend=platform.backend,
+        address=options.trainer_address,
+        bucket_bytes=options.bucket_mb * 10**6,
     )
 
 
@@ -193,7 +175,7 @@ def _check_release(config: Config) -> None:
 
 def _served_folder(config: Config) -> Path:
     """Returns the folder that launched servers start from."""
-    if config.rollout.quantization == "fp8":
+    if is_fp8(config):
         return fp8_checkpoint(config, max_shard_bytes=MAX_SHARD_BYTES).absolute()
     return Path(config.model.path).absolute()
 

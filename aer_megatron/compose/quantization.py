@@ -16,6 +16,11 @@ from aer_megatron.files.json_input import read_json_object
 _TP_FLAGS = ("tp_size", "tp", "tensor_parallel_size")  # SGLang's spellings
 
 
+def is_fp8(config: Config) -> bool:
+    """Returns whether the engine's weights are in blocks of FP8."""
+    return config.rollout.quantization == "fp8"
+
+
 def check_quantization(config: Config, arch: ModelArchitecture) -> None:
     """Raises ValueError where the engine cannot hold, or be given, weights as ``rollout.quantization`` asks."""
     rollout, launch = config.rollout, config.sglang.launch
@@ -24,7 +29,7 @@ def check_quantization(config: Config, arch: ModelArchitecture) -> None:
             f"sglang.launch.quantization={launch['quantization']!r} makes servers quantise at their start alone, and "
             "they cannot be given new weights then; leave it out and set rollout.quantization='fp8'"
         )
-    if rollout.quantization == "none":
+    if not is_fp8(config):
         return
     if rollout.logprob_gate:
         raise ValueError(

@@ -40,10 +40,9 @@ import aiohttp
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.calls import Call, CallFailed, RequestLimits
 from aer_megatron.sglang.fleet import ServerFleet
+from aer_megatron.sglang.labels import ForeignWeights, WeightLabels
 from aer_megatron.sglang.protocol import (
     Expected,
-    ForeignWeights,
-    WeightLabels,
     check_name,
     ended,
     generate_body,

@@ -9,72 +9,20 @@ This file does NOT do any I/O.
 
 from __future__ import annotations
 
-import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard, TypeVar
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.sglang.labels import WeightLabels
 from aer_megatron.sglang.replies import BadReply, shown
 from aer_megatron.types import Completion, FinishReason, VersionSpan
 
 _LOGPROB_ROUNDING = 1e-4  # a log-probability may exceed 0 by its rounding, not by more
 _LOWEST_LOGPROB = -1e4  # fp32 has no probability below exp(-104): what is far below was never sampled
-_UNVERIFIED = "-unverified"
-_LABEL = re.compile(r"(aer-[0-9a-f]{16})/(\d{1,18})", re.ASCII)
 _BASE_BYTES = 1 << 16  # of a /generate reply beside its tokens
 _TOKEN_BYTES = 512  # of one token in it: twice its id, its log-probability, its text
 _T = TypeVar("_T")
-
-
-class ForeignWeights(BadReply):
-    """Tokens of weights that another run has given the server."""
-
-
-def new_run_id() -> str:
-    """Returns what tells the weights of this launch from those of every other, on any server."""
-    return f"aer-{secrets.token_hex(8)}"
-
-
-@dataclass(frozen=True, slots=True)
-class WeightLabels:
-    """The weight versions that servers carry: this run's name and the policy version.
-
-    Example: ``WeightLabels("aer-0123456789abcdef").verified(5)`` is "aer-0123456789abcdef/5".
-    """
-
-    run: str
-
-    def verified(self, version: int) -> str:
-        """Returns the label of a server while it serves policy ``version``, verified."""
-        return f"{self.run}/{version}"
-
-    def unverified(self, version: int) -> str:
-        """Returns the label of a server between the transfer of ``version`` and its verification."""
-        return f"{self.run}/{version}{_UNVERIFIED}"
-
-    def is_foreign(self, label: Any) -> bool:
-        """Returns whether a label, of whatever type, is that of another run's weights, verified or not."""
-        named = _LABEL.fullmatch(label.removesuffix(_UNVERIFIED)) if isinstance(label, str) else None
-        return named is not None and named[1] != self.run
-
-    def version_of(self, label: Any) -> int:
-        """Returns the policy version of a verified label of this run.
-
-        Raises:
-            ForeignWeights: it is another run's.
-            BadReply: it is none.
-        """
-        named = _LABEL.fullmatch(label) if isinstance(label, str) else None
-        if named is not None and named[1] == self.run:
-            return int(named[2])
-        if self.is_foreign(label):
-            raise ForeignWeights(
-                f"it serves {shown(label)}, weights of another run (this one is {self.run}): two runs share a server; "
-                "give each run servers of its own"
-            )
-        raise BadReply(f"the weight version is {shown(label)}: these weights were never verified")
 
 
 def generate_body(request: GenerateRequest, options: SamplingOptions, *, rid: str) -> dict[str, Any]:
@@ -119,7 +67,7 @@ def parse_completion(reply: Any, expected: Expected) -> Completion:
     """Returns the completion of a decoded /generate reply.
 
     Raises:
-        ForeignWeights: another run's weights sampled it.
+        labels.ForeignWeights: another run's weights sampled it.
         BadReply: something is missing, of another type, inconsistent, out of its range, or of another policy version.
     """
     meta = _field(reply, "meta_info", dict)

@@ -1,10 +1,7 @@
-"""SGLang servers that this run starts, watches, restarts and ends.
-
-    launch (one guard process per server) -> ready -> watched: dead or given up -> restarted -> restored -> ready
+"""SGLang servers that this run starts and ends; ``supervisor.py`` watches them.
 
 A server's processes belong to a group of their own under a guard (``sglang/guard.py``), which ends them when this
-process closes its lifeline or dies in any way. A restarted server starts with the weights of the model folder;
-``restore`` gives it the current ones before it carries their version, so it cannot serve anything else.
+process closes its lifeline or dies in any way.
 
 This file does NOT talk to servers beyond their readiness, and reads no environment: it is given one.
 """
@@ -33,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 _GUARD = Path(__file__).with_name("guard.py")
 _STARTER = Path(__file__).with_name("start_server.py")
 _MODULE = "sglang.launch_server"
-_POLL_S = 0.25
+POLL_S = 0.25  # between two looks at a process
 _READY_TIMEOUT_S = 5.0
 _READY_BYTES = 1 << 16  # of an answer that nobody reads
 _END_TIMEOUT_S = 15.0  # of a guard, beyond its own grace
@@ -122,7 +119,7 @@ class ServerProcess:
         self._held.release()
 
     def stop(self) -> None:
-        """Returns when no process of the server is left."""
+        """Ends the server and waits until no process of it is left."""
         guard, self._guard = self._guard, None
         if guard is None:
             return
@@ -153,6 +150,17 @@ class ServerProcess:
             connection.close()
         return False
 
+    def await_ready(self, deadline: float, closing: threading.Event) -> str:
+        """Waits until the server is ready; returns what went wrong, or nothing."""
+        while not self.is_ready():
+            if not self.is_alive:
+                return "ended while it started"
+            if time.monotonic() > deadline:
+                return f"is not ready after sglang.start_timeout_s={self._options.start_timeout_s:g}"
+            if closing.wait(POLL_S):
+                return "is being ended"
+        return ""
+
     def log_tail(self) -> str:
         """Returns the end of the log."""
         with self.log_file.open("rb") as log:
@@ -170,14 +178,16 @@ class ServerGroup:
     """
 
     def __init__(
-        self, num_servers: int, options: LaunchOptions, *, command: Callable[[LaunchOptions, int], list[str]]
+        self,
+        num_servers: int,
+        options: LaunchOptions,
+        *,
+        command: Callable[[LaunchOptions, int], list[str]] = command_line,
     ) -> None:
-        self._options = options
-        self._processes = [ServerProcess(index, options, command) for index in range(num_servers)]
-        self._restarts = [0] * num_servers
-        self._given_up: set[int] = set()  # alive, but to be replaced
-        self._closing = threading.Event()
-        self._watchers: list[threading.Thread] = []
+        self.options = options
+        self.processes = [ServerProcess(index, options, command) for index in range(num_servers)]
+        self.to_replace: set[int] = set()  # alive, but not to be trusted
+        self.closing = threading.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -190,98 +200,31 @@ class ServerGroup:
     @property
     def urls(self) -> list[str]:
         """Returns the servers' addresses, which a restart keeps."""
-        return [process.url for process in self._processes]
+        return [process.url for process in self.processes]
 
     def start(self) -> list[str]:
-        """Returns the servers' addresses when all of them are ready.
+        """Starts all servers, waits until they are ready, and returns their addresses.
 
         Raises:
             RuntimeError: one ended or is not ready within ``start_timeout_s``; the message ends with its log's end.
         """
-        for process in self._processes:
+        for process in self.processes:
             process.start()
-        deadline = time.monotonic() + self._options.start_timeout_s
-        for index, process in enumerate(self._processes):
-            failure = self._await_ready(process, deadline)
+        deadline = time.monotonic() + self.options.start_timeout_s
+        for index, process in enumerate(self.processes):
+            failure = process.await_ready(deadline, self.closing)
             if failure:
                 raise RuntimeError(
                     f"sglang server {index} {failure}; the end of {process.log_file}:\n{process.log_tail()}"
                 )
         return self.urls
 
-    def watch(self, restore: Callable[[int], None], renewed: Callable[[int], None]) -> None:
-        """Starts restarting servers that die.
-
-        Args:
-            restore: gives the current weights to a new process, by server index; raises RuntimeError where it cannot.
-            renewed: told of a new process before ``restore``.
-        """
-        self._watchers = [
-            threading.Thread(
-                target=self._watch, args=(index, restore, renewed), name=f"sglang-supervisor-{index}", daemon=True
-            )
-            for index in range(len(self._processes))
-        ]
-        for watcher in self._watchers:
-            watcher.start()
-
     def replace(self, index: int) -> None:
-        """Has a server that is alive but not to be trusted restarted, soon."""
-        self._given_up.add(index)
+        """Has the supervisor restart a server that is alive, soon."""
+        self.to_replace.add(index)
 
     def close(self) -> None:
-        """Returns when no process of any server is left; calling it twice is harmless."""
-        self._closing.set()
-        for watcher in self._watchers:
-            watcher.join()
-        for process in self._processes:
+        """Ends all servers and waits until no process of them is left; calling it twice is harmless."""
+        self.closing.set()
+        for process in self.processes:
             process.close()
-
-    def _watch(self, index: int, restore: Callable[[int], None], renewed: Callable[[int], None]) -> None:
-        process = self._processes[index]
-        while not self._closing.wait(_POLL_S):
-            is_to_go = not process.is_alive or index in self._given_up
-            if is_to_go and self._restarts[index] < self._options.max_restarts:
-                self._restart(index, process, restore, renewed)
-
-    def _restart(
-        self, index: int, process: ServerProcess, restore: Callable[[int], None], renewed: Callable[[int], None]
-    ) -> None:
-        self._restarts[index] += 1
-        began = time.monotonic()
-        _LOG.warning(
-            "sglang server %d ended; restart %d of %d", index, self._restarts[index], self._options.max_restarts
-        )
-        process.stop()
-        process.start()
-        failure = self._await_ready(process, time.monotonic() + self._options.start_timeout_s)
-        if failure:
-            _LOG.warning("sglang server %d %s; see %s", index, failure, process.log_file)
-            self._given_up.add(index)
-            return
-        self._given_up.discard(index)  # only here: who gives up on it meanwhile means the old process
-        renewed(index)
-        try:
-            restore(index)
-        except RuntimeError as error:
-            _LOG.warning("sglang server %d did not take the current weights: %s", index, error)
-            return
-        _LOG.warning("sglang server %d is back after %.1f s", index, time.monotonic() - began)
-
-    def _await_ready(self, process: ServerProcess, deadline: float) -> str:
-        """Returns what went wrong, or nothing."""
-        while not process.is_ready():
-            if not process.is_alive:
-                return "ended while it started"
-            if time.monotonic() > deadline:
-                return f"is not ready after sglang.start_timeout_s={self._options.start_timeout_s:g}"
-            if self._closing.wait(_POLL_S):
-                return "is being ended"
-        return ""
-
-
-def free_port(host: str) -> int:
-    """Returns a port that is free now."""
-    held = HeldPort(host)
-    held.release()
-    return held.number

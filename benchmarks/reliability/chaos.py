@@ -30,7 +30,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from aer_megatron.sglang.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup
+from aer_megatron.sglang.supervisor import Supervisor
 from benchmarks.reliability.chaos_plan import draw_kills
 from benchmarks.reliability.chaos_report import compare, write_report
 from benchmarks.reliability.chaos_run import ChaosRun, Launching, Stalled
@@ -108,9 +109,9 @@ def start_servers(folder: Path, kind: str, stack: ExitStack) -> list[str]:
     """Returns the addresses of two servers that are started again whenever they end; ``stack`` ends them."""
     options = real_server_options(folder / "base", folder / "servers", **SERVER_LAUNCH)
     options = dataclasses.replace(options, python=servers_python(kind, folder), max_restarts=10_000)
-    group = stack.enter_context(ServerGroup(2, options, command=command_line))
+    group = stack.enter_context(ServerGroup(2, options))
     urls = group.start()
-    group.watch(restore=lambda index: None, renewed=lambda index: None)  # the run itself gives them its weights
+    stack.enter_context(Supervisor(group)).watch(None)  # the run itself gives them its weights
     return urls
 
 

@@ -21,7 +21,8 @@ from aer_megatron.rewards.extract import final_answer, last_boxed
 from aer_megatron.rewards.math import decide_quickly, verify_math
 from aer_megatron.rewards.messages import Channel, Garbage, frame, read_verdict
 from aer_megatron.rollout.engine import GenerateRequest
-from aer_megatron.sglang.protocol import Expected, WeightLabels, parse_completion
+from aer_megatron.sglang.labels import WeightLabels
+from aer_megatron.sglang.protocol import Expected, parse_completion
 from aer_megatron.sglang.replies import Reply, parse_json
 from aer_megatron.sglang.served_weights import by_rank, first_difference, holds_fp8
 from aer_megatron.types import Prompt

@@ -14,8 +14,8 @@ from typing import Any
 
 from aer_megatron.config import DataSection
 from aer_megatron.data import countdown
-from aer_megatron.sglang.server import free_port
 from tests.support.double_runs import double_python
+from tests.support.real_router import free_port
 from tests.support.real_servers import LAUNCH, SERVER_ENVIRONMENT, inline_table
 from tests.support.runs import ROOT, random_base
 

@@ -14,17 +14,17 @@ from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.convert.fp8_weights import iter_fp8_weights
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
-from aer_megatron.parallel.agreement import exchange_json
-from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.parallel.platform import Platform
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
-from aer_megatron.sglang.protocol import WeightLabels
-from aer_megatron.sglang.weight_sync import SyncContext
+from aer_megatron.sglang.labels import WeightLabels
+from aer_megatron.sglang.publication import WeightPublisher
+from aer_megatron.sglang.weight_servers import WeightServers
 from tests.support.fp8_models import fp8_tensors, save_fp8_model
 from tests.support.sglang_double import SGLangDouble
+from tests.support.sglang_fixtures import made_transport
 from tests.support.spawn import run_distributed
 
-CPU = torch.device("cpu")
 RUN = "aer-0123456789abcdef"
 
 
@@ -50,23 +50,13 @@ def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[st
     options = ClientOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
     if urls:
         with ServerFleet(urls, options) as fleet:
-            context = SyncContext(
-                arch=arch,
-                labels=WeightLabels(RUN),
-                timeout_s=20.0,
-                recovery_s=0.5,
-                leads=rank == 0,
-                exchange=lambda value: exchange_json(value, device=CPU),
-                replace=lambda index: None,
-                max_unhashed_bytes=10**6,
-                fp8=True,
-            )
+            servers = WeightServers(fleet, arch, WeightLabels(RUN), timeout_s=20.0, fp8=True)
             table = json.loads((Path(folder) / "config.json").read_text())
-            shared = Path(folder).parent / "shared"
-            sync = DiskSync(fleet, context, folder=shared, owner=str(shared), hf_config=table, max_shard_bytes=10**6)
+            transport = made_transport("disk", servers, Path(folder).parent / "shared", table, bucket_bytes=10**6)
+            sync = WeightPublisher(servers, transport, Platform("cpu", "gloo", rank, world_size, rank), recovery_s=0.5)
             sync.publish(stream(), 4)
             assert fleet.in_service() == [0]
-            sync.close()
+            transport.close()
     return {name: (str(tensor.dtype), bits(tensor)) for name, tensor in iter_fp8_weights(stream())}
 
 

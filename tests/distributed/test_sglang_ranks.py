@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from aer_megatron.convert.hf_config import architecture_from_hf_config
-from aer_megatron.parallel.agreement import exchange_json, on_first_rank
-from aer_megatron.sglang.disk import DiskSync
+from aer_megatron.parallel.agreement import on_first_rank
+from aer_megatron.parallel.platform import Platform
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
-from aer_megatron.sglang.protocol import WeightLabels
-from aer_megatron.sglang.weight_sync import SyncContext
+from aer_megatron.sglang.labels import WeightLabels
+from aer_megatron.sglang.publication import WeightPublisher
+from aer_megatron.sglang.weight_servers import WeightServers
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import model_folder, weights
+from tests.support.sglang_fixtures import Replacements, made_transport, model_folder, weights
 from tests.support.spawn import run_distributed
 
 CPU = torch.device("cpu")
@@ -27,22 +28,13 @@ RUN = "aer-0123456789abcdef"
 def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts: int | None) -> dict[str, Any]:
     """Returns what a rank sees after one publication; ``distrusts`` is a server that rank 1 caught with garbage."""
     hf_config = json.loads((Path(folder) / "config.json").read_text())
-    replaced: list[int] = []
+    group = Replacements(Path(folder))
     options = ClientOptions(max_concurrency=4, connect_timeout_s=2.0, control_timeout_s=10.0, api_key=None)
     with ServerFleet(urls, options) as fleet:
-        context = SyncContext(
-            arch=architecture_from_hf_config(hf_config),
-            labels=WeightLabels(RUN),
-            timeout_s=10.0,
-            recovery_s=0.5,
-            leads=rank == 0,
-            exchange=lambda value: exchange_json(value, device=CPU),
-            replace=replaced.append,
-            max_unhashed_bytes=1250 * 10**6,
-            fp8=False,
-        )
-        shared = Path(folder).parent / "shared"
-        sync = DiskSync(fleet, context, folder=shared, owner=str(shared), hf_config=hf_config, max_shard_bytes=10**6)
+        arch = architecture_from_hf_config(hf_config)
+        servers = WeightServers(fleet, arch, WeightLabels(RUN), timeout_s=10.0, fp8=False, group=group)
+        transport = made_transport("disk", servers, Path(folder).parent / "shared", hf_config)
+        sync = WeightPublisher(servers, transport, Platform("cpu", "gloo", rank, world_size, rank), recovery_s=0.5)
         if rank == 1 and distrusts is not None:
             fleet.servers[distrusts].comeback = "restart"
         read = 0
@@ -63,8 +55,8 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
             if rank == 0:
                 fleet.allow_transfer(distrusts)  # as the supervisor does once it has restarted the server
             sync.publish(stream(), 5)
-        sync.close()
-        return seen | {"replaced": replaced, "serves_later": fleet.in_service()}
+        transport.close()
+        return seen | {"replaced": group.replaced, "serves_later": fleet.in_service()}
 
 
 @pytest.fixture(scope="module")

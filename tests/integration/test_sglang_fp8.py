@@ -14,7 +14,7 @@ import torch
 
 from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
-from aer_megatron.sglang.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup
 from tests.support.fp8_models import fp8_model, fp8_model_weights, rounded_weights, save_fp8_model
 from tests.support.real_servers import real_server_options
 from tests.support.runs import ROOT
@@ -39,7 +39,7 @@ def url(folder: Path) -> Iterator[str]:
     options = real_server_options(start, folder.parent / "logs", dtype="bfloat16", skip_tokenizer_init=True)
     changed = {"PYTHONPATH": str(ROOT / "tests" / "support" / "fp8_on_cpu")}
     options = replace(options, environment={**options.environment, **changed})
-    with ServerGroup(1, options, command=command_line) as group:
+    with ServerGroup(1, options) as group:
         yield group.start()[0]
 
 

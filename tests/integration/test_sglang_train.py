@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.sglang.server import ServerGroup, command_line
+from aer_megatron.sglang.server import ServerGroup
 from tests.support.real_servers import (
     export_last_checkpoint,
     processes_writing,
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def urls(base: Path) -> Iterator[list[str]]:
     """Two servers for all transports: what one left on them must not disturb the next."""
-    with ServerGroup(2, real_server_options(base / "base", base / "logs"), command=command_line) as group:
+    with ServerGroup(2, real_server_options(base / "base", base / "logs")) as group:
         yield group.start()
     assert processes_writing(base / "logs") == []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aer_megatron.rollout.checksum import tensor_checksum
-from aer_megatron.sglang.metering import Meter
+from aer_megatron.sglang.checksum_queue import ChecksumQueue
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -109,13 +109,13 @@ def test_strides_storage_and_gradients_do_not_count() -> None:
 def test_a_meter_sees_the_whole_stream_in_order_and_says_what_went_wrong() -> None:
     tensors = [(f"t{number}", torch.full((8,), float(number))) for number in range(50)]
     seen: list[str] = []
-    with Meter(lambda name, tensor: seen.append(name), max_bytes=64) as meter:  # two tensors
+    with ChecksumQueue(lambda name, tensor: seen.append(name), max_bytes=64) as meter:  # two tensors
         for number, (name, _) in enumerate(meter.stream(iter(tensors))):
             assert name == f"t{number}"
             assert number + 1 - len(seen) <= 4, "more tensors are held than may be"
         meter.finish()
     assert seen == [name for name, _ in tensors]
-    with Meter(lambda name, tensor: seen.append(name), max_bytes=10**6) as meter:
+    with ChecksumQueue(lambda name, tensor: seen.append(name), max_bytes=10**6) as meter:
         seen.clear()
         assert len(list(meter.stream(iter(tensors)))) == 50
         assert not seen, "a checksum was computed while the transfer had the cores"
@@ -127,6 +127,6 @@ def test_a_meter_sees_the_whole_stream_in_order_and_says_what_went_wrong() -> No
             raise ValueError("t7 is wrong")
 
     for max_bytes in (64, 10**6):  # found while the stream runs, and at its end
-        with Meter(refuse, max_bytes=max_bytes) as meter, pytest.raises(ValueError, match="t7 is wrong"):
+        with ChecksumQueue(refuse, max_bytes=max_bytes) as meter, pytest.raises(ValueError, match="t7 is wrong"):
             list(meter.stream(iter(tensors)))
             meter.finish()

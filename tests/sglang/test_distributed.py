@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from aer_megatron.sglang import distributed
 from aer_megatron.sglang.buckets import buckets
-from aer_megatron.sglang.tensor import serialize
+from aer_megatron.sglang.transports import distributed
+from aer_megatron.sglang.transports.tensor import serialize
 from tests.support.served_weights import AllowListed
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights

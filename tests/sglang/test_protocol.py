@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.sglang.labels import ForeignWeights, WeightLabels
 from aer_megatron.sglang.protocol import (
     Expected,
-    ForeignWeights,
-    WeightLabels,
     ended,
     generate_body,
     is_empty_abort,

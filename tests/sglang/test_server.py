@@ -17,6 +17,7 @@ import pytest
 from aer_megatron.sglang.guard import KEY_FILE
 from aer_megatron.sglang.server import LaunchOptions, ServerGroup, command_line
 from aer_megatron.sglang.start_server import KEY_FILE_OPTION
+from aer_megatron.sglang.supervisor import Supervisor
 from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
 from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
@@ -160,9 +161,9 @@ def test_a_key_lies_in_a_file_of_its_user_until_it_is_read(tmp_path: Path) -> No
 def test_a_killed_server_is_restored_before_it_serves_and_no_completion_is_lost(
     group: ServerGroup, folder: Path
 ) -> None:
-    with rollouts(group.urls, folder, recovery_timeout_s=60.0) as made:
+    with Supervisor(group) as supervisor, rollouts(group.urls, folder, recovery_timeout_s=60.0) as made:
         made.sync.publish(iter(weights(7).items()), 5)
-        group.watch(restore=made.sync.restore, renewed=made.fleet.allow_transfer)
+        supervisor.watch(made.sync)
         victim = processes_of(port_of(group.urls[0]))
         for process in victim:
             os.kill(process, signal.SIGKILL)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aer_megatron.rollout.engine import GenerateRequest
+from aer_megatron.sglang.labels import WeightLabels
 from aer_megatron.sglang.protocol import (
     Expected,
-    WeightLabels,
     check_name,
     is_empty_abort,
     parse_completion,

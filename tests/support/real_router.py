@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron.sglang.server import free_port
+from aer_megatron.sglang.addresses import HeldPort
 from tests.support.runs import ROOT
 
 SMG = ROOT / ".venv-sglang" / "bin" / "smg"
@@ -38,3 +38,10 @@ def real_router(log: Path, workers: Sequence[str] = (), *options: str) -> Iterat
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def free_port(host: str) -> int:
+    """Returns a port that is free now."""
+    held = HeldPort(host)
+    held.release()
+    return held.number

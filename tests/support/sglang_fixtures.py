@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from aer_megatron.convert.hf_config import architecture_from_hf_config
+from aer_megatron.parallel.platform import Platform
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.calls import RequestLimits
-from aer_megatron.sglang.disk import DiskSync
-from aer_megatron.sglang.distributed import DistributedSync
 from aer_megatron.sglang.engine import SGLangEngine
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
-from aer_megatron.sglang.protocol import WeightLabels, new_run_id
-from aer_megatron.sglang.tensor import TensorSync
-from aer_megatron.sglang.weight_sync import ServerSync, SyncContext
+from aer_megatron.sglang.labels import WeightLabels, new_run_id
+from aer_megatron.sglang.publication import WeightPublisher
+from aer_megatron.sglang.server import LaunchOptions, ServerGroup
+from aer_megatron.sglang.transports import BaseTransport, TransportOptions, make_transport
+from aer_megatron.sglang.weight_servers import WeightServers
 from tests.support.policies import tiny_hf_model
 
 OPTIONS = SamplingOptions(1.0, 1.0, 0, frozenset({2}))
-TRANSPORTS = ("disk", "distributed", "tensor")
+PLATFORM = Platform("cpu", "gloo", rank=0, world_size=1, local_rank=0)
 BUCKET_BYTES = 20_000  # several buckets of a tiny model
 
 
@@ -34,7 +36,7 @@ class Rollouts(NamedTuple):
 
     engine: SGLangEngine
     fleet: ServerFleet
-    sync: ServerSync
+    sync: WeightPublisher
     replaced: list[int]
     labels: WeightLabels
 
@@ -77,7 +79,7 @@ def rollouts(
         "transfer_timeout_s": 20.0,
     } | limits
     transfer_timeout_s = chosen.pop("transfer_timeout_s")
-    replaced: list[int] = []
+    group = Replacements(folder)
     labels = WeightLabels(new_run_id())
     with ExitStack() as stack:
         fleet = stack.enter_context(
@@ -88,29 +90,52 @@ def rollouts(
                 ),
             )
         )
-        context = SyncContext(
-            arch=architecture_from_hf_config(hf_config),
-            labels=labels,
-            timeout_s=transfer_timeout_s,
-            recovery_s=chosen["recovery_timeout_s"],
-            leads=True,
-            exchange=lambda value: [json.loads(json.dumps(value))],
-            replace=replaced.append,
-            max_unhashed_bytes=1250 * 10**6,
-            fp8=fp8,
-        )
-        sync = _transport(transport, fleet, context, folder.parent / "transfer", hf_config)
-        stack.callback(sync.close)
-        engine = SGLangEngine(fleet, RequestLimits(**chosen), labels=labels, vocab_size=context.arch.vocab_size)
+        stack.enter_context(one_rank())
+        arch = architecture_from_hf_config(hf_config)
+        servers = WeightServers(fleet, arch, labels, timeout_s=transfer_timeout_s, fp8=fp8, group=group)
+        chosen_transport = made_transport(transport, servers, folder.parent / "transfer", hf_config)
+        stack.callback(chosen_transport.close)
+        sync = WeightPublisher(servers, chosen_transport, PLATFORM, recovery_s=chosen["recovery_timeout_s"])
+        engine = SGLangEngine(fleet, RequestLimits(**chosen), labels=labels, vocab_size=arch.vocab_size)
         torch.manual_seed(0)
-        yield Rollouts(engine, fleet, sync, replaced, labels)
+        yield Rollouts(engine, fleet, sync, group.replaced, labels)
 
 
-def _transport(
-    name: str, fleet: ServerFleet, context: SyncContext, folder: Path, hf_config: dict[str, Any]
-) -> ServerSync:
-    if name == "distributed":
-        return DistributedSync(fleet, context, backend="gloo", address="127.0.0.1", bucket_bytes=BUCKET_BYTES)
-    if name == "tensor":
-        return TensorSync(fleet, context, bucket_bytes=BUCKET_BYTES)
-    return DiskSync(fleet, context, folder=folder, owner=str(folder), hf_config=hf_config, max_shard_bytes=BUCKET_BYTES)
+def made_transport(
+    name: str, servers: WeightServers, folder: Path, hf_config: dict[str, Any], bucket_bytes: int = BUCKET_BYTES
+) -> BaseTransport:
+    """Returns a transport whose files hold, like its buckets, ``bucket_bytes``."""
+    options = TransportOptions(
+        folder=folder,
+        owner=str(folder),
+        hf_config=hf_config,
+        max_shard_bytes=bucket_bytes,
+        backend="gloo",
+        address="127.0.0.1",
+        bucket_bytes=bucket_bytes,
+    )
+    return make_transport(name, servers, options)
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """This process is the one rank of a job, as long as the context lasts."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Replacements(ServerGroup):
+    """No processes, but a note of those that are to be replaced."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(0, LaunchOptions("", str(folder), "127.0.0.1", {}, {}, folder, 1.0, 0, None, ""))
+        self.replaced: list[int] = []
+
+    def replace(self, index: int) -> None:
+        self.replaced.append(index)

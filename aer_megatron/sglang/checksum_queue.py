@@ -11,7 +11,7 @@ from typing import Self
 from torch import Tensor
 
 
-class Meter:
+class ChecksumQueue:
     """Calls ``add`` with every tensor of a stream, in order, in a thread of its own; a ``with`` block ends that.
 
     That is put off until ``finish``, or until ``max_bytes`` wait: those who took the stream compute as many checksums
@@ -51,7 +51,7 @@ class Meter:
             yield name, tensor
 
     def finish(self) -> None:
-        """Returns when ``add`` is done with everything; raises what it raised."""
+        """Waits until ``add`` is done with everything; raises what it raised."""
         while self._waiting:
             self._start()
         while self._busy:

@@ -1,6 +1,6 @@
 """Weights as pickled buckets to servers on the same machine: CUDA IPC handles on a GPU, the bytes themselves on a CPU.
 
-A bucket is one vector of bytes with the place of every tensor in it (the servers' "flattened_bucket"). Servers read it
+A bucket is one vector of bytes with the offset of every tensor in it (the servers' "flattened_bucket"). Servers read it
 with an allow-list: plain tensors, ``SimpleNamespace`` and dtypes are on it, so nothing of theirs is needed to write it.
 
 On a GPU only a handle travels: a server copies out of the trainer's memory, which stays as it is until every server has
@@ -14,10 +14,8 @@ receiver to be a child of the sender, and its files a manager process that may o
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import pickle
-from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 from types import SimpleNamespace
@@ -27,52 +25,22 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from aer_megatron.sglang.buckets import Bucket, buckets
-from aer_megatron.sglang.fleet import ServerFleet
-from aer_megatron.sglang.sessions import SessionSync
-from aer_megatron.sglang.weight_sync import SyncContext
+from aer_megatron.sglang.buckets import Bucket
+from aer_megatron.sglang.sessions import SessionTransport
 
 _DEVICE_ARGUMENT = 6  # of torch's rebuild_cuda_tensor
 
 
-class TensorSync(SessionSync):
-    """Publishes to servers on this machine.
+class Transport(SessionTransport):
+    """Publishes to servers on this machine."""
 
-    Args:
-        fleet, context: see ``sync.servers``.
-        bucket_bytes: of one request (a larger tensor travels alone).
-    """
+    def _prepared(self, bucket: Bucket) -> str:
+        """Returns the bytes of a bucket, the same for everyone; "" on a GPU: a handle is its reader's own."""
+        return "" if bucket.flat.is_cuda else serialize(bucket)
 
-    def __init__(self, fleet: ServerFleet, context: SyncContext, *, bucket_bytes: int) -> None:
-        super().__init__(fleet, context)
-        self._bucket_bytes = bucket_bytes
-
-    def _send(
-        self, named_tensors: Iterator[tuple[str, Tensor]], version: int, indices: Sequence[int]
-    ) -> dict[int, str]:
-        refused = self._in_parallel(self._begin, indices)
-        alive = [index for index in indices if index not in refused]
-        refused |= self._send_each(self._payloads(named_tensors), functools.partial(self._load, version), alive)
-        alive = [index for index in indices if index not in refused]
-        refused |= self._in_parallel(self._end, alive)
-        for index in refused:
-            self._leave_no_session(index)
-        return refused
-
-    def _payloads(self, named_tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[Bucket, str]]:
-        """Yields buckets; their bytes are the same for everyone, while a handle is its reader's own."""
-        for bucket in buckets(named_tensors, self._bucket_bytes):
-            yield bucket, "" if bucket.flat.is_cuda else serialize(bucket)
-
-    def _load(self, version: int, payload: tuple[Bucket, str], index: int) -> None:
-        bucket, text = payload
-        body = {
-            "serialized_named_tensors": [text or serialize(bucket) for _ in range(self._tp_size[index])],
-            "load_format": "flattened_bucket",
-            "flush_cache": True,
-            "weight_version": self._context.labels.unverified(version),
-        }
-        self._post(index, "/update_weights_from_tensor", body)
+    def _load(self, index: int, bucket: Bucket, prepared: Any, fields: dict[str, Any]) -> None:
+        ranks = [prepared or serialize(bucket) for _ in range(self._servers.tp_size[index])]
+        self._servers.post(index, "/update_weights_from_tensor", {"serialized_named_tensors": ranks, **fields})
 
 
 def serialize(bucket: Bucket) -> str:

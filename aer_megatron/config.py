@@ -241,7 +241,7 @@ class SglangSection(Section):
         description="name of the environment variable that holds the servers' API key; "
         "empty = none, and a random one for launched servers",
     )
-    transport: Literal["disk", "distributed", "tensor"] = Field(
+    transport: Text = Field(
         "disk",
         description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL; "
         "tensor = servers on rank 0's machine: CUDA IPC, on CPU inside the request",

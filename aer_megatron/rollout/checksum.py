@@ -1,6 +1,6 @@
 """A 64-bit checksum of a tensor, for comparing what was sent with what arrived. Not cryptographic.
 
-Every 64-bit word goes through a bijection that depends on its place in its block, the results are summed
+Every 64-bit word goes through a bijection that depends on its position in its block, the results are summed
 modulo 2^64, and the block sums are chained in order. So a change confined to one word (any single bit flip)
 is always detected, and any other change is missed with probability about 2^-64.
 """
@@ -55,7 +55,7 @@ def _block_sum(words: UInt64Array, key: UInt64Array, buffers: tuple[UInt64Array,
 
 
 def _keys(count: int) -> UInt64Array:
-    """Returns ``count`` fixed odd numbers, the place-dependent part of the hash."""
+    """Returns ``count`` fixed odd numbers, the position-dependent part of the hash."""
     index = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_CHAIN)
     index = (index ^ (index >> np.uint64(30))) * _MIX
     return (index ^ (index >> np.uint64(31))) | np.uint64(1)

@@ -2,7 +2,7 @@
 
 Every request is one /generate call with a name of its own. A call that fails without an answer is repeated on another
 server under a new name, after its old name was aborted: sampling has no side effects, so nothing is counted twice. An
-answer that cannot be right takes its server out of service (``sglang/fleet.py`` says when it may come back).
+answer that cannot be right takes its server out of service (``sglang/server_state.py`` says when it may come back).
 
     outcome of a call                          server                          request
     connection refused                         out, until a probe succeeds     repeated elsewhere

@@ -1,7 +1,7 @@
 """Runs one command and ends it, with everything it started, when the parent is gone: ``python guard.py COMMAND ...``
 
 The first line of standard input is a secret, or empty: the command finds it in a file that only this user can read and
-whose name takes the place of the word @KEY_FILE@.
+whose name replaces the word @KEY_FILE@.
 
 Standard input is the parent's lifeline: at its end - the parent closed it or died, even by SIGKILL - the command's
 process group gets SIGTERM and, ``GRACE_S`` later, SIGKILL. What a killed server cannot remove itself goes too: the
@@ -67,7 +67,7 @@ def read_secret() -> str:
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
-    """Returns when no process of the child's group is left."""
+    """Ends the child's process group and waits until none of it is left."""
     deadline = time.monotonic() + GRACE_S
     number = signal.SIGTERM
     while True:

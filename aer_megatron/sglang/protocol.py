@@ -155,9 +155,9 @@ def _token_ids(reply: Any, expected: Expected) -> tuple[int, ...]:
     ids = _field(reply, "output_ids", list)
     if not ids or len(ids) > limit:
         raise BadReply(f"{len(ids)} tokens were sampled, max_new_tokens is {limit}")
-    for place, token in enumerate(ids):
+    for position, token in enumerate(ids):
         if not _is_int(token) or not 0 <= token < size:
-            raise BadReply(f"token {place} is {shown(token)}, not an id of the {size} of the vocabulary")
+            raise BadReply(f"token {position} is {shown(token)}, not an id of the {size} of the vocabulary")
     count = _field(reply, "meta_info", dict).get("completion_tokens", len(ids))
     if not _is_int(count) or count != len(ids):
         raise BadReply(f"completion_tokens is {shown(count)}, output_ids has {len(ids)}")
@@ -169,13 +169,13 @@ def _logprobs(meta: Mapping[str, Any], token_ids: tuple[int, ...]) -> tuple[floa
     if len(rows) != len(token_ids):
         raise BadReply(f"{len(rows)} log-probabilities came for {len(token_ids)} tokens")
     logprobs = []
-    for place, (row, token) in enumerate(zip(rows, token_ids, strict=True)):
+    for position, (row, token) in enumerate(zip(rows, token_ids, strict=True)):
         if not isinstance(row, list) or len(row) < 2 or not _is_int(row[1]) or row[1] != token:
-            raise BadReply(f"log-probability {place} is {shown(row)}, not one of token {token}")
+            raise BadReply(f"log-probability {position} is {shown(row)}, not one of token {token}")
         value = row[0]
         # NaN is in no range; an integer of any length is compared as it is
         if not (_is_int(value) or isinstance(value, float)) or not _LOWEST_LOGPROB <= value <= _LOGPROB_ROUNDING:
-            raise BadReply(f"log-probability {place} is {shown(value)}")
+            raise BadReply(f"log-probability {position} is {shown(value)}")
         logprobs.append(float(value))
     return tuple(logprobs)
 

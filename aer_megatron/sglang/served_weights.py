@@ -81,7 +81,7 @@ class ServedChecksums:
         weight_name = name.removesuffix(SCALE_SUFFIX)
         if weight_name in self._unscaled:
             name, host = weight_name, dequantize_weight(self._unscaled.pop(weight_name), host, torch.bfloat16)
-        served, part, num_parts = self._place(name)
+        served, part, num_parts = self._part_of(name)
         for rank, parameters in enumerate(self._ranks):
             parameter = parameters.setdefault(served, _Parameter(num_parts))
             parameter.add(part, self._cut(name, host, rank))
@@ -102,8 +102,8 @@ class ServedChecksums:
             for parameters in self._ranks
         ]
 
-    def _place(self, name: str) -> tuple[str, int, int]:
-        """Returns the served name, the tensor's place in it and the number of places."""
+    def _part_of(self, name: str) -> tuple[str, int, int]:
+        """Returns the served name, which part of it the tensor is, and the number of parts."""
         expert = _EXPERT.match(name)
         if expert is not None:
             assert self._arch.moe is not None

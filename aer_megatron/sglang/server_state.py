@@ -15,7 +15,7 @@ Comeback = Literal["probe", "transfer", "restart"]
 
 @dataclass(slots=True)
 class Server:
-    """One server as this rank sees it; ``index`` is its place in ``sglang.urls``."""
+    """One server as this rank sees it; ``index`` counts those of ``sglang.urls``."""
 
     index: int
     url: str

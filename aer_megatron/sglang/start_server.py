@@ -20,11 +20,11 @@ KEY_FILE_OPTION = "--aer-key-file"
 def main(words: list[str]) -> None:
     """Runs the module; returns or raises as it does."""
     module, *options = words
-    place = options.index(KEY_FILE_OPTION)
-    file = Path(options[place + 1])
+    at = options.index(KEY_FILE_OPTION)
+    file = Path(options[at + 1])
     key = file.read_text(encoding="ascii")
     file.unlink()
-    del options[place : place + 2]
+    del options[at : at + 2]
     sys.stdout, sys.stderr = hiding(sys.stdout, key), hiding(sys.stderr, key)
     sys.path[0] = os.getcwd()  # as -m has it: not this file's folder, where other modules have an sglang of their own
     sys.argv = [module, *options, f"--api-key={key}"]

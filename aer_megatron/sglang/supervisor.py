@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 from aer_megatron.sglang.publication import WeightPublisher
@@ -31,9 +30,7 @@ class Supervisor:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._group.closing.set()
         for watcher in self._watchers:
             watcher.join()

@@ -35,9 +35,11 @@ PERMITTED = {
     # writes the .metadata that Megatron reads; torch.load with weights_only
     "convert/megatron_folder.py": {"pickle", "torch.save", "torch.load"},
     # what SGLang's tensor transport reads; nothing is read here
-    "sglang/tensor.py": {"pickle", "torch.multiprocessing"},
+    "sglang/transports/tensor.py": {"pickle", "torch.multiprocessing"},
     # reads what this process wrote a moment ago, to compare it
     "actor/conversion_check.py": {"megatron.core.dist_checkpointing.load"},
+    # a file of its own folder
+    "sglang/transports/__init__.py": {"importlib.import_module"},
     # a function that the run file names, in a worker process
     "rewards/registry.py": {"importlib.import_module"},
     # a class that the run file names

@@ -14,11 +14,12 @@ import torch
 
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.server import LaunchOptions, ServerGroup
+from aer_megatron.sglang.transports import TRANSPORTS
 from aer_megatron.types import Completion, VersionSpan
 from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, TRANSPORTS, Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
 
 SERVER_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 LAUNCH = {

@@ -15,11 +15,12 @@ import torch
 from aer_megatron.convert.fp8_folder import write_fp8_folder
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.server import ServerGroup
+from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.fp8_models import fp8_model, fp8_model_weights, rounded_weights, save_fp8_model
 from tests.support.real_servers import real_server_options
 from tests.support.runs import ROOT
 from tests.support.served_weights import served_checksum
-from tests.support.sglang_fixtures import TRANSPORTS, rollouts
+from tests.support.sglang_fixtures import rollouts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 BF16 = torch.bfloat16

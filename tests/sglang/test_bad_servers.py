@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, TRANSPORTS, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
 
 PARAMETER = "model.norm.weight"
 

@@ -26,6 +26,7 @@ from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.rollout.checksum import tensor_checksum
 from aer_megatron.sglang.served_weights import ServedChecksums
+from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.fp8_models import (
     fp8_model,
     fp8_model_weights,
@@ -37,7 +38,7 @@ from tests.support.fp8_models import (
 from tests.support.runs import ROOT
 from tests.support.served_weights import served_checksum
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import TRANSPORTS, rollouts
+from tests.support.sglang_fixtures import rollouts
 
 O_PROJ = "model.layers.0.self_attn.o_proj.weight"
 

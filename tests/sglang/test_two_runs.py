@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, TRANSPORTS, Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
 
 
 @pytest.fixture(scope="module")

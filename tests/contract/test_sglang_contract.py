@@ -195,13 +195,14 @@ def test_a_process_group_that_a_server_refuses_is_given_up_at_once(
 ) -> None:
     """It says so by HTTP, where the trainer would wait ``transfer_timeout_s`` for it to join."""
     with rollouts([url], folder, api_key=KEY, transport="distributed", transfer_timeout_s=600.0) as made:
-        post = made.sync._post
+        servers = made.sync._servers
+        post = servers.post
 
         def asks_for_another_backend(index: int, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
             change = {"backend": "no_such_backend"} if path == "/init_weights_update_group" else {}
             return post(index, path, {**body, **change})
 
-        monkeypatch.setattr(made.sync, "_post", asks_for_another_backend)
+        monkeypatch.setattr(servers, "post", asks_for_another_backend)
         began = time.monotonic()
         with pytest.raises(RuntimeError, match="no_such_backend"):
             made.sync.publish(iter(weights(0).items()), 0)

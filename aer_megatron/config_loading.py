@@ -9,7 +9,7 @@ import codecs
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,25 +17,29 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from aer_megatron.config import Config
-from aer_megatron.config_section import merged, nested_section, rules_of, shown
+from aer_megatron.config_section import nested_section, overridden, rules_of, shown
 
 _MAX_FILE_BYTES = 1 << 24
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, note: Callable[[str], object] | None = None
+) -> Config:
     """Returns the run configuration of a TOML file with ``key.sub=value`` overrides applied on top.
 
     Values of overrides are TOML literals; what does not parse as one is taken as a string, and an option that is text
-    takes it as it stands (``--run.name=2024``).
+    takes it as it stands (``--run.name=2024``). An override of a rule's ``kind`` leaves out the file's options
+    that the new rule does not have, and ``note`` is told which.
 
     Raises:
         ValueError: the file is missing or malformed, a key is unknown (the nearest one is named) or a value is of the
             wrong type or out of its range; the message starts with the dotted option.
     """
-    table = {} if path is None else _read_table(Path(path))
-    for override in overrides:
-        table = merged(table, parse_override(override))
-    return Config.from_table(table)
+    table, left_out = overridden(Config, {} if path is None else _read_table(Path(path)), parse_overrides(overrides))
+    config = Config.from_table(table)
+    if left_out and note is not None:
+        note(f"left out of {path}: {', '.join(left_out)}, which the kind of the command line does not have")
+    return config
 
 
 def config_digest(sections: Mapping[str, Any]) -> str:
@@ -63,6 +67,16 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise ValueError(f"run file {path} is not usable: values are nested too deeply; write it flat") from None
     except ValueError as error:  # also of int(), which takes 4,300 digits at most
         raise ValueError(f"run file {path} is not valid TOML: {error}; correct it and save it as UTF-8") from None
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns {dotted option: value} of all overrides, the last one of an option last; errors as ``parse_override``."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        for name, value in parse_override(override).items():
+            changes.pop(name, None)
+            changes[name] = value
+    return changes
 
 
 def parse_override(override: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -63,9 +63,10 @@ class Section(BaseModel):
         """Returns the section with options changed, validated as a whole; errors as in ``from_table``.
 
         Args:
-            changes: by dotted name, ``{"parallel.tp": 2, "data.eval": None}``; a table replaces a whole table.
+            changes: by dotted name, ``{"parallel.tp": 2, "data.eval": None}``; a table replaces a whole table, and the
+                ``kind`` of another rule the options that only the former one has.
         """
-        return self.from_table(merged(self.model_dump(exclude_unset=True), changes))
+        return self.from_table(overridden(type(self), self.model_dump(exclude_unset=True), changes)[0])
 
 
 class Rule(Section):
@@ -136,7 +137,8 @@ def _own_rule(kind: str, base: type[Rule]) -> type[Rule]:
         raise ValueError(f"kind={kind!r} must be a class derived from {base.__module__}.{base.__name__}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise ValueError(f"kind={kind!r} must define {', '.join(missing)}, as {base.__module__}.{base.__name__} says")
-    for method, wanted in inspect.getmembers(base, inspect.isfunction):
+    ours = next(each for each in found.__mro__ if each.__module__.startswith(f"{__package__}."))
+    for method, wanted in inspect.getmembers(ours, inspect.isfunction):
         if method.startswith("_") or getattr(Rule, method, None) is wanted:
             continue
         parameters = list(inspect.signature(wanted).parameters.values())
@@ -151,6 +153,53 @@ def _own_rule(kind: str, base: type[Rule]) -> type[Rule]:
                 f"{method}{inspect.signature(wanted)}: {error}"
             ) from None
     return found
+
+
+def overridden(
+    section: type[Section], table: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns (the table of ``section`` with ``changes`` as in ``merged``, the options of it that were left out).
+
+    Those are the options of a rule whose ``kind`` a change replaces, which the new rule does not have.
+
+    Raises:
+        ValueError: as in ``merged``.
+    """
+    result, left_out = dict(table), list[str]()
+    for name, value in changes.items():
+        where, _, leaf = name.rpartition(".")
+        rules, given = _rules_at(section, where.split(".")) if leaf == "kind" else None, _value_at(table, where)
+        if rules is None or not isinstance(given, Mapping):
+            continue
+        try:
+            former, chosen = rules.choose(given), rules.choose({"kind": value})
+        except ValueError:
+            continue  # from_table says what is wrong
+        gone = [key for key in given if key != "kind" and _owner(former, key) not in (None, _owner(chosen, key))]
+        result = merged(result, {where: {key: item for key, item in given.items() if key not in gone}})
+        left_out += [f"{where}.{key}" for key in gone]
+    return merged(result, changes), left_out
+
+
+def _rules_at(section: type[BaseModel], parts: Sequence[str]) -> OneOf | None:
+    """Returns the rules that the field with a dotted name may hold; None where it is no such field."""
+    field = section.model_fields.get(parts[0])
+    if field is None or len(parts) == 1:
+        return None if field is None else rules_of(field)
+    nested = nested_section(field.annotation)
+    return None if nested is None else _rules_at(nested, parts[1:])
+
+
+def _value_at(table: Mapping[str, Any], name: str) -> Any:
+    value: Any = table
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _owner(rule: type[Rule], option: str) -> type | None:
+    """Returns the class that declares an option of a rule: two rules share an option that they inherit."""
+    return next((each for each in rule.__mro__ if option in inspect.get_annotations(each)), None)
 
 
 def merged(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +251,7 @@ def describe(
 
 
 def _describe_rules(rules: OneOf, prefix: str, given: Rule, text: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yields ``kind``, then the options of all rules, each with the kinds that have it."""
+    """Yields ``kind``, then the options of all rules, each with the kinds that have it where not all do."""
     yield f"{prefix}kind", " | ".join(rules.rules), json.dumps(given.kind), f"{text}; or 'package.module:name'"
     kinds_of: dict[tuple[str, str, str, str], list[str]] = {}
     for kind, rule in rules.rules.items():
@@ -210,7 +259,7 @@ def _describe_rules(rules: OneOf, prefix: str, given: Rule, text: str) -> Iterat
             if option[0] != f"{prefix}kind":
                 kinds_of.setdefault(option, []).append(kind)
     for (key, form, default, meaning), kinds in kinds_of.items():
-        yield key, form, default, f"{meaning} (kind = {', '.join(kinds)})"
+        yield key, form, default, meaning + (f" (kind = {', '.join(kinds)})" if len(kinds) < len(rules.rules) else "")
 
 
 def nested_section(annotation: Any) -> type[BaseModel] | None:

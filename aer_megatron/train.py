@@ -24,11 +24,11 @@ from aer_megatron.parallel.stop import StopRequests, StopRun
 
 
 def _run(given: Given, edge: Edge) -> int:
-    config = given.config()
+    speaks = os.environ.get("RANK", "0") == "0"  # the ranks' own part needs seconds to be imported
+    config = given.config(speaks=speaks)
     edge.log_folder = Path(config.run.output_dir) / LOG_FOLDER
     if given["dry-run"]:
         return _dry_run(config, given["stage"])
-    speaks = os.environ.get("RANK", "0") == "0"  # the ranks' own part needs seconds to be imported
     line = functools.partial(say, error=True) if speaks else None
     try:
         with StopRequests(line, max_hours=config.run.max_hours, end=_end_at_once) as stops:

@@ -1,10 +1,10 @@
-"""The entropy controller: one frozen state, one pure update, and the coefficient that the loss uses.
+"""The entropy controller: one frozen state and one pure step from it, by an entropy rule.
 
-    Observation (sums of a rollout batch) --update--> Decision (next state, reason, alarm)
-                                                          |--loss_coefficient--> loss
+    state, Observation (sums of a rollout batch) --step--> Decision (next state, coefficient of the loss, reason, alarm)
 
-Symbols, as in docs/aer.md: H is the token-mean ``token_entropy`` of the rollout batch (nats), H_0 that of the
-first batch, H* = tau * H_0 the target, d the difficulty of a prompt, alpha the global coefficient.
+What a rule wants is in entropy_rules/; what holds for every rule is here: anchor, hold, freeze, rate limit, bound,
+alarms. Symbols, as in docs/aer.md: H is the token-mean ``token_entropy`` of the rollout batch (nats), H_0 that of the
+first batch, H* the target, d the difficulty of a prompt, alpha the global coefficient.
 
 Everything here is Python floats, identical on every rank because the observation is. This file does NOT
 reduce over ranks, read tensors, write metrics or decide when it is called.
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
-from aer_megatron.algo.options import EntropySection
+from aer_megatron.algo.entropy_rules.base import EntropyRule, SteeringRule
 
 # A mean entropy this far below zero is rounding of a fp32 softmax; anything lower is a broken statistic.
 _NEGATIVE_ROUNDING_NATS = 1e-4
@@ -27,7 +27,7 @@ class ControllerState:
     """All that the controller remembers; checkpointed as one table.
 
     Example: ``ControllerState(step=12, alpha=0.0031, integral=0.0, initial_entropy=0.9, held_steps=0,
-    frozen_steps=2)``. ``integral`` is I of the ``pi`` update and stays 0 under every other rule.
+    frozen_steps=2)``. ``integral`` is I of the ``pi`` update of ``aer``; rules that keep none leave it.
     """
 
     step: int  # updates so far
@@ -61,100 +61,59 @@ class Observation:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The next state with what is to be said about it."""
+    """The next state, what the loss of this step uses, and what is to be said about it."""
 
     state: ControllerState
+    coefficient: float  # multiplies d(q) H in the loss
+    target: float  # H* in nats; NaN without one
     reason: str  # one readable line, always present
     alarm: str | None
     held: bool
     frozen: bool
+    reported: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # the rule's own numbers, (sum, count)
 
 
-def initial_state(config: EntropySection) -> ControllerState:
-    """Returns the state before the first rollout batch: alpha_0 = 0, or the constant of ``fixed``."""
-    alpha = config.coefficient if config.kind == "fixed" else 0.0
+def initial_state(rule: EntropyRule) -> ControllerState:
+    """Returns the state before the first rollout batch."""
+    alpha = rule.initial_alpha()
     return ControllerState(step=0, alpha=alpha, integral=0.0, initial_entropy=None, held_steps=0, frozen_steps=0)
 
 
-def anchor(state: ControllerState, config: EntropySection, observation: Observation) -> ControllerState:
-    """Returns ``state`` with H_0 set from the first usable observation; later calls return ``state`` itself.
-
-    An unusable statistic (non-finite, no tokens) or a mismatch above its bound leaves ``state`` as it is, so that the
-    next batch may anchor. Source: "initial-anchored target entropy", the second component of arXiv 2510.10959.
-    """
-    entropy = _token_mean(observation)
-    if state.initial_entropy is not None or entropy is None or _mismatched(config, observation):
-        return state
-    return replace(state, initial_entropy=entropy)
-
-
-def target_entropy(state: ControllerState, config: EntropySection) -> float:
-    """Returns H* in nats: ``skywork_target`` for skywork, else tau * H_0; NaN before the anchor.
-
-    ``none`` and ``fixed`` steer by no target; theirs is the same tau * H_0, reported as the reference.
-    """
-    if config.kind == "skywork":
-        return config.skywork_target
-    if state.initial_entropy is None:
-        return math.nan
-    return config.tau * state.initial_entropy
-
-
-def update(state: ControllerState, config: EntropySection, observation: Observation) -> Decision:
+def step(state: ControllerState, rule: EntropyRule, observation: Observation) -> Decision:
     """Returns the decision after one rollout batch; pure, the same inputs give the same bits.
 
-    ``aer`` moves alpha by ``config.update`` towards H = H*, ``skywork`` by a constant step, ``fixed`` and
-    ``none`` leave it. A statistic that is missing or not finite holds alpha, and so does a mismatch between rollout
-    engine and trainer above ``config.mismatch_bound``. Formulas and their provenance: docs/aer.md.
+    The first usable observation sets H_0 for good. A statistic that is missing or not finite holds alpha; so does, for
+    a rule that steers, a mismatch between rollout engine and trainer above ``mismatch_bound``. Formulas and their
+    provenance: docs/aer.md.
+
+    Raises:
+        ValueError: a rule returned a number that is not finite, a negative alpha or a report that it did not declare.
     """
     entropy = _token_mean(observation)
-    target = target_entropy(state, config)
-    problem = _unusable(config, observation, entropy, target)
+    mismatched = rule.mismatch_bound > 0 and not observation.mismatch_kl <= rule.mismatch_bound  # a NaN counts as far
+    # an unusable or mismatched batch leaves H_0 open: the next one may anchor it
+    if state.initial_entropy is None and entropy is not None and not mismatched:
+        state = replace(state, initial_entropy=entropy)
+    target = rule.target_entropy(state.initial_entropy)
+    problem = _unusable(rule, observation, entropy, target, mismatched=mismatched)
+    alarm, frozen = None, False
     if entropy is None or problem is not None:
-        held = replace(state, step=state.step + 1, held_steps=state.held_steps + 1)
-        return Decision(held, _with_shadow(config, f"alpha {state.alpha:.4g} held: {problem}"), None, True, False)
-
-    frozen = config.kind == "aer" and observation.difficulty_mean < config.difficulty_floor
-    proposed, integral = _propose(state, config, target - entropy, frozen)
-    limited = _rate_limited(state.alpha, proposed, config.max_change)
-    alpha = min(limited, _upper_bound(config))  # the hard bound has the last word
-    following = replace(
-        state,
-        step=state.step + 1,
-        alpha=alpha,
-        integral=integral,
-        frozen_steps=state.frozen_steps + int(frozen),
-    )
-    reason = _reason(state, following, config, entropy, target)
-    if frozen:
-        reason += f"; integrator frozen: mean difficulty {observation.difficulty_mean:.4g} below "
-        reason += f"{config.difficulty_floor:.4g}"
-    if alpha != proposed:
-        reason += f"; {proposed:.4g} limited to a change of {config.max_change:.4g}"
-    return Decision(following, reason, _alarm(following, config, entropy, target), False, frozen)
-
-
-def loss_coefficient(state: ControllerState, config: EntropySection, token_entropy: float) -> float:
-    """Returns the coefficient that multiplies d(q) * H in the loss of this step.
-
-    Args:
-        token_entropy: token-mean entropy of the current rollout batch in nats; only skywork reads it, because
-            its bonus applies only while H is below the target (a NaN therefore switches it off).
-    """
-    if config.shadow or config.kind == "none":
-        return 0.0
-    if config.kind == "skywork":
-        return state.alpha if token_entropy < config.skywork_target else 0.0
-    return config.coefficient if config.kind == "fixed" else state.alpha
-
-
-def needs_entropy_gradient(config: EntropySection) -> bool:
-    """Returns whether the loss needs a gradient through the entropy under this rule.
-
-    Decided by the rule and never by a coefficient's value: alpha starts at 0 and grows, and one step built
-    without the graph would be a step that the controller believes it acted in.
-    """
-    return config.kind != "none" and not config.shadow
+        following = replace(state, step=state.step + 1, held_steps=state.held_steps + 1)
+        reason = f"alpha {state.alpha:.4g} held: {problem}"
+    else:
+        if isinstance(rule, SteeringRule):
+            following, reason, frozen = _steered(state, rule, entropy, target, observation.difficulty_mean)
+        else:
+            following = replace(state, step=state.step + 1)
+            reference = "no reference yet" if math.isnan(target) else f"{_side(entropy, target)} reference {target:.4g}"
+            reason = f"{rule.label(state.alpha)}: H {entropy:.4g}" + (", " if math.isnan(target) else " ") + reference
+        alarm = _alarm(following, rule, entropy, target)
+    if isinstance(rule, SteeringRule) and rule.shadow:
+        reason = f"shadow, the loss uses 0: {reason}"
+    coefficient = rule.loss_coefficient(following.alpha, observation.token_mean) if rule.acts else 0.0
+    reported = rule.report(following.alpha, observation.token_mean)
+    _check_returned(rule, coefficient, reported)
+    return Decision(following, coefficient, target, reason, alarm, problem is not None, frozen, reported)
 
 
 def state_to_dict(state: ControllerState) -> dict[str, int | float | None]:
@@ -196,54 +155,63 @@ def _token_mean(observation: Observation) -> float | None:
     return max(mean, 0.0)
 
 
-def _mismatched(config: EntropySection, observation: Observation) -> bool:
-    """Returns whether the batch comes from a policy too far from the trained one to steer by; a NaN counts as far."""
-    return config.mismatch_bound > 0 and not observation.mismatch_kl <= config.mismatch_bound
-
-
-def _unusable(config: EntropySection, observation: Observation, entropy: float | None, target: float) -> str | None:
-    """Returns why ``update`` must hold alpha, or None."""
+def _unusable(
+    rule: EntropyRule, observation: Observation, entropy: float | None, target: float, *, mismatched: bool
+) -> str | None:
+    """Returns why alpha must be held, or None."""
     if entropy is None:
         total, count = observation.entropy_sum, observation.token_count
         return f"unusable entropy statistic, sum {total:.4g} over {count:.4g} tokens"
-    if config.kind in ("aer", "skywork") and _mismatched(config, observation):
-        kl, bound = observation.mismatch_kl, config.mismatch_bound
+    if not isinstance(rule, SteeringRule):
+        return None
+    if mismatched:
+        kl, bound = observation.mismatch_kl, rule.mismatch_bound
         return f"mismatch, KL {kl:.4g} nats between rollout engine and trainer above {bound:.4g}"
-    if config.kind in ("aer", "skywork") and not math.isfinite(target):
-        return "no target yet, the initial entropy is not anchored"
-    if config.kind == "aer" and not math.isfinite(observation.difficulty_mean):
+    if not math.isfinite(target):
+        return "the rule has no target"
+    if rule.freeze_floor() is not None and not math.isfinite(observation.difficulty_mean):
         return f"unusable mean difficulty {observation.difficulty_mean:.4g}"
     return None
 
 
-def _propose(state: ControllerState, config: EntropySection, gap: float, frozen: bool) -> tuple[float, float]:
-    """Returns (alpha, integral) of the rule before the rate limit; ``gap`` = H* - H.
-
-    proportional and sign: arXiv 2510.10959 as reconstructed in docs/aer.md; pi: ours; skywork: Skywork-OR1.
-    """
-    if config.kind == "skywork":
-        step = config.skywork_delta if gap > 0 else -config.skywork_delta
-        return _clip(state.alpha + step, config.skywork_max), state.integral
-    if config.kind != "aer":
-        return state.alpha, state.integral
-    if config.update == "pi":
-        # The proportional term stays on while frozen: it remembers nothing, so it cannot wind up.
-        integral = state.integral if frozen else _clip(state.integral + config.eta * gap, config.alpha_max)
-        return _clip(integral + config.k_p * gap, config.alpha_max), integral
+def _steered(
+    state: ControllerState, rule: SteeringRule, entropy: float, target: float, difficulty_mean: float
+) -> tuple[ControllerState, str, bool]:
+    """Returns (the state with alpha where the rule, the rate limit and the bound put it, the reason, frozen)."""
+    floor, upper = rule.freeze_floor(), rule.upper_bound()
+    frozen = floor is not None and difficulty_mean < floor
+    proposed, integral = rule.propose(state.alpha, state.integral, entropy, target, frozen=frozen)
+    for name, value in (("alpha", proposed), ("integral", integral)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"algo.entropy.kind={rule.kind!r} proposed {name}={value}; it must be finite and >= 0")
+    alpha = min(_rate_limited(state.alpha, proposed, rule.max_change), upper)  # the hard bound has the last word
+    following = replace(
+        state,
+        step=state.step + 1,
+        alpha=alpha,
+        integral=integral,
+        frozen_steps=state.frozen_steps + int(frozen),
+    )
+    # e.g. alpha 0.0031 -> 0.0034: H 0.31 below target 0.36
+    reason = f"alpha {state.alpha:.4g} -> {alpha:.4g}: H {entropy:.4g} {_side(entropy, target)} target {target:.4g}"
+    if alpha == upper:
+        reason += f"; at the upper bound {alpha:.4g}"
     if frozen:
-        return state.alpha, state.integral
-    direction = float((gap > 0) - (gap < 0)) if config.update == "sign" else gap
-    return _clip(state.alpha + config.eta * direction, config.alpha_max), state.integral
+        reason += f"; integrator frozen: mean difficulty {difficulty_mean:.4g} below {floor:.4g}"
+    if alpha != proposed:
+        reason += f"; {proposed:.4g} limited to a change of {rule.max_change:.4g}"
+    return following, reason, frozen
 
 
-def _upper_bound(config: EntropySection) -> float:
-    if config.kind == "skywork":
-        return config.skywork_max
-    return config.alpha_max if config.kind == "aer" else math.inf
-
-
-def _clip(value: float, upper: float) -> float:
-    return min(max(value, 0.0), upper)
+def _check_returned(rule: EntropyRule, coefficient: float, reported: Mapping[str, tuple[float, float]]) -> None:
+    if not math.isfinite(coefficient):
+        raise ValueError(f"algo.entropy.kind={rule.kind!r} gives coefficient={coefficient}; it must be finite")
+    finite = all(math.isfinite(number) for pair in reported.values() for number in pair)
+    if not (reported.keys() <= set(rule.reports) and finite):
+        raise ValueError(
+            f"algo.entropy.kind={rule.kind!r} reports {dict(reported)}; it must report finite (sum, count) pairs among "
+            f"{list(rule.reports)}"
+        )
 
 
 def _rate_limited(alpha: float, proposed: float, max_change: float) -> float:
@@ -255,34 +223,18 @@ def _rate_limited(alpha: float, proposed: float, max_change: float) -> float:
     return max(alpha - max_change, proposed)
 
 
-def _reason(
-    before: ControllerState, after: ControllerState, config: EntropySection, entropy: float, target: float
-) -> str:
-    """Returns e.g. ``alpha 0.0031 -> 0.0034: H 0.31 below target 0.36``."""
-    side = "below" if entropy < target else "above" if entropy > target else "at"
-    if config.kind in ("none", "fixed"):
-        rule = "no coefficient" if config.kind == "none" else f"alpha {after.alpha:.4g} fixed"
-        if math.isnan(target):
-            return _with_shadow(config, f"{rule}: H {entropy:.4g}, no reference yet")
-        return _with_shadow(config, f"{rule}: H {entropy:.4g} {side} reference {target:.4g}")
-    change = f"alpha {before.alpha:.4g} -> {after.alpha:.4g}: H {entropy:.4g} {side} target {target:.4g}"
-    if after.alpha == _upper_bound(config):
-        change += f"; at the upper bound {after.alpha:.4g}"
-    return _with_shadow(config, change)
+def _side(entropy: float, target: float) -> str:
+    return "below" if entropy < target else "above" if entropy > target else "at"
 
 
-def _with_shadow(config: EntropySection, text: str) -> str:
-    return f"shadow, the loss uses 0: {text}" if config.shadow else text
-
-
-def _alarm(state: ControllerState, config: EntropySection, entropy: float, target: float) -> str | None:
+def _alarm(state: ControllerState, rule: EntropyRule, entropy: float, target: float) -> str | None:
     """Returns the collapse or explosion alarm of this step, or None; a threshold of 0 is off."""
     where = f"at step {state.step}: H {entropy:.4g}, H* {target:.4g}, alpha {state.alpha:.4g}"
-    if config.alarm_low > 0 and entropy < config.alarm_low * target:
-        return f"entropy collapse {where}; H is below {config.alarm_low:.4g} of the target"
+    if rule.alarm_low > 0 and entropy < rule.alarm_low * target:
+        return f"entropy collapse {where}; H is below {rule.alarm_low:.4g} of the target"
     initial = state.initial_entropy
-    if config.alarm_high > 0 and initial is not None and entropy > config.alarm_high * initial:
-        return f"entropy explosion {where}; H is above {config.alarm_high:.4g} times the initial {initial:.4g}"
+    if rule.alarm_high > 0 and initial is not None and entropy > rule.alarm_high * initial:
+        return f"entropy explosion {where}; H is above {rule.alarm_high:.4g} times the initial {initial:.4g}"
     return None
 
 

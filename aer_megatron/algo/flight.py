@@ -27,7 +27,7 @@ from aer_megatron.algo import controller
 from aer_megatron.algo.advantage import AdvantageResult
 from aer_megatron.algo.controller import ControllerState, Decision, Observation
 from aer_megatron.algo.difficulty import difficulty
-from aer_megatron.algo.options import EntropySection
+from aer_megatron.algo.entropy_rules.base import EntropyRule
 from aer_megatron.types import Experience, Float32Array, Float64Array, Int64Array, PolicyScores
 
 BUCKETS = ("unsolved", "hard", "medium", "easy")
@@ -106,8 +106,6 @@ class ReplayedStep:
     step: int
     observation: Observation  # with the mean difficulty of the replayed options
     decision: Decision
-    target: float  # nats; NaN before the anchor
-    coefficient: float
 
 
 def difficulty_buckets(successes_P: Int64Array, counts_P: Int64Array) -> Int64Array:
@@ -223,15 +221,15 @@ def gradient_geometry(
     return GradientGeometry(policy_norm=policy, entropy_norm=entropy, cosine=cosine)
 
 
-def replay(records: Sequence[FlightRecord], options: EntropySection, *, recorded: EntropySection) -> list[ReplayedStep]:
-    """Returns what a controller with ``options`` would have done at every step. OPEN LOOP: H stays the recorded one.
+def replay(records: Sequence[FlightRecord], rule: EntropyRule, *, recorded: EntropyRule) -> list[ReplayedStep]:
+    """Returns what a controller with ``rule`` would have done at every step. OPEN LOOP: H stays the recorded one.
 
-    With ``options`` equal to the run's own the recorded states come back bit for bit. A recording that begins after
+    With the run's own rule the recorded states come back bit for bit. A recording that begins after
     step 0 gives its first state as the start, and its first step is not replayed.
 
     Args:
         records: consecutive steps.
-        recorded: the options of the run: where those that make d are the same, the recorded mean is taken as it is.
+        recorded: the rule of the run: where the options that make d are the same, the recorded mean is taken as it is.
 
     Raises:
         ValueError: steps are missing between two records, or nothing is left to replay.
@@ -242,33 +240,24 @@ def replay(records: Sequence[FlightRecord], options: EntropySection, *, recorded
     if len(records) < 2 and (not records or records[0].step > 0):
         raise ValueError("the recording holds no step to replay; record at least one step from step 0, or two later")
     first = records[0]
-    state = controller.initial_state(options) if first.step == 0 else first.state
-    same_difficulty = _difficulty_options(options) == _difficulty_options(recorded)
+    state = controller.initial_state(rule) if first.step == 0 else first.state
+    same_difficulty = _difficulty_options(rule) == _difficulty_options(recorded)
     steps = []
     for record in records if first.step == 0 else records[1:]:
         observation = record.observation
         if not same_difficulty:
-            observation = replace(observation, difficulty_mean=float(replayed_difficulty(record, options).mean()))
-        state = controller.anchor(state, options, observation)
-        decision = controller.update(state, options, observation)
+            observation = replace(observation, difficulty_mean=float(replayed_difficulty(record, rule).mean()))
+        decision = controller.step(state, rule, observation)
         state = decision.state
-        steps.append(
-            ReplayedStep(
-                step=record.step,
-                observation=observation,
-                decision=decision,
-                target=controller.target_entropy(state, options),
-                coefficient=controller.loss_coefficient(state, options, token_entropy=observation.token_mean),
-            )
-        )
+        steps.append(ReplayedStep(record.step, observation, decision))
     return steps
 
 
-def replayed_difficulty(record: FlightRecord, options: EntropySection) -> Float64Array:
-    """Returns d(q) of a recorded step under ``options``, before normalisation, float64 [P]."""
-    accuracy_P = record.ledger_accuracy_P if options.source == "ledger" else record.successes_P / record.counts_P
-    return difficulty(accuracy_P, shape=options.difficulty, rho=options.rho)
+def replayed_difficulty(record: FlightRecord, rule: EntropyRule) -> Float64Array:
+    """Returns d(q) of a recorded step under ``rule``, before normalisation, float64 [P]."""
+    accuracy_P = record.ledger_accuracy_P if rule.source == "ledger" else record.successes_P / record.counts_P
+    return difficulty(accuracy_P, shape=rule.difficulty, rho=rule.rho)
 
 
-def _difficulty_options(options: EntropySection) -> tuple[Any, ...]:
-    return options.difficulty, options.rho, options.source
+def _difficulty_options(rule: EntropyRule) -> tuple[Any, ...]:
+    return rule.difficulty, rule.rho, rule.source

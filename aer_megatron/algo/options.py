@@ -13,6 +13,11 @@ from pydantic import Field
 from aer_megatron.algo.advantages.base import Advantage
 from aer_megatron.algo.advantages.dr_grpo import DrGrpo
 from aer_megatron.algo.advantages.grpo import Grpo
+from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.entropy_rules.base import EntropyRule
+from aer_megatron.algo.entropy_rules.fixed import Fixed
+from aer_megatron.algo.entropy_rules.none import NoBonus
+from aer_megatron.algo.entropy_rules.skywork import Skywork
 from aer_megatron.algo.kl_estimators.base import KlEstimator
 from aer_megatron.algo.kl_estimators.k2 import K2
 from aer_megatron.algo.kl_estimators.k3 import K3
@@ -37,41 +42,11 @@ MOVED_OPTIONS = {
     "algo.kl_cov_fraction": "it is algo.policy_loss.fraction under algo.policy_loss.kind='kl_cov'",
     "algo.kl_cov_coefficient": "it is algo.policy_loss.coefficient under algo.policy_loss.kind='kl_cov'",
     "algo.divide_by_std": "write algo.advantage.kind='grpo' for true, 'dr_grpo' for false",
+    "algo.entropy.skywork_target": "it is algo.entropy.target under algo.entropy.kind='skywork'",
+    "algo.entropy.skywork_delta": "it is algo.entropy.delta under algo.entropy.kind='skywork'",
+    "algo.entropy.skywork_max": "it is algo.entropy.alpha_max under algo.entropy.kind='skywork'",
     "algo.std_epsilon": "it is algo.advantage.std_epsilon, of the kind grpo",
 }
-
-
-class EntropySection(Section):
-    """Entropy rule; formulas and provenance in docs/aer.md and algo/controller.py."""
-
-    kind: Literal["aer", "fixed", "skywork", "none"] = "aer"
-    shadow: bool = Field(False, description="log what the controller would do; the loss uses coefficient 0")
-    # difficulty-aware allocation
-    difficulty: Literal["linear_deficit", "threshold", "complement"] = "linear_deficit"
-    rho: float = Field(0.5, gt=0, le=1, description="accuracy from which a prompt counts as easy")
-    source: Literal["group", "ledger"] = Field("group", description="accuracy from this step's group or the ledger")
-    normalize: Literal["none", "mean"] = Field("none", description="mean: d / max(its batch mean, difficulty_floor)")
-    # initial-anchored target
-    tau: float = Field(0.4, gt=0, description="target entropy as a fraction of the initial entropy")
-    # dynamic global coefficient
-    update: Literal["proportional", "sign", "pi"] = "proportional"
-    eta: float = Field(1e-3, gt=0, description="gain of the integral (nat^-1 per step)")
-    k_p: float = Field(0.0, ge=0, description="proportional gain of the pi update (nat^-1)")
-    alpha_max: float = Field(0.05, gt=0, description="hard upper bound of the coefficient")
-    max_change: float = Field(0.0, ge=0, description="largest change of alpha in one step; 0 = no rate limit")
-    difficulty_floor: float = Field(0.02, ge=0, description="mean d below which the integrator freezes; see normalize")
-    alarm_low: float = Field(0.7, ge=0, description="collapse alarm below this fraction of the target; 0 = off")
-    alarm_high: float = Field(
-        1.5, ge=0, description="explosion alarm above this multiple of the initial entropy; 0 = off"
-    )
-    mismatch_bound: float = Field(
-        0.1, ge=0, description="alpha is held above this KL (nats) between rollout engine and trainer; 0 = off"
-    )
-    # baselines
-    coefficient: float = Field(1e-3, ge=0, description="constant coefficient of kind = fixed")
-    skywork_target: float = Field(0.2, gt=0, description="entropy target of kind = skywork, nats")
-    skywork_delta: float = Field(1e-4, gt=0, description="coefficient step of kind = skywork")
-    skywork_max: float = Field(0.005, gt=0, description="upper bound of the coefficient of kind = skywork")
 
 
 class LedgerSection(Section):
@@ -111,14 +86,16 @@ class AlgoSection(Section):
     kl_estimator: Annotated[KlEstimator, OneOf(KlEstimator, K3, K2)] = Field(
         K3(), description="how that KL is estimated from two log-probabilities"
     )
-    entropy: EntropySection = EntropySection()
+    entropy: Annotated[EntropyRule, OneOf(EntropyRule, Aer, Fixed, Skywork, NoBonus)] = Field(
+        Aer(), description="how entropy becomes the coefficient of the bonus; docs/aer.md"
+    )
     ledger: LedgerSection = LedgerSection()
     selection: SelectionSection = SelectionSection()
 
     @property
     def reports(self) -> tuple[str, ...]:
         """The numbers of their own that the rules report."""
-        return (*self.policy_loss.reports, *self.advantage.reports)
+        return (*self.policy_loss.reports, *self.advantage.reports, *self.entropy.reports)
 
     def check(self, group_size: int, max_new_tokens: int) -> None:
         """Raises ValueError where options do not fit together, or to the rollouts, naming the remedy."""
@@ -130,8 +107,8 @@ class AlgoSection(Section):
         for name in self.reports:
             if not _LABEL.fullmatch(name) or name in LOSS_STATISTICS or self.reports.count(name) > 1:
                 raise ValueError(
-                    f"algo.policy_loss and algo.advantage report {self.reports}: {name!r} must be a snake_case name "
-                    "that no other number of the loss has; rename it"
+                    f"the rules of [algo] report {self.reports}: {name!r} must be a snake_case name that no other "
+                    "number of the loss has; rename it"
                 )
         if 0 < self.tis_clip < 1:
             raise ValueError(f"algo.tis_clip={self.tis_clip} would cut equal policies; use at least 1 (usual: 2), or 0")

@@ -13,6 +13,7 @@ Every command has its options as ``--name VALUE`` or ``--name=VALUE``, takes opt
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 import shlex
 import sys
@@ -88,9 +89,13 @@ class Given:
     def place(self) -> str:
         return self.places[0]
 
-    def config(self) -> Config:
-        """Returns the configuration of the run file under the overrides; raises ValueError as ``load_config``."""
-        return load_config(self.places[0] if self.places else None, self.overrides)
+    def config(self, *, speaks: bool = True) -> Config:
+        """Returns the configuration of the run file under the overrides; raises ValueError as ``load_config``.
+
+        ``speaks`` says on standard error which options of the file an override leaves out.
+        """
+        note = functools.partial(say, error=True) if speaks else None
+        return load_config(self.places[0] if self.places else None, self.overrides, note=note)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,15 +21,10 @@ import numpy as np
 from aer_megatron.algo import controller
 from aer_megatron.algo.advantage import AdvantageResult, group_advantages, group_verdicts, overlong_penalty
 from aer_megatron.algo.controller import ControllerState, Decision, Observation
-from aer_megatron.algo.difficulty import (
-    difficulty,
-    difficulty_accuracy,
-    group_token_entropy,
-    normalize_difficulty,
-    update_ledger,
-)
+from aer_megatron.algo.difficulty import difficulty
 from aer_megatron.algo.experience import Staleness, join_experiences, mixed_groups, num_groups, select_groups, staleness
 from aer_megatron.algo.flight import BatchProfile, FlightRecord, profile_batch
+from aer_megatron.algo.ledger import difficulty_accuracy, group_token_entropy, update_ledger
 from aer_megatron.algo.mismatch import Mismatch, measure_mismatch
 from aer_megatron.algo.passk import pass_at_k
 from aer_megatron.algo.selection import skip_decided
@@ -183,19 +178,17 @@ class Phases:
             policy_version: that of the policy which is trained; it is published as the next one.
             evaluation: metrics of this step that are there already.
         """
-        entropy, experience = self.config.algo.entropy, collected.experience
+        experience = collected.experience
         scores = self.score(step, experience)
         assessed = self.assess(experience, scores, step, policy_version)
         # the controller sees this batch before its loss: a batch later the loop would be less damped (docs/adr/0002)
-        controller_state = controller.anchor(controller_state, entropy, assessed.observation)
-        decision = controller.update(controller_state, entropy, assessed.observation)
-        coefficient = controller.loss_coefficient(decision.state, entropy, assessed.observation.token_mean)
-        stats = self.train(step, experience, scores, assessed, coefficient)
-        self.record_flight(step, decision, coefficient, assessed, stats)
+        decision = controller.step(controller_state, self.config.algo.entropy, assessed.observation)
+        stats = self.train(step, experience, scores, assessed, decision.coefficient)
+        self.record_flight(step, decision, assessed, stats)
         self.publish(policy_version + 1)
         self.parts.reporter.step(
             {Metric.STEP: step}
-            | self.metrics(collected, assessed, decision, coefficient, stats)
+            | self.metrics(collected, assessed, decision, stats)
             | evaluation
             | self.parts.timer.take(num_tokens=len(experience.token_ids_L))
         )
@@ -224,7 +217,7 @@ class Phases:
                 algo.entropy.source, advantages.accuracy_P, ledger, advantages.prompt_id_P, algo.ledger, step
             )
             difficulty_P = difficulty(accuracy_P, shape=algo.entropy.difficulty, rho=algo.entropy.rho)
-            allocation_P = self._allocation(difficulty_P)
+            allocation_P = algo.entropy.allocation(difficulty_P)  # decides where the bonus goes
             return Assessment(
                 advantages=advantages,
                 difficulty_P=difficulty_P,
@@ -256,7 +249,7 @@ class Phases:
             return self.parts.policy.train(
                 batch,
                 seed=self.config.run.seed + step,
-                entropy_gradient=controller.needs_entropy_gradient(self.config.algo.entropy),
+                entropy_gradient=self.config.algo.entropy.acts,
             )
 
     def publish(self, policy_version: int) -> None:
@@ -270,9 +263,7 @@ class Phases:
             with self.parts.timer.phase("sync"):
                 self.parts.rollouts.weight_sync.suspend()
 
-    def record_flight(
-        self, step: int, decision: Decision, coefficient: float, assessed: Assessment, stats: StepStats
-    ) -> None:
+    def record_flight(self, step: int, decision: Decision, assessed: Assessment, stats: StepStats) -> None:
         """Writes what the controller saw and did, so that any other can be replayed on it."""
         if self.parts.flight is None:
             return
@@ -282,7 +273,7 @@ class Phases:
                 step=step,
                 observation=assessed.observation,
                 state=decision.state,
-                coefficient=coefficient,
+                coefficient=decision.coefficient,
                 successes_P=advantages.successes_P,
                 counts_P=advantages.counts_P,
                 ledger_accuracy_P=difficulty_accuracy(
@@ -295,7 +286,7 @@ class Phases:
         )
 
     def metrics(
-        self, collected: Collected, assessed: Assessment, decision: Decision, coefficient: float, stats: StepStats
+        self, collected: Collected, assessed: Assessment, decision: Decision, stats: StepStats
     ) -> dict[str, Any]:
         """Returns every metric of a step but those of evaluation and time; ``stats`` are the update's."""
         experience, algo = collected.experience, self.config.algo
@@ -305,7 +296,7 @@ class Phases:
         skipped = {Metric.TRAIN_UPDATES_SKIPPED: stats.updates_skipped} if skips else {}
         return (
             {
-                Metric.AER_COEFFICIENT: coefficient,
+                Metric.AER_COEFFICIENT: decision.coefficient,
                 Metric.REWARD_MEAN: collected.reward_mean,
                 Metric.ROLLOUT_GROUPS_DROPPED: collected.num_dropped,
                 Metric.ROLLOUT_GROUPS_ABORTED: collected.num_aborted,
@@ -318,10 +309,10 @@ class Phases:
             | skipped
             | experience_metrics(experience)
             | engine_metrics(assessed.mismatch, assessed.staleness)
-            | controller_metrics(decision, algo.entropy, assessed.observation, assessed.advantages)
-            | difficulty_metrics(assessed.profile, coefficient)
+            | controller_metrics(decision, assessed.observation, assessed.advantages)
+            | difficulty_metrics(assessed.profile, decision.coefficient)
             | training_metrics(stats, kl_coefficient=algo.kl_coefficient)
-            | user_metrics(algo.reports, {**stats.sums, **assessed.advantages.reported})
+            | user_metrics(algo.reports, {**stats.sums, **assessed.advantages.reported, **decision.reported})
         )
 
     def end_step(self, progress: Progress) -> bool:
@@ -387,13 +378,6 @@ class Phases:
             return None
         with self.parts.timer.phase("score"):
             return self.parts.policy.score_reference(experience)
-
-    def _allocation(self, difficulty_P: Float64Array) -> Float64Array:
-        """Difficulty decides where the bonus goes under ``aer``; the baselines spread it evenly."""
-        entropy = self.config.algo.entropy
-        if entropy.kind != "aer":
-            return np.ones_like(difficulty_P)
-        return normalize_difficulty(difficulty_P, mode=entropy.normalize, floor=entropy.difficulty_floor)
 
 
 def _with_spares(num_groups: int, oversample: float) -> int:

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from aer_megatron.algo import controller
+from aer_megatron.algo.entropy_rules.base import EntropyRule
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.config import Config
-from aer_megatron.config_loading import parse_override
+from aer_megatron.config_loading import parse_overrides
 from aer_megatron.console.command_line import CommandLine, Option, run_file_options
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
@@ -79,12 +78,10 @@ def replay_run(run: str, overrides: Sequence[str], output: str | None) -> str:
 
 
 def _changes(overrides: Sequence[str]) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
     for override in overrides:
         if not override.startswith("--algo.entropy."):
             raise ValueError(f"{override}: a replay changes algo.entropy alone; write --algo.entropy.NAME=value")
-        changes |= parse_override(override)
-    return changes
+    return parse_overrides(overrides)
 
 
 def summary(records: Sequence[FlightRecord], steps: Sequence[ReplayedStep], *, same: bool) -> str:
@@ -113,7 +110,7 @@ def summary(records: Sequence[FlightRecord], steps: Sequence[ReplayedStep], *, s
 
 
 def write_trace(
-    path: Path, records: Sequence[FlightRecord], steps: Sequence[ReplayedStep], recorded: EntropySection
+    path: Path, records: Sequence[FlightRecord], steps: Sequence[ReplayedStep], recorded: EntropyRule
 ) -> None:
     """Writes both traces as CSV, one row per step with ``COLUMNS``; floats by repr, what is not finite empty."""
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -127,12 +124,12 @@ def write_trace(
                         _cell,
                         (
                             _mean_entropy(record),
-                            controller.target_entropy(record.state, recorded),
-                            step.target,
+                            recorded.target_entropy(record.state.initial_entropy),
+                            step.decision.target,
                             record.state.alpha,
                             step.decision.state.alpha,
                             record.coefficient,
-                            step.coefficient,
+                            step.decision.coefficient,
                             record.observation.difficulty_mean,
                             step.observation.difficulty_mean,
                         ),
@@ -151,8 +148,8 @@ def _draw(
     steps: Sequence[ReplayedStep],
     *,
     title: str,
-    recorded: EntropySection,
-    replayed: EntropySection,
+    recorded: EntropyRule,
+    replayed: EntropyRule,
 ) -> None:
     # matplotlib takes half a second to import, which a mistyped option should not cost
     from aer_megatron.replay.picture import ReplayTraces, draw_replay
@@ -161,8 +158,8 @@ def _draw(
         ReplayTraces(
             step=np.array([step.step for step in steps], dtype=np.float64),
             token_entropy=np.array([_mean_entropy(record) for record in records]),
-            recorded_target=np.array([controller.target_entropy(record.state, recorded) for record in records]),
-            replayed_target=np.array([step.target for step in steps]),
+            recorded_target=np.array([recorded.target_entropy(record.state.initial_entropy) for record in records]),
+            replayed_target=np.array([step.decision.target for step in steps]),
             recorded_alpha=np.array([record.state.alpha for record in records]),
             replayed_alpha=np.array([step.decision.state.alpha for step in steps]),
         ),
@@ -187,22 +184,10 @@ def _last_stretch(records: Sequence[FlightRecord]) -> Sequence[FlightRecord]:
     return records[start:]
 
 
-def _describe(options: EntropySection) -> str:
-    """Returns the options that tell a controller from others: ``aer pi, tau 0.5, eta 0.01, k_p 2``."""
-    match options.kind:
-        case "aer":
-            text = f"aer {options.update}, tau {options.tau:g}, eta {options.eta:g}"
-            text += f", k_p {options.k_p:g}" if options.update == "pi" else ""
-            text += f", alpha_max {options.alpha_max:g}, {options.difficulty}"
-            text += f", rho {options.rho:g}" if options.difficulty != "complement" else ""
-            text += f", source {options.source}"
-        case "fixed":
-            text = f"fixed, coefficient {options.coefficient:g}"
-        case "skywork":
-            text = f"skywork, target {options.skywork_target:g} nats, delta {options.skywork_delta:g}"
-        case kind:
-            text = str(kind)
-    return text + (", shadow" if options.shadow else "")
+def _describe(rule: EntropyRule) -> str:
+    """Returns the rule with the options that are not its defaults: ``aer, rho 0.3, tau 0.5, update pi, k_p 2``."""
+    options = rule.model_dump(exclude_defaults=True, exclude={"kind"})
+    return ", ".join([rule.kind, *(f"{name} {value}" for name, value in options.items())])
 
 
 def _mean_entropy(record: FlightRecord) -> float:

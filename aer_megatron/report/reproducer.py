@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save_file
 
 from aer_megatron.algo.experience import sampled_mask
 from aer_megatron.config import Config
-from aer_megatron.config_loading import parse_override
-from aer_megatron.config_section import merged
+from aer_megatron.config_loading import parse_overrides
+from aer_megatron.config_section import overridden
 from aer_megatron.types import Experience, TrainBatch
 
 FORMAT = 1
@@ -146,9 +146,7 @@ def prune_reproducers(parent: Path, keep: int) -> None:
 def _config(table: Mapping[str, Any], overrides: Sequence[str]) -> Config:
     options: dict[str, Any] = {section: {**table["config"][section]} for section in _OPTIONS}
     options["data"]["train"] = {"task": "countdown"}  # a configuration names one; it is not read
-    for override in overrides:
-        options = merged(options, parse_override(override))
-    return Config.from_table(options)
+    return Config.from_table(overridden(Config, options, parse_overrides(overrides))[0])
 
 
 def _number(table: Mapping[str, Any], name: str, *, optional: bool) -> Any:

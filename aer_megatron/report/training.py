@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aer_megatron.algo.advantage import AdvantageResult
-from aer_megatron.algo.controller import Decision, Observation, target_entropy
+from aer_megatron.algo.controller import Decision, Observation
 from aer_megatron.algo.experience import Staleness
 from aer_megatron.algo.flight import BatchProfile, bucket_means
 from aer_megatron.algo.mismatch import Mismatch
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.report.metrics import Metric, by_difficulty, user_number
 from aer_megatron.types import Experience, StepStats
 
@@ -49,9 +48,7 @@ def user_metrics(names: Sequence[str], sums: Mapping[str, tuple[float, float]]) 
     return {user_number(name): total / count for name, (total, count) in found.items() if count}
 
 
-def controller_metrics(
-    decision: Decision, entropy: EntropySection, observation: Observation, advantages: AdvantageResult
-) -> dict[str, Any]:
+def controller_metrics(decision: Decision, observation: Observation, advantages: AdvantageResult) -> dict[str, Any]:
     """Returns entropy and target, what the controller did, and the groups without an advantage."""
     counts_P, successes_P = advantages.counts_P, advantages.successes_P
     return {
@@ -59,7 +56,7 @@ def controller_metrics(
         Metric.REWARD_SOLVED_NONE: float((successes_P == 0).mean()),
         Metric.ENTROPY_TOKEN_MEAN: observation.token_mean,
         Metric.ENTROPY_INITIAL: decision.state.initial_entropy,
-        Metric.ENTROPY_TARGET: target_entropy(decision.state, entropy),
+        Metric.ENTROPY_TARGET: decision.target,
         Metric.AER_ALPHA: decision.state.alpha,
         Metric.AER_DIFFICULTY_MEAN: observation.difficulty_mean,
         Metric.AER_HELD: decision.held,

@@ -6,6 +6,7 @@ This file does NOT start anything.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 
 from aer_megatron.compose.step_plan import fewest_ranks
@@ -91,7 +92,8 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
         "rollout.group_size": group_size,
         "rollout.max_new_tokens": max_new_tokens,
         "algo.overlong_buffer": min(config.algo.overlong_buffer, max_new_tokens - 1),
-        **_entropy_pressure(config),
+        # a gradient in every step, whatever the rewards: a few answers may all be alike
+        **{f"algo.entropy.{name}": json.dumps(value) for name, value in config.algo.entropy.acting_options().items()},
         "report.progress": "false",
         "report.picture": "false",
         "report.tensorboard": "false",
@@ -104,17 +106,6 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
             "sglang.release_memory": "false",
         }
     return [f"--{name}={value}" for name, value in options.items()]
-
-
-def _entropy_pressure(config: Config) -> dict[str, object]:
-    """Returns overrides that give every step a gradient, whatever the rewards: a few answers may all be alike."""
-    kind = config.algo.entropy.kind
-    options: dict[str, object] = {"algo.entropy.shadow": "false"}
-    if kind == "aer":  # a target above the entropy there is: the controller's coefficient rises
-        return options | {"algo.entropy.tau": 2.0}
-    if kind == "skywork":
-        return options | {"algo.entropy.skywork_target": 1e3}
-    return options | {"algo.entropy.kind": "fixed", "algo.entropy.coefficient": 1e-2}
 
 
 def _other_layouts(config: Config, num_ranks: int) -> list[Mapping[str, str]]:

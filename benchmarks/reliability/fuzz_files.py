@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from aer_megatron._C import DifficultyLedger
-from aer_megatron.algo.options import EntropySection
+from aer_megatron.algo.entropy_rules.aer import Aer
 from aer_megatron.checkpoint.manifest import FileEntry, Layout, Manifest, manifest_from_json
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
@@ -134,7 +134,7 @@ def flight_files() -> list[bytes]:
     """Returns a flight.jsonl of three steps."""
     with tempfile.TemporaryDirectory() as name:
         writer = FlightWriter(name)
-        for record in flight_records(EntropySection(), 3):
+        for record in flight_records(Aer(), 3):
             writer.write(record)
         return [(Path(name) / FLIGHT_FILE).read_bytes()]
 

@@ -4,22 +4,53 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
+from pydantic import ConfigDict
 
 from aer_megatron.algo.controller import (
     ControllerState,
     Observation,
-    anchor,
     initial_state,
-    loss_coefficient,
-    needs_entropy_gradient,
     state_from_dict,
     state_to_dict,
-    target_entropy,
-    update,
+    step,
 )
-from aer_megatron.algo.options import EntropySection
+from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.entropy_rules.fixed import Fixed
+from aer_megatron.algo.entropy_rules.none import NoBonus
+from aer_megatron.algo.entropy_rules.skywork import Skywork
+
+
+class NoTarget(Aer):
+    """A rule that cannot say where to steer."""
+
+    def target_entropy(self, initial_entropy: float | None) -> float:
+        return math.nan
+
+
+class Wild(Aer):
+    """A rule that returns what no rule may."""
+
+    proposed: float = 0.0
+    used: float = 0.0
+    told: float = 0.0
+    reports: ClassVar[tuple[str, ...]] = ("told",)
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    def propose(
+        self, alpha: float, integral: float, entropy: float, target: float, *, frozen: bool
+    ) -> tuple[float, float]:
+        return self.proposed, integral
+
+    def loss_coefficient(self, alpha: float, token_entropy: float) -> float:
+        return self.used
+
+    def report(self, alpha: float, token_entropy: float) -> dict[str, tuple[float, float]]:
+        return {"told" if self.told >= 0 else "untold": (self.told, 1.0)}
 
 
 def state_with(alpha: float, *, initial_entropy: float | None = 0.9, integral: float = 0.0) -> ControllerState:
@@ -33,170 +64,180 @@ def seen(entropy: float, *, difficulty_mean: float = 0.5) -> Observation:
 
 
 def test_alpha_starts_at_zero_and_fixed_at_its_constant():
-    assert initial_state(EntropySection()).alpha == 0.0
-    assert initial_state(EntropySection(kind="fixed", coefficient=0.02)).alpha == 0.02
+    assert initial_state(Aer()).alpha == 0.0
+    assert initial_state(Fixed(coefficient=0.02)).alpha == 0.02
 
 
 def test_anchor_is_sum_over_count_and_is_set_once():
     # 720 nats over 800 tokens = 0.9 nats; tau = 0.4 gives a target of 0.36.
-    config = EntropySection(tau=0.4)
-    first = anchor(initial_state(config), config, Observation(720.0, 800.0, 0.5))
-    assert first.initial_entropy == 0.9
-    assert target_entropy(first, config) == pytest.approx(0.36, rel=1e-15)
-    assert anchor(first, config, Observation(100.0, 800.0, 0.5)) is first
+    config = Aer(tau=0.4)
+    first = step(initial_state(config), config, Observation(720.0, 800.0, 0.5))
+    assert first.state.initial_entropy == 0.9
+    assert first.target == pytest.approx(0.36, rel=1e-15)
+    second = step(first.state, config, Observation(100.0, 800.0, 0.5))
+    assert second.state.initial_entropy == 0.9
+    assert second.target == first.target
 
 
 @pytest.mark.parametrize(
     "bad", [Observation(math.nan, 8, 0.5), Observation(math.inf, 8, 0.5), Observation(3.0, 0, 0.5)]
 )
 def test_anchor_leaves_the_state_on_an_unusable_statistic(bad):
-    state = initial_state(EntropySection())
-    assert anchor(state, EntropySection(), bad) is state
+    decision = step(initial_state(Aer()), Aer(), bad)
+    assert decision.held
+    assert decision.state.initial_entropy is None
+    assert math.isnan(decision.target)
+    # the next batch may anchor
+    assert step(decision.state, Aer(), seen(0.5)).state.initial_entropy == 0.5
 
 
 def test_proportional():
     # H* = 0.4 * 0.9 = 0.36; gap = 0.36 - 0.31 = 0.05; alpha = 0.0031 + 0.006 * 0.05 = 0.0034.
-    decision = update(state_with(0.0031), EntropySection(eta=0.006), seen(0.31))
+    decision = step(state_with(0.0031), Aer(eta=0.006), seen(0.31))
     assert decision.state.alpha == pytest.approx(0.0034, rel=1e-12)
     assert decision.state.step == 8
     assert decision.reason == "alpha 0.0031 -> 0.0034: H 0.31 below target 0.36"
     assert (decision.alarm, decision.held, decision.frozen) == (None, False, False)
     # gap = -0.3: 0.001 - 0.006 * 0.3 = -0.0008, clipped to 0.
-    assert update(state_with(0.001), EntropySection(eta=0.006), seen(0.66)).state.alpha == 0.0
+    assert step(state_with(0.001), Aer(eta=0.006), seen(0.66)).state.alpha == 0.0
     # 0.0499 + 0.006 * 0.05 = 0.0502, clipped to 0.05.
-    top = update(state_with(0.0499), EntropySection(eta=0.006), seen(0.31))
+    top = step(state_with(0.0499), Aer(eta=0.006), seen(0.31))
     assert top.state.alpha == 0.05
     assert top.reason.endswith("; at the upper bound 0.05")
 
 
 def test_sign():
-    config = EntropySection(update="sign", eta=0.001)
-    assert update(state_with(0.0030), config, seen(0.35)).state.alpha == pytest.approx(0.0040, rel=1e-12)
-    assert update(state_with(0.0030), config, seen(0.80)).state.alpha == pytest.approx(0.0020, rel=1e-12)
+    config = Aer(update="sign", eta=0.001)
+    assert step(state_with(0.0030), config, seen(0.35)).state.alpha == pytest.approx(0.0040, rel=1e-12)
+    assert step(state_with(0.0030), config, seen(0.80)).state.alpha == pytest.approx(0.0020, rel=1e-12)
     # Exactly at the target (0.5 * 0.5 = 0.25, all exact in binary): no move.
-    at_target = update(state_with(0.0030, initial_entropy=0.5), EntropySection(update="sign", tau=0.5), seen(0.25))
+    at_target = step(state_with(0.0030, initial_entropy=0.5), Aer(update="sign", tau=0.5), seen(0.25))
     assert at_target.state.alpha == 0.0030
 
 
 def test_pi():
     # gap = 0.05: I = 0.002 + 0.01 * 0.05 = 0.0025; alpha = 0.0025 + 0.3 * 0.05 = 0.0175, whatever alpha was.
-    config = EntropySection(update="pi", eta=0.01, k_p=0.3)
-    decision = update(state_with(0.04, integral=0.002), config, seen(0.31))
+    config = Aer(update="pi", eta=0.01, k_p=0.3)
+    decision = step(state_with(0.04, integral=0.002), config, seen(0.31))
     assert decision.state.integral == pytest.approx(0.0025, rel=1e-12)
     assert decision.state.alpha == pytest.approx(0.0175, rel=1e-12)
     # gap = -0.1: I = 0.002 - 0.001 = 0.001; alpha = 0.001 - 0.03 < 0, clipped; I keeps its own value.
-    above = update(state_with(0.04, integral=0.002), config, seen(0.46))
+    above = step(state_with(0.04, integral=0.002), config, seen(0.46))
     assert above.state.integral == pytest.approx(0.001, rel=1e-12)
     assert above.state.alpha == 0.0
 
 
 def test_skywork():
     # target 0.2, delta 1e-4, c in [0, 0.005], the bonus only while H < target.
-    config = EntropySection(kind="skywork")
+    config = Skywork()
     start = state_with(0.0010, initial_entropy=None)
-    assert target_entropy(start, config) == 0.2
-    assert update(start, config, seen(0.15)).state.alpha == pytest.approx(0.0011, rel=1e-12)
-    assert update(start, config, seen(0.25)).state.alpha == pytest.approx(0.0009, rel=1e-12)
-    assert update(start, config, seen(0.2)).state.alpha == pytest.approx(0.0009, rel=1e-12)  # not below
-    assert update(state_with(0.00495), config, seen(0.15)).state.alpha == 0.005
-    assert update(state_with(0.00005), config, seen(0.25)).state.alpha == 0.0
-    assert loss_coefficient(start, config, 0.199) == 0.0010
-    assert loss_coefficient(start, config, 0.2) == 0.0
-    assert loss_coefficient(start, config, math.nan) == 0.0
+    assert step(start, config, seen(0.15)).target == 0.2
+    assert step(start, config, seen(0.15)).state.alpha == pytest.approx(0.0011, rel=1e-12)
+    assert step(start, config, seen(0.25)).state.alpha == pytest.approx(0.0009, rel=1e-12)
+    assert step(start, config, seen(0.2)).state.alpha == pytest.approx(0.0009, rel=1e-12)  # not below
+    assert step(state_with(0.00495), config, seen(0.15)).state.alpha == 0.005
+    assert step(state_with(0.00005), config, seen(0.25)).state.alpha == 0.0
+    assert config.loss_coefficient(0.0010, 0.199) == 0.0010
+    assert config.loss_coefficient(0.0010, 0.2) == 0.0
+    assert config.loss_coefficient(0.0010, math.nan) == 0.0
+    assert step(start, config, seen(0.15)).coefficient == pytest.approx(0.0011, rel=1e-12)
+    assert step(start, config, seen(0.25)).coefficient == 0.0
 
 
 def test_none_and_fixed_leave_alpha_and_report_the_reference():
-    fixed = update(state_with(0.001), EntropySection(kind="fixed"), seen(0.31))
+    fixed = step(state_with(0.001), Fixed(), seen(0.31))
     assert fixed.state.alpha == 0.001
     assert fixed.reason == "alpha 0.001 fixed: H 0.31 below reference 0.36"
-    none = update(state_with(0.0), EntropySection(kind="none"), seen(0.5))
+    none = step(state_with(0.0), NoBonus(), seen(0.5))
     assert none.reason == "no coefficient: H 0.5 above reference 0.36"
 
 
 def test_rate_limit():
     # proposed 0.0031 + 0.006 * 0.05 = 0.0034, moved at most 0.0001 from 0.0031.
-    decision = update(state_with(0.0031), EntropySection(eta=0.006, max_change=0.0001), seen(0.31))
+    decision = step(state_with(0.0031), Aer(eta=0.006, max_change=0.0001), seen(0.31))
     assert decision.state.alpha == pytest.approx(0.0032, rel=1e-12)
     assert decision.reason == "alpha 0.0031 -> 0.0032: H 0.31 below target 0.36; 0.0034 limited to a change of 0.0001"
     # down: 0.003 - 0.006 * 0.3 = 0.0012, moved at most 0.0001.
-    down = update(state_with(0.003), EntropySection(eta=0.006, max_change=0.0001), seen(0.66))
+    down = step(state_with(0.003), Aer(eta=0.006, max_change=0.0001), seen(0.66))
     assert down.state.alpha == pytest.approx(0.0029, rel=1e-12)
 
 
 def test_the_hard_bound_beats_the_rate_limit():
     # A checkpoint at 0.04 continued with alpha_max = 0.01: the bound holds at once, in one step.
-    config = EntropySection(eta=0.006, alpha_max=0.01, max_change=0.0001)
-    assert update(state_with(0.04), config, seen(0.31)).state.alpha == 0.01
+    config = Aer(eta=0.006, alpha_max=0.01, max_change=0.0001)
+    assert step(state_with(0.04), config, seen(0.31)).state.alpha == 0.01
 
 
 def test_anti_windup_freezes_the_integrator_below_the_floor_only():
-    config = EntropySection(eta=0.006, difficulty_floor=0.02)
-    frozen = update(state_with(0.0031), config, seen(0.31, difficulty_mean=0.019))
+    config = Aer(eta=0.006, difficulty_floor=0.02)
+    frozen = step(state_with(0.0031), config, seen(0.31, difficulty_mean=0.019))
     assert frozen.frozen
     assert frozen.state == ControllerState(8, 0.0031, 0.0, 0.9, 0, 1)
     assert frozen.reason.endswith("; integrator frozen: mean difficulty 0.019 below 0.02")
-    assert not update(state_with(0.0031), config, seen(0.31, difficulty_mean=0.02)).frozen
+    assert not step(state_with(0.0031), config, seen(0.31, difficulty_mean=0.02)).frozen
     # pi: I stays 0.002, the proportional term still acts: alpha = 0.002 + 0.3 * 0.05 = 0.017.
-    pi = EntropySection(update="pi", eta=0.01, k_p=0.3)
-    frozen_pi = update(state_with(0.04, integral=0.002), pi, seen(0.31, difficulty_mean=0.0))
+    pi = Aer(update="pi", eta=0.01, k_p=0.3)
+    frozen_pi = step(state_with(0.04, integral=0.002), pi, seen(0.31, difficulty_mean=0.0))
     assert frozen_pi.state.integral == 0.002
     assert frozen_pi.state.alpha == pytest.approx(0.017, rel=1e-12)
 
 
 def test_alarms_name_step_entropy_target_and_alpha():
     # collapse below 0.7 * 0.36 = 0.252; explosion above 1.5 * 0.9 = 1.35.
-    config = EntropySection(kind="fixed")
-    low = update(state_with(0.001), config, seen(0.25)).alarm
+    config = Fixed()
+    low = step(state_with(0.001), config, seen(0.25)).alarm
     assert low == "entropy collapse at step 8: H 0.25, H* 0.36, alpha 0.001; H is below 0.7 of the target"
-    high = update(state_with(0.001), config, seen(1.4)).alarm
+    high = step(state_with(0.001), config, seen(1.4)).alarm
     assert high == ("entropy explosion at step 8: H 1.4, H* 0.36, alpha 0.001; H is above 1.5 times the initial 0.9")
-    assert update(state_with(0.001), config, seen(0.26)).alarm is None
-    assert update(state_with(0.001), config, seen(1.34)).alarm is None
-    silent = EntropySection(kind="fixed", alarm_low=0, alarm_high=0)
-    assert update(state_with(0.001), silent, seen(0.0)).alarm is None
-    assert update(state_with(0.001), silent, seen(9.0)).alarm is None
+    assert step(state_with(0.001), config, seen(0.26)).alarm is None
+    assert step(state_with(0.001), config, seen(1.34)).alarm is None
+    silent = Fixed(alarm_low=0, alarm_high=0)
+    assert step(state_with(0.001), silent, seen(0.0)).alarm is None
+    assert step(state_with(0.001), silent, seen(9.0)).alarm is None
 
 
-@pytest.mark.parametrize("kind", ["aer", "fixed", "skywork", "none"])
-def test_an_unusable_statistic_holds_alpha_and_marks_the_step(kind):
-    decision = update(state_with(0.0031), EntropySection(kind=kind), Observation(math.nan, 10.0, 0.5))
+@pytest.mark.parametrize("rule", [Aer(), Fixed(), Skywork(), NoBonus()])
+def test_an_unusable_statistic_holds_alpha_and_marks_the_step(rule):
+    decision = step(state_with(0.0031), rule, Observation(math.nan, 10.0, 0.5))
     assert decision.state == ControllerState(8, 0.0031, 0.0, 0.9, 1, 0)
     assert decision.held and decision.alarm is None
     assert decision.reason == "alpha 0.0031 held: unusable entropy statistic, sum nan over 10 tokens"
 
 
-def test_aer_holds_without_anchor_or_difficulty():
-    unanchored = update(state_with(0.0, initial_entropy=None), EntropySection(), seen(0.3))
-    assert unanchored.held and "not anchored" in unanchored.reason
-    no_difficulty = update(state_with(0.0031), EntropySection(), seen(0.3, difficulty_mean=math.nan))
+def test_a_rule_that_steers_holds_without_target_or_difficulty():
+    unanchored = step(state_with(0.0, initial_entropy=None), NoTarget(), seen(0.3))
+    assert unanchored.held and unanchored.reason == "alpha 0 held: the rule has no target"
+    no_difficulty = step(state_with(0.0031), Aer(), seen(0.3, difficulty_mean=math.nan))
     assert no_difficulty.held and no_difficulty.state.alpha == 0.0031
     # A clearly negative mean is a broken statistic; rounding just below zero is a collapsed policy.
-    assert update(state_with(0.0031), EntropySection(), seen(-0.5)).held
-    assert update(state_with(0.0031), EntropySection(), seen(-1e-6)).alarm is not None
+    assert step(state_with(0.0031), Aer(), seen(-0.5)).held
+    assert step(state_with(0.0031), Aer(), seen(-1e-6)).alarm is not None
 
 
 def test_loss_coefficient_by_rule():
     state = state_with(0.0031)
-    assert loss_coefficient(state, EntropySection(), 0.3) == 0.0031
-    assert loss_coefficient(state, EntropySection(kind="fixed", coefficient=0.02), 0.3) == 0.02
-    assert loss_coefficient(state, EntropySection(kind="none"), 0.3) == 0.0
-    for kind in ("aer", "fixed", "skywork"):
-        assert loss_coefficient(state, EntropySection(kind=kind, shadow=True), 0.1) == 0.0
+    at_target = seen(0.25)
+    state = replace(state, initial_entropy=0.5)
+    assert step(state, Aer(tau=0.5), at_target).coefficient == 0.0031
+    assert step(state, Fixed(coefficient=0.02), at_target).coefficient == 0.02
+    assert step(state, NoBonus(), at_target).coefficient == 0.0
+    for rule in (Aer(shadow=True), Skywork(shadow=True)):
+        assert step(state, rule, seen(0.1)).coefficient == 0.0
 
 
 def test_shadow_computes_what_the_controller_would_do():
-    live = update(state_with(0.0031), EntropySection(eta=0.006), seen(0.31))
-    shadow = update(state_with(0.0031), EntropySection(eta=0.006, shadow=True), seen(0.31))
+    live = step(state_with(0.0031), Aer(eta=0.006), seen(0.31))
+    shadow = step(state_with(0.0031), Aer(eta=0.006, shadow=True), seen(0.31))
     assert shadow.state == live.state
     assert shadow.reason == f"shadow, the loss uses 0: {live.reason}"
 
 
 def test_the_entropy_gradient_is_a_matter_of_the_rule_never_of_a_value():
-    assert needs_entropy_gradient(EntropySection())  # although alpha_0 = 0
-    assert needs_entropy_gradient(EntropySection(kind="fixed", coefficient=0.0))
-    assert needs_entropy_gradient(EntropySection(kind="skywork"))
-    assert not needs_entropy_gradient(EntropySection(kind="none"))
-    assert not needs_entropy_gradient(EntropySection(shadow=True))
+    assert Aer().acts  # although alpha_0 = 0
+    assert Fixed(coefficient=0.0).acts
+    assert Skywork().acts
+    assert not NoBonus().acts
+    assert not Aer(shadow=True).acts
 
 
 def test_state_table_rejects_what_it_does_not_know():
@@ -215,3 +256,23 @@ def test_state_table_rejects_what_it_does_not_know():
     ]:
         with pytest.raises(ValueError, match=f"{key}="):
             state_from_dict({**table, key: value})
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Wild(proposed=math.nan), "proposed alpha=nan; it must be finite and >= 0"),
+        (Wild(proposed=-0.1), "proposed alpha=-0.1"),
+        (Wild(used=math.inf), "gives coefficient=inf"),
+        (Wild(told=math.nan), "finite"),
+        (Wild(told=-1.0), r"reports .*untold.* among \['told'\]"),
+    ],
+)
+def test_what_a_rule_returns_is_checked(rule, words):
+    with pytest.raises(ValueError, match=rf"algo\.entropy\.kind='aer' .*{words}"):
+        step(state_with(0.1), rule, seen(0.3))
+
+
+def test_a_rules_own_numbers_come_with_the_decision():
+    assert step(state_with(0.1), Wild(told=3.0), seen(0.3)).reported == {"told": (3.0, 1.0)}
+    assert step(state_with(0.1), Aer(), seen(0.3)).reported == {}

@@ -7,13 +7,8 @@ import pytest
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.advantage import AdvantageResult
-from aer_megatron.algo.difficulty import (
-    difficulty,
-    difficulty_accuracy,
-    group_token_entropy,
-    normalize_difficulty,
-    update_ledger,
-)
+from aer_megatron.algo.difficulty import difficulty, normalize_difficulty
+from aer_megatron.algo.ledger import difficulty_accuracy, group_token_entropy, update_ledger
 from aer_megatron.algo.options import LedgerSection
 from aer_megatron.types import Experience
 

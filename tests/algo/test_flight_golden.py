@@ -11,6 +11,8 @@ import torch
 from aer_megatron.algo.advantage import AdvantageResult
 from aer_megatron.algo.controller import ControllerState, Observation
 from aer_megatron.algo.entropy import logprob_entropy
+from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.entropy_rules.skywork import Skywork
 from aer_megatron.algo.flight import (
     BUCKETS,
     ENTROPY_EDGES,
@@ -26,7 +28,6 @@ from aer_megatron.algo.flight import (
     replay,
     replayed_difficulty,
 )
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Experience, PolicyScores
 
 
@@ -230,27 +231,27 @@ def record(step: int, entropy: float, successes: list[int], *, alpha: float = 0.
 
 
 def test_replay_of_two_controllers_by_hand():
-    own = EntropySection(tau=0.75, eta=0.1, alpha_max=1.0)
+    own = Aer(tau=0.75, eta=0.1, alpha_max=1.0)
     records = [record(0, 1.0, [0, 2]), record(1, 0.5, [0, 2]), record(2, 0.25, [1, 2])]
     # H_0 = 1, H* = 0.75: gaps -0.25, 0.25, 0.5 -> alpha 0, 0.025, 0.075
     steps = replay(records, own, recorded=own)
     assert [step.decision.state.alpha for step in steps] == pytest.approx([0, 0.025, 0.075], rel=1e-12)
-    assert [step.target for step in steps] == [0.75] * 3
-    assert [step.coefficient for step in steps] == [step.decision.state.alpha for step in steps]
+    assert [step.decision.target for step in steps] == [0.75] * 3
+    assert [step.decision.coefficient for step in steps] == [step.decision.state.alpha for step in steps]
     # H* = 0.4, proportional term only: gaps -0.6, -0.1, 0.15 -> I 0, 0, 0.015; alpha 0, 0, 0.015 + 0.3
     other = own.model_copy(update={"tau": 0.4, "update": "pi", "k_p": 2.0})
     alphas = [step.decision.state.alpha for step in replay(records, other, recorded=own)]
     assert alphas == pytest.approx([0, 0, 0.315], rel=1e-12)
     # skywork: target 0.3 of its own; H 1, 0.5, 0.25 -> c down, down, up
-    skywork = EntropySection(kind="skywork", skywork_target=0.3, skywork_delta=0.001, skywork_max=0.005)
+    skywork = Skywork(target=0.3, delta=0.001, alpha_max=0.005)
     steps = replay(records, skywork, recorded=own)
     assert [step.decision.state.alpha for step in steps] == [0, 0, 0.001]
-    assert [step.coefficient for step in steps] == [0, 0, 0.001]
-    assert [step.target for step in steps] == [0.3] * 3
+    assert [step.decision.coefficient for step in steps] == [0, 0, 0.001]
+    assert [step.decision.target for step in steps] == [0.3] * 3
 
 
 def test_replay_evaluates_other_difficulties():
-    own = EntropySection(tau=0.75)
+    own = Aer(tau=0.75)
     records = [record(0, 1.0, [0, 2]), record(1, 0.5, [1, 3])]
     means = {
         ("complement", "group"): [0.75, 0.5],  # 1 - (0 + 1/2) / 2 and 1 - (1/4 + 3/4) / 2
@@ -269,7 +270,7 @@ def test_replay_evaluates_other_difficulties():
 
 
 def test_anti_windup_follows_the_replayed_difficulty():
-    own = EntropySection(tau=2.0, eta=0.1)
+    own = Aer(tau=2.0, eta=0.1)
     records = [record(0, 1.0, [2, 2])]  # g = 1/2: linear_deficit gives 0, complement 1/2
     assert replay(records, own, recorded=own)[0].decision.frozen
     other = own.model_copy(update={"difficulty": "complement"})
@@ -277,7 +278,7 @@ def test_anti_windup_follows_the_replayed_difficulty():
 
 
 def test_a_recording_from_a_later_step_starts_from_its_first_state():
-    own = EntropySection(tau=0.75, eta=0.1, alpha_max=1.0)
+    own = Aer(tau=0.75, eta=0.1, alpha_max=1.0)
     records = [record(5, 1.0, [0, 2], alpha=0.2), record(6, 0.5, [0, 2])]
     steps = replay(records, own, recorded=own)
     assert [step.step for step in steps] == [6]
@@ -291,7 +292,7 @@ def test_a_recording_from_a_later_step_starts_from_its_first_state():
 
 
 def test_an_unusable_observation_is_held_in_replay_too():
-    own = EntropySection(tau=0.75)
+    own = Aer(tau=0.75)
     steps = replay([record(0, math.nan, [0]), record(1, 1.0, [0])], own, recorded=own)
     assert [step.decision.held for step in steps] == [True, False]
-    assert math.isnan(steps[0].target) and steps[1].target == 0.75
+    assert math.isnan(steps[0].decision.target) and steps[1].decision.target == 0.75

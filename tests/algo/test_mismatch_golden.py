@@ -10,10 +10,13 @@ import pytest
 
 from aer_megatron.algo import controller
 from aer_megatron.algo.controller import ControllerState, Observation
+from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.entropy_rules.base import EntropyRule
+from aer_megatron.algo.entropy_rules.fixed import Fixed
+from aer_megatron.algo.entropy_rules.skywork import Skywork
 from aer_megatron.algo.experience import pack_groups, staleness
 from aer_megatron.algo.flight import FlightRecord, replay
 from aer_megatron.algo.mismatch import measure_mismatch
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Completion, Prompt, RolloutGroup, ScoredGroup, Verdict, VersionSpan
 from tests.support.flights import flight_records
 
@@ -61,11 +64,10 @@ def seen(kl: float) -> Observation:
     return Observation(310.0, 1000.0, 0.5, mismatch_kl=kl)
 
 
-@pytest.mark.parametrize("kind", ["aer", "skywork"])
+@pytest.mark.parametrize("options", [Aer(update="pi", k_p=1.0), Skywork()])
 @pytest.mark.parametrize("kl", [0.2, math.inf, math.nan])
-def test_a_mismatch_above_its_bound_holds_alpha_and_says_so(kind: str, kl: float) -> None:
-    options = EntropySection.model_validate({"kind": kind, "update": "pi", "k_p": 1.0, "mismatch_bound": 0.1})
-    decision = controller.update(STATE, options, seen(kl))
+def test_a_mismatch_above_its_bound_holds_alpha_and_says_so(options: EntropyRule, kl: float) -> None:
+    decision = controller.step(STATE, options, seen(kl))
     assert decision.state == replace(STATE, step=8, held_steps=2)
     assert decision.held and not decision.frozen
     assert decision.reason.startswith("alpha 0.003 held: mismatch, KL ")
@@ -73,28 +75,29 @@ def test_a_mismatch_above_its_bound_holds_alpha_and_says_so(kind: str, kl: float
 
 
 def test_at_its_bound_or_without_one_alpha_moves() -> None:
-    for options, kl in ((EntropySection(mismatch_bound=0.1), 0.1), (EntropySection(mismatch_bound=0), 1e9)):
-        decision = controller.update(STATE, options, seen(kl))
+    for options, kl in ((Aer(mismatch_bound=0.1), 0.1), (Aer(mismatch_bound=0), 1e9)):
+        decision = controller.step(STATE, options, seen(kl))
         assert not decision.held and decision.state.alpha > STATE.alpha
-        assert decision == controller.update(STATE, options, seen(0.0))
-    constant = controller.update(STATE, EntropySection(kind="fixed"), seen(1e9))  # steers by nothing
+        assert decision == controller.step(STATE, options, seen(0.0))
+    constant = controller.step(STATE, Fixed(), seen(1e9))  # steers by nothing
     assert not constant.held
 
 
 def test_the_target_is_not_anchored_in_a_mismatched_batch() -> None:
-    options = EntropySection()
+    options = Aer()
     start = controller.initial_state(options)
-    assert controller.anchor(start, options, seen(1.0)) is start
-    assert controller.anchor(start, options, seen(0.01)).initial_entropy == 0.31
+    assert controller.step(start, options, seen(1.0)).state == replace(start, step=1, held_steps=1)
+    assert controller.step(start, options, seen(0.01)).state.initial_entropy == 0.31
+    assert controller.step(start, Fixed(), seen(1.0)).state.initial_entropy is None  # nor by a rule that does not steer
 
 
 def test_replay_reproduces_held_steps_and_another_bound_does_not() -> None:
-    options = EntropySection(update="pi", eta=0.05, k_p=0.2, tau=1.2)
+    options = Aer(update="pi", eta=0.05, k_p=0.2, tau=1.2)
     state = controller.initial_state(options)
     records: list[FlightRecord] = []
     for record in flight_records(options, 12):  # the same observations, two of them mismatched
         observation = replace(record.observation, mismatch_kl=0.5 if record.step in (0, 6) else 1e-4)
-        decision = controller.update(controller.anchor(state, options, observation), options, observation)
+        decision = controller.step(state, options, observation)
         state = decision.state
         records.append(replace(record, observation=observation, state=state))
     steps = replay(records, options, recorded=options)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from aer_megatron.algo.advantage import group_advantages
 from aer_megatron.algo.advantages.grpo import Grpo
-from aer_megatron.algo.difficulty import group_token_entropy
 from aer_megatron.algo.experience import (
     join_experiences,
     num_groups,
@@ -26,6 +25,7 @@ from aer_megatron.algo.experience import (
     staleness,
 )
 from aer_megatron.algo.flight import profile_batch
+from aer_megatron.algo.ledger import group_token_entropy
 from aer_megatron.algo.loss import TokenData, policy_loss, sequence_weights
 from aer_megatron.algo.options import AlgoSection
 from aer_megatron.algo.policy_losses.base import PolicyLoss

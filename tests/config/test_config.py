@@ -14,6 +14,10 @@ import pytest
 from pydantic import ValidationError
 
 from aer_megatron.algo.advantages.grpo import Grpo
+from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.entropy_rules.fixed import Fixed
+from aer_megatron.algo.entropy_rules.none import NoBonus
+from aer_megatron.algo.entropy_rules.skywork import Skywork
 from aer_megatron.algo.kl_estimators.k3 import K3
 from aer_megatron.algo.options import AlgoSection
 from aer_megatron.algo.policy_losses.clip import Clip
@@ -38,16 +42,18 @@ def write_run(tmp_path: Path, text: str = "") -> Path:
 
 
 def test_the_defaults_are_those_of_the_specification() -> None:
-    entropy = build().algo.entropy
-    assert (entropy.kind, entropy.difficulty, entropy.source, entropy.update) == (
-        "aer",
-        "linear_deficit",
-        "group",
-        "proportional",
-    )
-    assert (entropy.rho, entropy.tau, entropy.eta, entropy.alpha_max) == (0.5, 0.4, 1e-3, 0.05)
-    assert (entropy.skywork_target, entropy.skywork_delta, entropy.skywork_max) == (0.2, 1e-4, 0.005)
     algo = build().algo
+    assert algo.entropy == Aer(
+        difficulty="linear_deficit",
+        source="group",
+        rho=0.5,
+        tau=0.4,
+        update="proportional",
+        eta=1e-3,
+        alpha_max=0.05,
+    )
+    skywork = build(algo={"entropy": {"kind": "skywork"}}).algo.entropy
+    assert skywork == Skywork(target=0.2, delta=1e-4, alpha_max=0.005)
     assert algo.policy_loss == Clip(clip_low=0.2, clip_high=0.2, dual_clip=0.0)
     assert algo.advantage == Grpo(std_epsilon=1e-6)
     assert algo.kl_estimator == K3()
@@ -55,8 +61,7 @@ def test_the_defaults_are_those_of_the_specification() -> None:
 
 def test_a_run_file_sets_values_and_keeps_the_other_defaults(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path, "[algo.entropy]\ntau = 0.7\n"))
-    assert config.algo.entropy.tau == 0.7
-    assert config.algo.entropy.eta == 1e-3
+    assert config.algo.entropy == Aer(tau=0.7, eta=1e-3)
     assert config.model.path == "base"
 
 
@@ -221,6 +226,15 @@ RULE_OPTIONS: list[tuple[dict[str, Any], str]] = [
         {"policy_loss": {"kind": "ppo"}},
         "algo.policy_loss.kind='ppo' is not valid: must be 'clip', 'clip_cov', 'kl_cov' or 'package.module:name'",
     ),
+    (
+        {"entropy": {"kind": "fixed", "tau": 0.3}},
+        "option algo.entropy.tau is not one of kind='fixed'; kinds that have it: aer",
+    ),
+    (
+        {"entropy": {"kind": "none", "max_change": 0.3}},
+        "option algo.entropy.max_change is not one of kind='none'; kinds that have it: aer, skywork",
+    ),
+    ({"entropy": {"kind": "none", "referense": 0.3}}, "referense: did you mean algo.entropy.reference?"),
     ({"policy_loss": {"kind": ["clip"]}}, "algo.policy_loss.kind=['clip'] is not valid"),
     ({"policy_loss": {"clip_low": 2}}, "algo.policy_loss.clip_low=2 is not valid: Input should be less than 1"),
     ({"policy_loss": {"clip_loow": 2}}, "algo.policy_loss.clip_loow: did you mean algo.policy_loss.clip_low?"),
@@ -233,6 +247,43 @@ def test_an_option_belongs_to_the_rules_that_have_it(algo: dict[str, Any], words
     with pytest.raises(ValueError) as caught:
         build(algo=algo)
     assert words in str(caught.value)
+
+
+def test_another_kind_on_the_command_line_leaves_out_what_only_the_former_has(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = write_run(tmp_path, "[algo.entropy]\nrho = 0.3\ntau = 0.7\nalpha_max = 0.2\nalarm_low = 0.5\n")
+
+    def load(*overrides: str) -> Config:
+        return load_config(path, overrides, note=notes.append)
+
+    assert load("--algo.entropy.eta=0.1").algo.entropy == Aer(rho=0.3, tau=0.7, alpha_max=0.2, alarm_low=0.5, eta=0.1)
+    assert load("--algo.entropy.kind=aer").algo.entropy == load().algo.entropy
+    assert notes == []
+    # what both inherit stays; a bound of the same name is another option
+    assert load("--algo.entropy.kind=skywork").algo.entropy == Skywork(rho=0.3, alarm_low=0.5)
+    assert notes == [
+        f"left out of {path}: algo.entropy.tau, algo.entropy.alpha_max, "
+        "which the kind of the command line does not have"
+    ]
+    # options of the command line belong to the kind of the command line, in any order
+    fixed = load("--algo.entropy.coefficient=0.5", "--algo.entropy.kind=fixed", "--algo.entropy.rho=0.4")
+    assert fixed.algo.entropy == Fixed(coefficient=0.5, rho=0.4, alarm_low=0.5)
+    with pytest.raises(ValueError, match=r"algo\.entropy\.tau is not one of kind='none'; kinds that have it: aer"):
+        load("--algo.entropy.tau=0.7", "--algo.entropy.kind=none")
+    # a table replaces a table, and nothing is left out silently of a file that is wrong by itself
+    assert load('--algo.entropy={kind = "none"}').algo.entropy == NoBonus()
+    path.write_text(path.read_text() + "taau = 3\n")
+    with pytest.raises(ValueError, match=r"unknown option algo\.entropy\.taau"):
+        load("--algo.entropy.kind=none")
+
+
+def test_changed_options_of_a_rule_follow_its_kind() -> None:
+    config = build(algo={"entropy": {"tau": 0.7}, "policy_loss": {"kind": "clip_cov", "fraction": 0.5}})
+    assert config.with_options({"algo.entropy.kind": "none"}).algo.entropy == NoBonus()
+    # both have a fraction, each of its own
+    assert config.with_options({"algo.policy_loss.kind": "kl_cov"}).algo.policy_loss == KlCov()
+    resolved = Config.from_table(config.model_dump(mode="json"))
+    assert resolved.with_options({"algo.entropy.kind": "fixed"}).algo.entropy == Fixed()
 
 
 def test_a_rule_keeps_its_kind_where_defaults_are_left_out() -> None:

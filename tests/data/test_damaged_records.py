@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from aer_megatron.algo.entropy_rules.aer import Aer
 from aer_megatron.algo.flight import replay
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.report.flight import FLIGHT_FILE, FlightWriter, read_flight
 from aer_megatron.report.writer import METRICS_FILE, read_metrics
 from tests.support.flights import flight_records
 from tests.support.json_values import JSON
 
-OPTIONS = EntropySection(update="pi", k_p=0.3, tau=0.9)
+OPTIONS = Aer(update="pi", k_p=0.3, tau=0.9)
 ANY = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from aer_megatron.algo.options import EntropySection
+from aer_megatron.algo.entropy_rules.aer import Aer
 from aer_megatron.config import Config
+from aer_megatron.config_section import describe
 from aer_megatron.replay import command
 from aer_megatron.report.flight import FlightWriter
 from aer_megatron.report.writer import write_run_manifest
@@ -48,7 +49,7 @@ def rows(file: Path) -> list[dict[str, str]]:
         {"update": "proportional", "eta": 0.05, "tau": 0.9},
         {"update": "sign", "tau": 0.95, "max_change": 5e-4},
         {"difficulty": "complement", "difficulty_floor": 0.5, "tau": 1.2},
-        {"kind": "skywork", "skywork_target": 0.4},
+        {"kind": "skywork", "target": 0.4},
         {"kind": "fixed", "coefficient": 0.003},
         {"kind": "none"},
         {"shadow": True, **OPTIONS},
@@ -74,7 +75,7 @@ def test_the_runs_own_settings_reproduce_it_exactly(
     for row in trace:
         assert row["recorded_alpha"] == row["replayed_alpha"]
         assert row["recorded_target"] == row["replayed_target"]
-    records = flight_records(EntropySection(**options), 12)[-len(trace) :]
+    records = flight_records(Aer(**options), 12)[-len(trace) :]
     assert [float(row["replayed_alpha"]) for row in trace] == [record.state.alpha for record in records]
 
 
@@ -112,8 +113,8 @@ def test_the_picture_says_that_the_loop_is_open(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Figure, "savefig", watched)
     assert command.main([str(make_run(tmp_path, OPTIONS)), "--algo.entropy.tau=0.5"]) == 0
     assert any("OPEN LOOP" in text and "different" in text for text in texts)
-    assert any(text.startswith("recorded: aer pi, tau 0.9") for text in texts)
-    assert any(text.startswith("replayed: aer pi, tau 0.5") for text in texts)
+    assert any(text.startswith("recorded: aer, tau 0.9, update pi") for text in texts)
+    assert any(text.startswith("replayed: aer, tau 0.5, update pi") for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +174,14 @@ def test_only_the_steps_after_a_gap_are_replayed(tmp_path: Path, capsys: pytest.
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for name in EntropySection.model_fields:
-        assert name == "kind" or f"--algo.entropy.{name} [" in text
+    for key in [key for key, *_ in describe(Config) if key.startswith("algo.entropy.")]:
+        assert f"--{key} [" in text
     assert "OPEN LOOP" in text
 
 
 def test_a_run_whose_first_records_are_unusable_is_drawn(tmp_path: Path) -> None:
     run = make_run(tmp_path, {**OPTIONS, "kind": "aer"}, num_steps=1)
-    record = flight_records(EntropySection(**OPTIONS), 1)[0]
+    record = flight_records(Aer(**OPTIONS), 1)[0]
     broken = dataclasses.replace(
         record,
         observation=dataclasses.replace(record.observation, entropy_sum=float("nan")),

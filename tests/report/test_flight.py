@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aer_megatron.algo.entropy_rules.aer import Aer
 from aer_megatron.algo.flight import FlightRecord, GradientGeometry
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.report.flight import FLIGHT_FILE, FlightWriter, read_flight
 from tests.support.flights import flight_records
 
-OPTIONS = EntropySection(update="pi", k_p=0.3, tau=0.9)
+OPTIONS = Aer(update="pi", k_p=0.3, tau=0.9)
 
 
 def flat(value: Any) -> Any:

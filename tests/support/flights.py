@@ -8,14 +8,14 @@ from aer_megatron.algo import controller
 from aer_megatron.algo.advantage import AdvantageResult
 from aer_megatron.algo.controller import Observation
 from aer_megatron.algo.difficulty import difficulty
+from aer_megatron.algo.entropy_rules.base import EntropyRule
 from aer_megatron.algo.flight import FlightRecord, profile_batch
-from aer_megatron.algo.options import EntropySection
 from aer_megatron.types import Experience, PolicyScores
 
 NUM_PROMPTS, GROUP_SIZE = 6, 4
 
 
-def flight_records(options: EntropySection, num_steps: int, *, seed: int = 0) -> list[FlightRecord]:
+def flight_records(options: EntropyRule, num_steps: int, *, seed: int = 0) -> list[FlightRecord]:
     """Returns ``num_steps`` records whose states are those of ``options`` on a random, falling entropy."""
     rng = np.random.default_rng(seed)
     state = controller.initial_state(options)
@@ -35,13 +35,14 @@ def flight_records(options: EntropySection, num_steps: int, *, seed: int = 0) ->
         observation = Observation(
             float(scores.token_entropy_T.sum(dtype=np.float64)), float(len(scores.token_entropy_T)), float(d_P.mean())
         )
-        state = controller.update(controller.anchor(state, options, observation), options, observation).state
+        decision = controller.step(state, options, observation)
+        state = decision.state
         records.append(
             FlightRecord(
                 step=step,
                 observation=observation,
                 state=state,
-                coefficient=controller.loss_coefficient(state, options, token_entropy=0.5),
+                coefficient=decision.coefficient,
                 successes_P=successes_P,
                 counts_P=counts_P,
                 ledger_accuracy_P=rng.random(NUM_PROMPTS),

@@ -55,16 +55,26 @@ def trials() -> list[Trial]:
         "sign, eta 0.002": ("sign", ("--algo.entropy.update=sign", "--algo.entropy.eta=0.002")),
     }
     result = [
-        Trial(f"{short}-{tau}", rule, tau, 0, overrides, STEPS if tau > min(TAUS) else LONG_STEPS)
+        Trial(
+            f"{short}-{tau}",
+            rule,
+            tau,
+            0,
+            (f"--algo.entropy.tau={tau}", *overrides),
+            STEPS if tau > min(TAUS) else LONG_STEPS,
+        )
         for tau in reversed(TAUS)
         for rule, (short, overrides) in rules.items()
         if tau > min(TAUS) or short == "pi"  # a long run: only of the rule that is to hold it
     ]
-    result += [Trial(f"pi-0.5-seed{seed}", next(iter(rules)), 0.5, seed, ()) for seed in SEEDS[1:]]
-    none = ("--algo.entropy.kind=none",)
+    result += [
+        Trial(f"pi-0.5-seed{seed}", next(iter(rules)), 0.5, seed, ("--algo.entropy.tau=0.5",)) for seed in SEEDS[1:]
+    ]
+    reference = "--algo.entropy.reference=0.5"
+    none = ("--algo.entropy.kind=none", reference)
     result += [Trial(f"none-{seed}", "none (GRPO)", 0.5, seed, none) for seed in SEEDS]
     for coefficient, num_steps in ((0.7, STEPS), (0.007, COLLAPSE_STEPS)):
-        fixed = ("--algo.entropy.kind=fixed", f"--algo.entropy.coefficient={coefficient}")
+        fixed = ("--algo.entropy.kind=fixed", f"--algo.entropy.coefficient={coefficient}", reference)
         result += [
             Trial(f"fixed-{coefficient}-{seed}", f"fixed, {coefficient}", 0.5, seed, fixed, num_steps) for seed in SEEDS
         ]
@@ -73,8 +83,7 @@ def trials() -> list[Trial]:
 
 def run(trial: Trial, folder: Path) -> None:
     """Returns when the run is finished; a finished one is left as it is."""
-    overrides = (f"--algo.entropy.tau={trial.tau}", *trial.overrides)
-    finish_run(trial.name, folder, seed=trial.seed, num_steps=trial.num_steps, overrides=overrides)
+    finish_run(trial.name, folder, seed=trial.seed, num_steps=trial.num_steps, overrides=trial.overrides)
 
 
 def row(trial: Trial, folder: Path) -> str | None:

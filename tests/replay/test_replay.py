@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.config import Config
 from aer_megatron.config_section import describe
 from aer_megatron.replay import command
@@ -75,7 +76,7 @@ def test_the_runs_own_settings_reproduce_it_exactly(
     for row in trace:
         assert row["recorded_alpha"] == row["replayed_alpha"]
         assert row["recorded_target"] == row["replayed_target"]
-    records = flight_records(Aer(**options), 12)[-len(trace) :]
+    records = flight_records(AlgoSection.model_validate({"entropy": options}).entropy, 12)[-len(trace) :]
     assert [float(row["replayed_alpha"]) for row in trace] == [record.state.alpha for record in records]
 
 

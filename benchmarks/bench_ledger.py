@@ -142,7 +142,11 @@ def time_steps(known: int, repeats: int) -> list[dict[str, Any]]:
     def record(form: str, update: Callable[[Batch, int], object]) -> None:
         for place, size in enumerate(BATCHES):
             first = place * repeats
-            taken = times_us(lambda call, first=first: update(batches[first + call], first + call + 1), repeats)
+
+            def one(call: int, first: int = first) -> object:
+                return update(batches[first + call], first + call + 1)
+
+            taken = times_us(one, repeats)
             rows.append({"form": form, "known": known, "prompts": size, **taken})
             print(rows[-1], flush=True)
 

@@ -46,7 +46,8 @@ def url(folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_served_weights_are_the_blocks_that_were_sent(transport: str, url: str, folder: Path) -> None:
-    seeds = range(3 * TRANSPORTS.index(transport) + 1, 3 * TRANSPORTS.index(transport) + 4)
+    first = 3 * list(TRANSPORTS).index(transport) + 1
+    seeds = range(first, first + 3)
     with rollouts([url], folder, transport=transport, fp8=True) as made:
         for seed in seeds:
             sent = fp8_model_weights(seed, BF16)

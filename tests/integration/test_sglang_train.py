@@ -11,6 +11,7 @@ import pytest
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.sglang.server import ServerGroup
+from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.real_servers import (
     export_last_checkpoint,
     processes_writing,
@@ -19,7 +20,6 @@ from tests.support.real_servers import (
     served_difference,
 )
 from tests.support.runs import ROOT, environment, metric_lines, train, train_command, write_run_file
-from tests.support.sglang_fixtures import TRANSPORTS
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 

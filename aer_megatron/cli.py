@@ -33,6 +33,10 @@ COMMANDS = {
         "replay-batch": ("aer_megatron.replay.batch", "a kept update again: where it is not finite"),
         "fp8-parity": ("aer_megatron.fp8_parity.command", "what FP8 changes, recipe by recipe"),
     },
+    "its checkpoints": {
+        "convert": ("aer_megatron.conversion.command", "Hugging Face, Megatron-Core and FP8 folders; is nothing lost?"),
+        "export-ledger": ("aer_megatron.report.ledger_csv", "what every prompt gave so far, as CSV"),
+    },
 }
 
 _USAGE = """\

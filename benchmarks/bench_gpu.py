@@ -30,9 +30,8 @@ from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.config_loading import load_config
-from aer_megatron.convert.folders import hf_specs
 from aer_megatron.convert.hf_config import architecture_from_hf_config
-from aer_megatron.convert.mapping import hf_names
+from aer_megatron.convert.mapping import hf_specs
 from aer_megatron.costs.hardware import gpu_named
 from aer_megatron.costs.memory import TrainingForm
 from aer_megatron.costs.model_size import Layout
@@ -144,7 +143,7 @@ def bench_update(options: argparse.Namespace, platform: Platform) -> list[dict[s
     arch = architecture_from_hf_config(table)
     topology = initialize_topology(tp=config.parallel.tp, pp=1, seed=0)
     actor = Actor(arch, config, topology, device=platform.device, optimizer=config.optimizer, num_updates_planned=1000)
-    specs = hf_specs(arch, dict.fromkeys(hf_names(arch), torch.bfloat16))
+    specs = hf_specs(arch, torch.bfloat16)
     actor.load_hf_weights(lambda name: 0.02 * torch.randn(specs[name].shape))
     vocab = int(table["vocab_size"])
     given = uniform_batch(options.sequences, options.length, vocab_size=vocab, old_logprob=-math.log(vocab))

@@ -159,8 +159,9 @@ def _load_gguf(gguf: Path, dtype: str) -> tuple[PreTrainedModel, TokenizersBacke
 
 def _write(target: Path, model: PreTrainedModel, tokenizer: TokenizersBackend, stamp: dict[str, Any]) -> None:
     from aer_megatron.convert.hf_config import architecture_from_hf_config
-    from aer_megatron.convert.hf_folder import fill_hf_folder, new_folder
-    from aer_megatron.convert.mapping import check_hf_tensors, hf_names
+    from aer_megatron.convert.hf_writer import config_with_dtype, fill_hf_folder
+    from aer_megatron.convert.mapping import check_hf_tensors, hf_names, hf_specs
+    from aer_megatron.files.new_folder import new_folder
 
     config = _plain_config(model)
     arch = architecture_from_hf_config(config)
@@ -168,7 +169,7 @@ def _write(target: Path, model: PreTrainedModel, tokenizer: TokenizersBackend, s
     check_hf_tensors(arch, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
     with new_folder(target) as work:
         tensors = ((name, state[name]) for name in hf_names(arch))
-        fill_hf_folder(work, tensors, config=config, max_shard_bytes=4 * 10**9, dtype=model.dtype)
+        fill_hf_folder(work, tensors, hf_specs(arch, model.dtype), config=config_with_dtype(config, model.dtype))
         tokenizer.save_pretrained(work)
         model.generation_config.save_pretrained(work)
         (work / STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")

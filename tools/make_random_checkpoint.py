@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from conversion_cli import GB, plain_errors, progress_bar
+import torch
+
+from aer_megatron.console.failures import run_command
+from aer_megatron.conversion.progress import progress_bar
+from aer_megatron.convert.folders import check_space
+from aer_megatron.convert.hf_config import architecture_from_hf_config
+from aer_megatron.convert.hf_writer import config_with_dtype, write_hf_folder
+from aer_megatron.convert.mapping import hf_specs
+from aer_megatron.convert.safetensors_writer import total_bytes
 
 _QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -71,47 +81,43 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="default %(default)s")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of one output file; default %(default)s")
     options = parser.parse_args()
-    with plain_errors("make_random_checkpoint"):
-        make(options)
-        print(options.output)
+    sys.exit(run_command(lambda edge: make(options)))
 
 
-def make(options: argparse.Namespace) -> None:
-    import torch
-
-    from aer_megatron.convert.folders import check_space, hf_specs
-    from aer_megatron.convert.hf_config import architecture_from_hf_config
-    from aer_megatron.convert.hf_folder import config_with_dtype, new_folder
-    from aer_megatron.convert.mapping import hf_names
-    from aer_megatron.convert.safetensors_writer import SafetensorsWriter
-
+def make(options: argparse.Namespace) -> int:
     if options.size not in SIZES and not Path(options.size).is_file():
         raise ValueError(f"{options.size!r} is neither one of {', '.join(SIZES)} nor a config.json")
     config = SIZES.get(options.size) or json.loads(Path(options.size).read_text(encoding="utf-8"))
     dtype = getattr(torch, options.dtype)
     arch = architecture_from_hf_config(config)
-    specs = hf_specs(arch, dict.fromkeys(hf_names(arch), dtype))
-    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    specs = hf_specs(arch, dtype)
+    num_bytes = total_bytes(specs)
     check_space(options.output, num_bytes)
     generator = torch.Generator().manual_seed(options.seed)
     # one block of normal numbers, read from another place for every tensor: drawing 8 billion would take minutes
     block = (
         torch.empty((1 << 24) + 1).normal_(0.0, config.get("initializer_range", 0.02), generator=generator).to(dtype)
     )
-    with (
-        new_folder(options.output) as work,
-        SafetensorsWriter(work, specs, max_shard_bytes=int(options.max_shard_gb * GB)) as writer,
-        progress_bar("writing", num_bytes) as advance,
-    ):
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name, spec in specs.items():
             start = int(torch.randint(len(block), (), generator=generator))
             size = torch.Size(spec.shape).numel()
             values = block.roll(start).repeat(-(-size // len(block)))[:size].view(spec.shape)
-            writer.write(name, 1.0 + values if name.endswith("norm.weight") else values)
-            advance(spec.num_bytes)
-        writer.finish()
-        text = json.dumps(config_with_dtype(config, dtype), indent=2)
-        (work / "config.json").write_text(text + "\n", encoding="utf-8")
+            yield name, 1.0 + values if name.endswith("norm.weight") else values
+
+    with progress_bar("writing", num_bytes) as advance:
+        write_hf_folder(
+            options.output,
+            tensors(),
+            specs,
+            config=config_with_dtype(config, dtype),
+            like=None,
+            max_shard_bytes=int(options.max_shard_gb * 10**9),
+            advance=advance,
+        )
+    print(options.output)
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron.checkpoint.manifest import MANIFEST_NAME
-from aer_megatron.convert.hf_folder import flush_to_disk
 from aer_megatron.files.disk_space import has_space, space_report
+from aer_megatron.files.new_folder import flush_to_disk
 
 _LOG = logging.getLogger(__name__)
 _SMALL_FILES_BYTES = 1 << 16  # manifest, headers and pages that are not full

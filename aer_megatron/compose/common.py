@@ -32,7 +32,6 @@ from aer_megatron.report.reporter import NullReporter, Reporter
 from aer_megatron.report.writer import package_versions, write_run_manifest
 from aer_megatron.sglang.transports import check_transport
 
-MAX_SHARD_BYTES = 5 * 10**9
 # torch's own limit for one collective counts the time in which a whole job is suspended; the watchdog's does not
 WATCHED_TIMEOUT_S = 30 * 86400.0
 VERSIONED_PACKAGES = (

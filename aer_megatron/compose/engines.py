@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 from transformers import AutoConfig
 
 from aer_megatron.actor.model import TORCH_DTYPES
-from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
+from aer_megatron.compose.common import architecture
 from aer_megatron.compose.quantization import fp8_checkpoint, is_fp8
 from aer_megatron.config import Config
+from aer_megatron.convert.hf_writer import MAX_SHARD_BYTES
 from aer_megatron.files.json_input import read_json_object
 from aer_megatron.loop.parts import WeightSync
 from aer_megatron.parallel.agreement import on_first_rank
@@ -176,7 +177,7 @@ def _check_release(config: Config) -> None:
 def _served_folder(config: Config) -> Path:
     """Returns the folder that launched servers start from."""
     if is_fp8(config):
-        return fp8_checkpoint(config, max_shard_bytes=MAX_SHARD_BYTES).absolute()
+        return fp8_checkpoint(config).absolute()
     return Path(config.model.path).absolute()
 
 

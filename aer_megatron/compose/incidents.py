@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
+from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.actor.nonfinite_findings import Diagnosis
-from aer_megatron.compose.common import MAX_SHARD_BYTES
 from aer_megatron.config import Config
-from aer_megatron.convert.hf_folder import write_hf_folder
+from aer_megatron.convert.hf_folder import read_hf_config
+from aer_megatron.convert.hf_writer import write_hf_folder
+from aer_megatron.convert.mapping import hf_specs
 from aer_megatron.costs.memory import DTYPE_BYTES
 from aer_megatron.costs.model_size import parameter_count
 from aer_megatron.parallel.agreement import on_all_ranks, on_first_rank
@@ -137,11 +138,8 @@ class GuardedPolicy:
         return f"batch, seed and weights are in {final}{without}: aer replay-batch {final}"
 
     def _write_weights(self, folder: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
-        path = self._config.model.path
-        hf_config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-        write_hf_folder(
-            folder, weights, config=hf_config, extra_files_from=None, max_shard_bytes=MAX_SHARD_BYTES, dtype=None
-        )
+        specs = hf_specs(self._actor.arch, TORCH_DTYPES[self._config.model.dtype])
+        write_hf_folder(folder, weights, specs, config=read_hf_config(Path(self._config.model.path)), like=None)
 
     def _other_weights(self) -> str:
         """The newest checkpoint of the run, or the policy that it began with: near the weights that are not kept."""

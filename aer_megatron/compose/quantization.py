@@ -9,8 +9,9 @@ from typing import Any
 from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.fp8_folder import fp8_folder_config, write_fp8_folder
-from aer_megatron.convert.fp8_weights import split_blocks
+from aer_megatron.convert.folders import hf_to_fp8
+from aer_megatron.convert.fp8_weights import fp8_config, split_blocks
+from aer_megatron.convert.hf_writer import config_with_dtype
 from aer_megatron.files.json_input import read_json_object
 
 _TP_FLAGS = ("tp_size", "tp", "tensor_parallel_size")  # SGLang's spellings
@@ -63,16 +64,16 @@ def _check_servers(config: Config, arch: ModelArchitecture) -> None:
         )
 
 
-def fp8_checkpoint(config: Config, *, max_shard_bytes: int) -> Path:
+def fp8_checkpoint(config: Config) -> Path:
     """Returns the folder of ``run.output_dir`` with the FP8 checkpoint of ``model.path``, written unless it is there.
 
     One that an earlier start of the run left is used again: servers get the policy's weights before they serve.
     """
     source, target = Path(config.model.path), Path(config.run.output_dir) / "fp8_model"
     dtype = TORCH_DTYPES[config.model.dtype]
-    if _config(target) != fp8_folder_config(_config(source), dtype):
+    if _config(target) != fp8_config(config_with_dtype(_config(source), dtype)):
         shutil.rmtree(target, ignore_errors=True)
-        write_fp8_folder(source, target, dtype=dtype, max_shard_bytes=max_shard_bytes, advance=lambda num_bytes: None)
+        hf_to_fp8(source, target, dtype=dtype)
     return target
 
 

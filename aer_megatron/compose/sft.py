@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from aer_megatron.actor.actor import Actor
+from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.checkpoint.store import CheckpointStore
-from aer_megatron.compose.common import MAX_SHARD_BYTES, Process, build_actor, checked_weights, held, open_reporter
+from aer_megatron.compose.common import Process, build_actor, checked_weights, held, open_reporter
 from aer_megatron.config import Config
 from aer_megatron.config_loading import config_digest
-from aer_megatron.convert.hf_folder import HFFolder, copy_extra_files, fill_hf_folder, new_folder
+from aer_megatron.convert.hf_folder import HFFolder, read_hf_config
+from aer_megatron.convert.hf_writer import copy_extra_files, fill_hf_folder
+from aer_megatron.convert.mapping import hf_specs
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.data.skipped import OnSkip, SkippedRecords
 from aer_megatron.data.supervised import SupervisedSource
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from aer_megatron.files.json_input import read_json_object
+from aer_megatron.files.new_folder import new_folder
 from aer_megatron.files.run_lock import LOCK_FILE
 from aer_megatron.loop.supervised import run_supervised
 from aer_megatron.parallel.exchange import barrier
@@ -125,9 +129,9 @@ def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -
     if platform.rank == 0:
         if (target / STAGE_FILE).is_file():
             _remove(target)
-        hf_config = read_json_object(Path(init) / "config.json")
+        specs = hf_specs(actor.arch, TORCH_DTYPES[config.model.dtype])
         with new_folder(target) as work:
-            fill_hf_folder(work, weights, config=hf_config, max_shard_bytes=MAX_SHARD_BYTES, dtype=None)
+            fill_hf_folder(work, weights, specs, config=read_hf_config(Path(init)))
             copy_extra_files(Path(init), work)
             # part of the folder from its first moment: one without it is taken for somebody else's
             (work / STAGE_FILE).write_text(json.dumps({"digest": _stage_digest(config)}) + "\n", encoding="utf-8")

@@ -1,30 +1,37 @@
-"""Converts whole folders: Hugging Face -> Megatron's distributed checkpoint, Megatron tensors -> Hugging Face.
+"""Converts whole folders: Hugging Face -> Megatron's distributed checkpoint, Megatron tensors -> Hugging Face, -> FP8.
 
-Both stream, so memory is a few times the largest tensor, and both write beside the target and rename: whatever goes
-wrong, a full disk included, nothing is left under the target's name. ``compare`` is the proof afterwards.
+All stream, so memory is a few times the largest tensor, and write beside the target and rename: whatever goes wrong, a
+full disk included, nothing is left under the target's name. ``compare`` is the proof afterwards.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups
+from aer_megatron.convert.fp8_weights import fp8_config, fp8_specs, iter_fp8_weights
 from aer_megatron.convert.hf_config import architecture_from_hf_config
-from aer_megatron.convert.hf_folder import HFFolder, config_with_dtype, copy_extra_files, new_folder
-from aer_megatron.convert.mapping import check_hf_tensors, hf_names
+from aer_megatron.convert.hf_folder import HFFolder, read_hf_config
+from aer_megatron.convert.hf_writer import (
+    MAX_SHARD_BYTES,
+    Advance,
+    config_with_dtype,
+    copy_extra_files,
+    ignore_progress,
+    write_hf_config,
+    write_hf_folder,
+)
+from aer_megatron.convert.mapping import check_hf_tensors, hf_names, hf_specs
 from aer_megatron.convert.megatron_folder import MegatronWriter
-from aer_megatron.convert.safetensors_writer import TORCH_DTYPE_OF, SafetensorsWriter, TensorSpec
+from aer_megatron.convert.safetensors_writer import TORCH_DTYPE_OF
 from aer_megatron.convert.stream import write_megatron
 from aer_megatron.files.disk_space import has_space, space_report
-from aer_megatron.files.json_input import read_json_object
+from aer_megatron.files.new_folder import new_folder
 
-Advance = Callable[[int], None]  # told how many bytes have been written since the last call
 _METADATA_BYTES = 1 << 24  # headers, tables and tokenizer files, generously
 
 
@@ -68,7 +75,7 @@ def hf_to_megatron(
     with new_folder(target) as work, MegatronWriter(work, max_file_bytes=max_file_bytes) as writer:
         write_megatron(arch, folder.get, writer, dtype=dtype, advance=advance)
         writer.finish()
-        _write_config(work, folder.config, dtype)
+        write_hf_config(work, config_with_dtype(folder.config, dtype))
         copy_extra_files(folder.path, work)
     return target
 
@@ -86,40 +93,44 @@ def megatron_to_hf(
     """Returns ``target``, newly written from the (HF name, tensor) pairs of a model.
 
     dtypes: the dtype in which each tensor is written. like: the folder whose config.json, tokenizer and generation
-    settings are carried over. Raises ValueError if ``target`` exists or a tensor is missing or unexpected; OSError
-    where the disk is full.
+    settings are carried over. Raises as ``write_hf_folder`` does.
     """
+    same = set(dtypes.values())
+    config = config_with_dtype(read_hf_config(like), same.pop() if len(same) == 1 else None)
     specs = hf_specs(arch, dtypes)
-    config = HFConfig(like).table
-    with new_folder(target) as work, SafetensorsWriter(work, specs, max_shard_bytes=max_shard_bytes) as writer:
-        for name, tensor in tensors:
-            writer.write(name, tensor)
-            advance(specs[name].num_bytes)
-        writer.finish()
-        same = set(dtypes.values())
-        _write_config(work, config, same.pop() if len(same) == 1 else None)
-        copy_extra_files(like, work)
-    return target
+    return write_hf_folder(
+        target, tensors, specs, config=config, like=like, max_shard_bytes=max_shard_bytes, advance=advance
+    )
 
 
-def hf_specs(arch: ModelArchitecture, dtypes: Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
-    """HF name -> shape and dtype of every tensor that is written."""
-    return {name: TensorSpec(shape, dtypes[name]) for name, shape in hf_names(arch).items()}
+def hf_to_fp8(
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Advance = ignore_progress,
+) -> Path:
+    """Returns ``target``, newly written: the model of ``source`` with its projections in blocks of FP8.
 
-
-class HFConfig:
-    """The config.json of a folder that need not hold weights."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError where there is none, or no JSON object in it."""
-        file = path / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{path} holds no config.json; name the Hugging Face folder of the model")
-        self.table: dict[str, Any] = read_json_object(file)
+    Weights are rounded to ``dtype``, in which the other tensors stay, before they are quantised. It is what servers of
+    ``rollout.quantization = "fp8"`` are started from. Raises ValueError where ``source`` is not a model that can be
+    converted, and as ``write_hf_folder`` does.
+    """
+    folder, arch = checked_hf_folder(source, 1)
+    return write_hf_folder(
+        target,
+        iter_fp8_weights((name, folder.get(name).to(dtype)) for name in hf_names(arch)),
+        fp8_specs(hf_specs(arch, dtype)),
+        config=fp8_config(config_with_dtype(folder.config, dtype)),
+        like=source,
+        max_shard_bytes=max_shard_bytes,
+        advance=advance,
+    )
 
 
 def check_space(target: Path, num_bytes: int) -> None:
-    """Returns nothing; raises ValueError where the disk of ``target`` has too little room for ``num_bytes``."""
+    """Raises ValueError where the disk of ``target`` has too little room for ``num_bytes``."""
     num_bytes += _METADATA_BYTES
     if not has_space(target, num_bytes):
         raise ValueError(f"{space_report(target, num_bytes)}; choose another disk")
@@ -154,11 +165,6 @@ def compare(
     if missing:
         raise RuntimeError(f"verification failed: {len(missing)} tensors are missing: {', '.join(sorted(missing)[:4])}")
     return len(dtypes)
-
-
-def _write_config(work: Path, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:
-    text = json.dumps(config_with_dtype(config, dtype), indent=2)
-    (work / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _bits(tensor: Tensor) -> Tensor:

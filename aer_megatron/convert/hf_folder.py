@@ -1,51 +1,24 @@
-"""Hugging Face model folders on disk: read one tensor at a time, write one whole folder or nothing.
+"""Reads Hugging Face model folders, one tensor at a time: config.json, *.safetensors and their index.
 
-The one file of convert/ that opens files: the folder format (config.json, *.safetensors, an index, tokenizer
-files) is a matter of Hugging Face names, and the converters, the actor and the weight transports all need the
-same reader.
-
-Reading maps the files into memory: a tensor costs nothing until its elements are used. Writing streams: at
-most one output file's tensors (``max_shard_bytes``) are held, and the finished folder is renamed into place.
-
-This file does NOT know Megatron names, ranks or devices other than the CPU.
+Files are mapped into memory: a tensor costs nothing until its elements are used. This file does NOT know Megatron
+names, ranks or devices other than the CPU.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from aer_megatron.convert.safetensors_writer import INDEX_NAME, SINGLE_NAME
 from aer_megatron.files.json_input import kind_of, read_json_object
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _FILE_NAME = re.compile(r"[\w.+=-]{1,200}\.safetensors", re.ASCII)
-# Everything beside the weights that makes a folder usable: generation settings, tokenizers, chat templates.
-_EXTRA_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-    "LICENSE*",
-)
 
 
 class HFFolder:
@@ -57,7 +30,7 @@ class HFFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = _read_config(self.path)
+        self.config: dict[str, Any] = read_hf_config(self.path)
         self._files: dict[str, Any] = {}  # file name -> open safetensors handle
         self._file_of: dict[str, str] = {}  # tensor name -> file name
         for file_name, listed in _weight_files(self.path).items():
@@ -65,7 +38,7 @@ class HFFolder:
             held = set(handle.keys())
             absent = sorted((listed or held) - held)
             if absent:
-                raise ValueError(f"{self.path / file_name} lacks {absent[0]}, which {_INDEX} places there")
+                raise ValueError(f"{self.path / file_name} lacks {absent[0]}, which {INDEX_NAME} places there")
             self._files[file_name] = handle
             self._file_of.update(dict.fromkeys(sorted(listed or held), file_name))
 
@@ -107,87 +80,11 @@ class HFFolder:
         return self._file_of[name]
 
 
-def write_hf_folder(
-    path: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    config: Mapping[str, Any],
-    extra_files_from: str | os.PathLike[str] | None,
-    max_shard_bytes: int,
-    dtype: torch.dtype | None,
-) -> Path:
-    """The folder ``path``, newly written: config.json, safetensors files, index, and the extra files.
-
-    tensors: (name, tensor) pairs, consumed one at a time; a file is closed before it would exceed
-        ``max_shard_bytes`` (one larger tensor gets a file of its own). A tensor is read when its file is
-        written: its memory must not be reused before. Floating-point tensors become ``dtype``, if given.
-    config: config.json's content; "dtype" (and "torch_dtype", if present) is set where ``dtype`` is given.
-    extra_files_from: folder whose tokenizer files, generation_config.json and templates are copied, or None.
-
-    Raises ValueError if ``path`` exists, a name comes twice or there is no tensor; OSError (disk full, ...)
-    as is. Whatever is raised, nothing is left under ``path``.
-    """
-    target = Path(path)
-    with new_folder(target) as work:
-        fill_hf_folder(work, tensors, config=config, max_shard_bytes=max_shard_bytes, dtype=dtype)
-        if extra_files_from is not None:
-            copy_extra_files(Path(extra_files_from), work)
-    return target
-
-
-def fill_hf_folder(
-    work: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    config: Mapping[str, Any],
-    max_shard_bytes: int,
-    dtype: torch.dtype | None,
-) -> None:
-    """Returns nothing; writes config.json, safetensors files and index into the existing folder ``work``.
-
-    For callers that add files of their own inside ``new_folder``; arguments as for ``write_hf_folder``.
-    """
-    _write_index(work, _write_shards(work, tensors, max_shard_bytes, dtype))
-    text = json.dumps(config_with_dtype(config, dtype), indent=2)
-    (work / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``target`` when the block ends, or is removed if it raises.
-
-    Raises ValueError if ``target`` exists. Files are flushed to disk before the rename.
-    """
-    if target.exists():
-        raise ValueError(f"{target} exists already; choose another folder or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    work.mkdir()
-    try:
-        yield work
-        for file in work.rglob("*"):
-            flush_to_disk(file)
-        flush_to_disk(work)
-        work.rename(target)
-        flush_to_disk(target.parent)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-
-
-def flush_to_disk(path: Path) -> None:
-    """Waits until the file's bytes, or the folder's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The content of config.json of a folder, which need not hold weights. Raises ValueError where there is none."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give the folder of a Hugging Face model")
+    file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} holds no config.json; give the folder of a Hugging Face model")
     return read_json_object(file)
@@ -195,23 +92,24 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _weight_files(path: Path) -> Mapping[str, set[str] | None]:
     """File name -> tensors that the index places there; None = all that the file holds, without an index."""
-    index = path / _INDEX
+    index = path / INDEX_NAME
     if index.is_file():
         files: dict[str, set[str]] = {}
         for name, file in _weight_map(index).items():
             files.setdefault(file, set()).add(name)
         missing = [file for file in files if not (path / file).is_file()]
         if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)} of {len(files)} files in {_INDEX}; download it again")
+            lost = f"{', '.join(missing)} of {len(files)} files in {INDEX_NAME}"
+            raise ValueError(f"{path} lacks {lost}; download it again")
         return dict(sorted(files.items()))
-    if (path / _SINGLE).is_file():
-        return {_SINGLE: None}
+    if (path / SINGLE_NAME).is_file():
+        return {SINGLE_NAME: None}
     if any(path.glob("*.bin")) or any(path.glob("*.pth")) or any(path.glob("*.gguf")):
         raise ValueError(
             f"{path} holds weights in another format than safetensors; convert it once: load it with"
             " transformers' AutoModelForCausalLM.from_pretrained(...), write it with save_pretrained(NEW)"
         )
-    raise ValueError(f"{path} holds neither {_SINGLE} nor {_INDEX}; is the download complete?")
+    raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}; is the download complete?")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -237,81 +135,3 @@ def _open(file: Path) -> Any:
         raise ValueError(
             f"{file} is truncated or not a safetensors file ({error}); download or write it again"
         ) from error
-
-
-def _write_shards(
-    work: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int, dtype: torch.dtype | None
-) -> list[dict[str, int]]:
-    """Per written file (numbered, in order): tensor name -> bytes."""
-    files: list[dict[str, int]] = []
-    pending: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-    seen: set[str] = set()
-
-    def flush() -> None:
-        file = work / _numbered(len(files))
-        file.touch()
-        mode = file.stat().st_mode  # safetensors makes files private whatever the umask says
-        try:
-            save_file(pending, file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"could not write {file}: {error}") from error
-        file.chmod(mode)
-        files.append(dict(sizes))
-        pending.clear()
-        sizes.clear()
-
-    for name, tensor in tensors:
-        if name in seen:
-            raise ValueError(f"tensor {name} comes twice")
-        seen.add(name)
-        stored = tensor.detach().to("cpu", dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-        size = stored.numel() * stored.element_size()
-        if pending and sum(sizes.values()) + size > max_shard_bytes:
-            flush()
-        # safetensors refuses tensors that share memory, such as views of one shard
-        pending[name] = stored.clone() if stored.untyped_storage().nbytes() != size else stored.contiguous()
-        sizes[name] = size
-    if pending:
-        flush()
-    if not files:
-        raise ValueError("there are no tensors to write")
-    return files
-
-
-def _numbered(index: int) -> str:
-    return f"part-{index:05d}.safetensors"
-
-
-def _write_index(work: Path, files: list[dict[str, int]]) -> None:
-    """Renames the written files to their final names, which hold their number, and writes the index."""
-    if len(files) == 1:
-        (work / _numbered(0)).rename(work / _SINGLE)
-        return
-    weight_map: dict[str, str] = {}
-    for index, sizes in enumerate(files):
-        final = f"model-{index + 1:05d}-of-{len(files):05d}.safetensors"
-        (work / _numbered(index)).rename(work / final)
-        weight_map.update(dict.fromkeys(sizes, final))
-    total = sum(sum(sizes.values()) for sizes in files)
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (work / _INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_extra_files(source: Path, work: Path) -> None:
-    """Returns nothing; copies tokenizer files, generation settings and templates that ``work`` does not have."""
-    for pattern in _EXTRA_FILES:
-        for file in source.glob(pattern):
-            if file.is_dir():
-                shutil.copytree(file, work / file.name, dirs_exist_ok=True)
-            elif not (work / file.name).exists():
-                shutil.copyfile(file, work / file.name)
-
-
-def config_with_dtype(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Returns config.json's content with its dtype fields set, where ``dtype`` is given."""
-    if dtype is None:
-        return dict(config)
-    name = str(dtype).removeprefix("torch.")
-    # transformers 5 writes "dtype", 4 and SGLang read "torch_dtype"
-    return dict(config) | {"dtype": name} | ({"torch_dtype": name} if "torch_dtype" in config else {})

@@ -17,6 +17,7 @@ from torch import Tensor
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.families import MODEL_FAMILIES
 from aer_megatron.convert.rows import Row
+from aer_megatron.convert.safetensors_writer import TensorSpec
 
 Indices = dict[str, int]
 # an expert's number under the local layer spec, and under TransformerEngine's
@@ -47,6 +48,14 @@ def hf_names(arch: ModelArchitecture) -> dict[str, tuple[int, ...]]:
     """Names and shapes of every tensor of the Hugging Face checkpoint of ``arch``."""
     whole = megatron_names(arch, range(arch.num_layers), first_stage=True, last_stage=True)
     return {name: shape for parameter in whole for name, shape in hf_tensors_of(arch, parameter).items()}
+
+
+def hf_specs(arch: ModelArchitecture, dtypes: torch.dtype | Mapping[str, torch.dtype]) -> dict[str, TensorSpec]:
+    """HF name -> shape and dtype of every tensor of the Hugging Face checkpoint; one dtype for all, or by name."""
+    return {
+        name: TensorSpec(shape, dtypes if isinstance(dtypes, torch.dtype) else dtypes[name])
+        for name, shape in hf_names(arch).items()
+    }
 
 
 def hf_tensors_of(arch: ModelArchitecture, megatron_name: str) -> dict[str, tuple[int, ...]]:

@@ -51,6 +51,11 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def total_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Returns the size of all tensors together."""
+    return sum(spec.num_bytes for spec in specs.values())
+
+
 class SafetensorsWriter:
     """The safetensors files of one model in the folder ``work``; ``write`` every tensor once, then ``finish``.
 
@@ -96,7 +101,7 @@ class SafetensorsWriter:
         self._missing.remove(name)
 
     def finish(self) -> None:
-        """Returns once all bytes are with the operating system and the index, if there are two files, is written.
+        """Hands all bytes to the operating system and writes the index, if there are two files.
 
         Raises ValueError naming tensors that were never written.
         """
@@ -105,8 +110,8 @@ class SafetensorsWriter:
             raise ValueError(f"{len(absent)} tensors were not written: {', '.join(absent[:4])}")
         self._stack.close()
         if len(self._file_names) > 1:
-            total = sum(spec.num_bytes for spec in self._specs.values())
-            content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._weight_map.items()))}
+            total = {"total_size": total_bytes(self._specs)}
+            content = {"metadata": total, "weight_map": dict(sorted(self._weight_map.items()))}
             (self._work / INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _start(self, file_name: str, names: list[str]) -> None:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.model import TORCH_DTYPES
-from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture, check_model, checked_weights
+from aer_megatron.compose.common import architecture, check_model, checked_weights
 from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
-from aer_megatron.convert.hf_folder import write_hf_folder
-from aer_megatron.convert.mapping import hf_names
+from aer_megatron.convert.hf_folder import read_hf_config
+from aer_megatron.convert.hf_writer import write_hf_folder
+from aer_megatron.convert.mapping import hf_names, hf_specs
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.costs.memory import DTYPE_BYTES
 from aer_megatron.costs.model_size import parameter_count
@@ -42,7 +44,6 @@ from aer_megatron.doctor.layout_comparison import (
 )
 from aer_megatron.doctor.rollout import RolloutProbe, compare_rollout
 from aer_megatron.doctor.transformers_reference import TransformersReference
-from aer_megatron.files.json_input import read_json_object
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, free_memory_bytes
 from aer_megatron.rollout.checksum import tensor_checksum
@@ -353,10 +354,9 @@ def policy_folder(config: Config, platform: Platform) -> tuple[str, str]:
         write_hf_folder(
             target,
             ((name, get(name)) for name in hf_names(arch)),
-            config=read_json_object(Path(init) / "config.json"),
-            extra_files_from=init,
-            max_shard_bytes=MAX_SHARD_BYTES,
-            dtype=None,
+            hf_specs(arch, torch.float32),
+            config=read_hf_config(Path(init)),
+            like=Path(init),
         )
 
     on_first_rank(write, rank=platform.rank, device=platform.device)

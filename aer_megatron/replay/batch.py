@@ -50,7 +50,7 @@ def _kept_weights(kept: Reproducer) -> str:
         return str(folder)
     raise ValueError(
         f"{kept.folder} has no weights (run.reproducer_gb); the nearest when it was written were {named!r}: give "
-        "--weights=MODEL, a Hugging Face folder (tools/convert_megatron_to_hf.py makes one of a checkpoint)"
+        "--weights=MODEL, a Hugging Face folder (aer convert megatron-to-hf makes one of a checkpoint)"
     )
 
 

@@ -169,7 +169,7 @@ class WeightServers:
             )
         raise Untransferred(
             "rollout.quantization='fp8' needs servers that were started from an FP8 checkpoint, but one was not; start "
-            "it from the folder that tools/convert_hf_to_fp8.py makes of model.path, or set "
+            "it from the folder that aer convert hf-to-fp8 makes of model.path, or set "
             f"rollout.quantization='none' ({where})"
         )
 

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from aer_megatron.convert.hf_folder import HFFolder, write_hf_folder
+from aer_megatron.convert.hf_folder import HFFolder
+from aer_megatron.convert.hf_writer import config_with_dtype, write_hf_folder
+from aer_megatron.convert.safetensors_writer import TensorSpec
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -43,9 +45,16 @@ def model() -> Qwen3ForCausalLM:
 def _write(
     path: Path, tensors: dict[str, Tensor] = TENSORS, *, shard: int = 10**9, dtype: torch.dtype | None = None
 ) -> Path:
-    return write_hf_folder(
-        path, tensors.items(), config=CONFIG, extra_files_from=None, max_shard_bytes=shard, dtype=dtype
-    )
+    specs = {
+        name: TensorSpec(spec.shape, dtype if dtype and spec.dtype.is_floating_point else spec.dtype)
+        for name, spec in _specs(tensors).items()
+    }
+    config = config_with_dtype(CONFIG, dtype)
+    return write_hf_folder(path, tensors.items(), specs, config=config, like=None, max_shard_bytes=shard)
+
+
+def _specs(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "4KB"])
@@ -64,10 +73,10 @@ def test_transformers_reads_what_we_wrote(model: Qwen3ForCausalLM, tmp_path: Pat
     target = write_hf_folder(
         tmp_path / "out",
         model.state_dict().items(),
+        _specs(model.state_dict()),
         config=model.config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]},
-        extra_files_from=None,
+        like=None,
         max_shard_bytes=shard,
-        dtype=None,
     )
     again = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
     assert isinstance(again, Qwen3ForCausalLM)
@@ -119,14 +128,7 @@ def test_extra_files_are_carried_and_weights_are_not(tmp_path: Path) -> None:
         (source / name).write_text(name)
     (source / "config.json").write_text("{}")
     (source / "pytorch_model.bin").write_text("x")
-    target = write_hf_folder(
-        tmp_path / "out",
-        TENSORS.items(),
-        config=CONFIG,
-        extra_files_from=source,
-        max_shard_bytes=10**9,
-        dtype=None,
-    )
+    target = write_hf_folder(tmp_path / "out", TENSORS.items(), _specs(TENSORS), config=CONFIG, like=source)
     carried = {file.name for file in target.iterdir()} - {"model.safetensors"}
     assert carried == {file.name for file in source.iterdir()} - {"pytorch_model.bin"}
     assert json.loads((target / "config.json").read_text()) == CONFIG
@@ -146,23 +148,28 @@ def _broken_stream() -> Iterator[tuple[str, Tensor]]:
 
 def test_nothing_stays_when_the_source_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="went away"):
-        write_hf_folder(
-            tmp_path / "out",
-            _broken_stream(),
-            config=CONFIG,
-            extra_files_from=None,
-            max_shard_bytes=8,
-            dtype=None,
-        )
+        specs = _specs({"a": torch.ones(8), "b": torch.ones(8)})
+        write_hf_folder(tmp_path / "out", _broken_stream(), specs, config=CONFIG, like=None, max_shard_bytes=8)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("tensors", "words"), [([], "no tensors"), ([("a", torch.ones(1))] * 2, "a comes twice")])
-def test_bad_streams_are_refused(tmp_path: Path, tensors: list[tuple[str, Tensor]], words: str) -> None:
+ONE = ("a", torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("planned", "tensors", "words"),
+    [
+        ("", [], "no tensors"),
+        ("a", [ONE, ONE], "a comes twice"),
+        ("b", [ONE], "a is not expected"),
+        ("ab", [ONE], "1 tensors were not written: b"),
+        ("a", [("a", torch.ones(2))], r"a has shape \(2,\), expected \(1,\)"),
+    ],
+)
+def test_bad_streams_are_refused(tmp_path: Path, planned: str, tensors: list[tuple[str, Tensor]], words: str) -> None:
+    specs = {name: TensorSpec((1,), torch.float32) for name in planned}
     with pytest.raises(ValueError, match=words):
-        write_hf_folder(
-            tmp_path / "out", tensors, config=CONFIG, extra_files_from=None, max_shard_bytes=10**9, dtype=None
-        )
+        write_hf_folder(tmp_path / "out", tensors, specs, config=CONFIG, like=None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,12 +177,13 @@ def test_bad_streams_are_refused(tmp_path: Path, tensors: list[tuple[str, Tensor
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk: the write fails half-way in the same call."""
     script = f"""
-        import resource, torch
-        from aer_megatron.convert.hf_folder import write_hf_folder
+        import pathlib, resource, torch
+        from aer_megatron.convert.hf_writer import write_hf_folder
+        from aer_megatron.convert.safetensors_writer import TensorSpec
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         tensors = [("a", torch.ones(100_000))]
-        write_hf_folder({str(tmp_path / "out")!r}, tensors, config={{}}, extra_files_from=None,
-                        max_shard_bytes=10**9, dtype=None)
+        specs = {{"a": TensorSpec((100_000,), torch.float32)}}
+        write_hf_folder(pathlib.Path({str(tmp_path / "out")!r}), tensors, specs, config={{}}, like=None)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert run.returncode == 1 and "OSError" in run.stderr.splitlines()[-1]

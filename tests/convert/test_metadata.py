@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from aer_megatron.actor.conversion_check import load_distributed
+from aer_megatron.conversion.logits import load_distributed
 from aer_megatron.convert.megatron_folder import MegatronFolder
 from aer_megatron.convert.megatron_metadata import Chunk, Place, TensorEntry, read_tables
 

@@ -66,7 +66,7 @@ def _run(rank: int, case: Case, base: Path) -> Result:
     from megatron.core import dist_checkpointing
 
     from aer_megatron.actor import weights
-    from aer_megatron.actor.conversion_check import build_gpt, gpt_logits, load_distributed
+    from aer_megatron.conversion.logits import build_gpt, gpt_logits, load_distributed
     from aer_megatron.parallel.topology import initialize_topology, leave_layout
 
     leave_layout()
@@ -147,7 +147,7 @@ def test_every_rank_streams_the_bits_of_the_checkpoint(
 
 @pytest.mark.parametrize("case", [c for c in ALONE + TOGETHER if c.pp == 1], ids=str)
 def test_logits_are_those_of_transformers(case: Case, base: Path, results: dict[Case, list[Result]]) -> None:
-    from aer_megatron.actor.conversion_check import transformers_logits
+    from aer_megatron.conversion.logits import transformers_logits
 
     (expected,) = transformers_logits(base / case.family / "hf", [PROMPT])
     assert expected.std() > 0.3  # far from uniform

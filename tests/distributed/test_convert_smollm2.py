@@ -50,7 +50,7 @@ def test_every_layout_is_bit_exact(model: Path, tmp_path: Path) -> None:
 def _megatron(rank: int, world_size: int, model: Path, prompts: list[list[int]], target: Path) -> None:
     import torch.distributed as dist
 
-    from aer_megatron.actor.conversion_check import load_from_hf, megatron_logits
+    from aer_megatron.conversion.logits import load_from_hf, megatron_logits
     from aer_megatron.convert.folders import checked_hf_folder
     from aer_megatron.parallel.platform import install_platform
 
@@ -63,7 +63,7 @@ def _megatron(rank: int, world_size: int, model: Path, prompts: list[list[int]],
 def test_logits_of_gsm8k_prompts(model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from aer_megatron.actor.conversion_check import logits_difference, transformers_logits
+    from aer_megatron.conversion.logits import logits_difference, transformers_logits
 
     data = next(
         (folder for folder in (ROOT.parent / "shared" / "data", ROOT / "shared" / "data") if folder.is_dir()), None

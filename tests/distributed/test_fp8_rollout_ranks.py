@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from aer_megatron.convert.fp8_folder import write_fp8_folder
+from aer_megatron.convert.folders import hf_to_fp8
 from aer_megatron.convert.fp8_weights import iter_fp8_weights
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
@@ -30,8 +30,8 @@ RUN = "aer-0123456789abcdef"
 
 def publish(rank: int, world_size: int, folder: str, urls: list[str]) -> dict[str, Any]:
     """Returns the FP8 stream that this rank's shards give; where there are servers they are published to them too."""
-    from aer_megatron.actor.conversion_check import build_gpt
     from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
+    from aer_megatron.conversion.logits import build_gpt
     from aer_megatron.parallel.platform import install_platform
     from aer_megatron.parallel.topology import initialize_topology
 
@@ -72,12 +72,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_give_the_blocks_of_the_whole_tensors(folder: Path) -> None:
     opened = HFFolder(folder)
     expected = fp8_tensors({name: opened.get(name) for name in opened.names()})
-    start = write_fp8_folder(
+    start = hf_to_fp8(
         save_fp8_model(folder.parent / "other", seed=1),
         folder.parent / "start",
         dtype=torch.float32,
         max_shard_bytes=10**9,
-        advance=lambda num_bytes: None,
     )
     with SGLangDouble(start) as server:
         seen = run_distributed(publish, 2, str(folder), [server.url])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aer_megatron.convert.fp8_folder import write_fp8_folder
+from aer_megatron.convert.folders import hf_to_fp8
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
 from aer_megatron.sglang.server import ServerGroup
 from aer_megatron.sglang.transports import TRANSPORTS
@@ -34,9 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    start = write_fp8_folder(
-        folder, folder.parent / "fp8", dtype=BF16, max_shard_bytes=10**6, advance=lambda num_bytes: None
-    )
+    start = hf_to_fp8(folder, folder.parent / "fp8", dtype=BF16, max_shard_bytes=10**6)
     options = real_server_options(start, folder.parent / "logs", dtype="bfloat16", skip_tokenizer_init=True)
     changed = {"PYTHONPATH": str(ROOT / "tests" / "support" / "fp8_on_cpu")}
     options = replace(options, environment={**options.environment, **changed})

@@ -22,6 +22,7 @@ PACKAGE = "aer_megatron"
 FEATURE = 12
 LAYERS = {
     "cli": 13,
+    "conversion": FEATURE,
     "doctor": FEATURE,
     "fp8_parity": FEATURE,
     "launch": FEATURE,

@@ -37,7 +37,7 @@ PERMITTED = {
     # what SGLang's tensor transport reads; nothing is read here
     "sglang/transports/tensor.py": {"pickle", "torch.multiprocessing"},
     # reads what this process wrote a moment ago, to compare it
-    "actor/conversion_check.py": {"megatron.core.dist_checkpointing.load"},
+    "conversion/logits.py": {"megatron.core.dist_checkpointing.load"},
     # a file of its own folder
     "sglang/transports/__init__.py": {"importlib.import_module"},
     # a function that the run file names, in a worker process
@@ -51,7 +51,7 @@ PERMITTED = {
     # SGLang's own command, in a process of its own
     "sglang/start_server.py": {"runpy"},
     # starts its own ranks
-    "tools/check_roundtrip.py": {"torch.multiprocessing"},
+    "conversion/round_trip.py": {"torch.multiprocessing"},
 }
 # pickle may be read by these alone
 PICKLE_READERS = ("pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler")

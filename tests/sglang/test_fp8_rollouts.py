@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +15,8 @@ from safetensors.torch import load_file
 from aer_megatron.compose.engines import _launch_options, _served_folder, build_engine
 from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.config import Config
-from aer_megatron.convert.folders import hf_dtypes
-from aer_megatron.convert.fp8_folder import write_fp8_folder
+from aer_megatron.conversion.command import main as convert
+from aer_megatron.convert.folders import hf_dtypes, hf_to_fp8
 from aer_megatron.convert.fp8_quantize import E4M3
 from aer_megatron.convert.fp8_weights import SCALE_SUFFIX, iter_fp8_weights, quantization_config, split_blocks
 from aer_megatron.convert.hf_config import architecture_from_hf_config
@@ -35,7 +33,6 @@ from tests.support.fp8_models import (
     rounded_weights,
     save_fp8_model,
 )
-from tests.support.runs import ROOT
 from tests.support.served_weights import served_checksum
 from tests.support.sglang_double import SGLangDouble
 from tests.support.sglang_fixtures import rollouts
@@ -55,9 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fp8_folder(folder: Path) -> Path:
-    return write_fp8_folder(
-        folder, folder.parent / "fp8", dtype=torch.float32, max_shard_bytes=10**6, advance=lambda num_bytes: None
-    )
+    return hf_to_fp8(folder, folder.parent / "fp8", dtype=torch.float32, max_shard_bytes=10**6)
 
 
 # -- the option -------------------------------------------------------------------------------------------------------
@@ -200,7 +195,7 @@ def test_a_server_with_weights_in_another_form_is_refused(fp8: bool, folder: Pat
         with pytest.raises(RuntimeError, match=f"rollout.quantization='{'fp8' if fp8 else 'none'}'") as refused:
             made.sync.publish(stream, 1)
         assert double.url in str(refused.value) and double.weight_version == "default"
-        assert ("convert_hf_to_fp8" in str(refused.value)) == fp8
+        assert ("aer convert hf-to-fp8" in str(refused.value)) == fp8
         assert list(stream) == []
 
 
@@ -245,19 +240,17 @@ def test_the_fp8_folder_is_a_checkpoint_of_the_rounded_model(folder: Path, fp8_f
         hf_dtypes(opened, ARCH)
 
 
-def test_the_tool_makes_the_same_folder(
-    folder: Path, fp8_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_makes_the_same_folder(
+    folder: Path, fp8_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tool, made = ROOT / "tools" / "convert_hf_to_fp8.py", tmp_path / "made"
-    options = ["--dtype", "float32", "--max-shard-gb", "0.001"]
-    monkeypatch.setattr(sys, "argv", [str(tool), str(folder), str(made), *options])
-    monkeypatch.syspath_prepend(str(tool.parent))
-    runpy.run_path(str(tool), run_name="__main__")
+    made = tmp_path / "made"
+    arguments = ["hf-to-fp8", str(folder), str(made), "--dtype", "float32", "--max-shard-gb", "0.001"]
+    assert convert(arguments) == 0
     files = sorted(path.name for path in fp8_folder.iterdir())
     assert sorted(path.name for path in made.iterdir()) == files
     assert all((made / name).read_bytes() == (fp8_folder / name).read_bytes() for name in files)
-    with pytest.raises(SystemExit, match=r"convert_hf_to_fp8: .* exists already"):
-        runpy.run_path(str(tool), run_name="__main__")
+    assert convert(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_launched_servers_start_from_an_fp8_folder_that_is_made_once(folder: Path, tmp_path: Path) -> None:

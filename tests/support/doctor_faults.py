@@ -25,9 +25,11 @@ WRONG_BASE = 1e6
 
 def write_policy(folder: Path) -> Path:
     """Returns the run file of a tiny random policy below ``folder``, its outputs far from uniform."""
-    from aer_megatron.compose.common import MAX_SHARD_BYTES, architecture
-    from aer_megatron.convert.hf_folder import write_hf_folder
-    from aer_megatron.convert.mapping import hf_names
+    import torch
+
+    from aer_megatron.compose.common import architecture
+    from aer_megatron.convert.hf_writer import write_hf_folder
+    from aer_megatron.convert.mapping import hf_names, hf_specs
     from aer_megatron.convert.random_weights import random_hf_weights
 
     source = folder / "source"
@@ -37,13 +39,13 @@ def write_policy(folder: Path) -> Path:
     table |= {"initializer_range": 0.2}
     (source / "config.json").write_text(json.dumps(table), encoding="utf-8")
     get = random_hf_weights(source, 0)
+    arch = architecture(str(source))
     write_hf_folder(
         folder / "base",
-        ((name, get(name)) for name in hf_names(architecture(str(source)))),
+        ((name, get(name)) for name in hf_names(arch)),
+        hf_specs(arch, torch.float32),
         config=table,
-        extra_files_from=source,
-        max_shard_bytes=MAX_SHARD_BYTES,
-        dtype=None,
+        like=source,
     )
     return write_run_file(folder)
 

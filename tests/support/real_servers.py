@@ -73,8 +73,17 @@ def served(urls: list[str]) -> tuple[list[Any], list[str]]:
 def export_last_checkpoint(output: Path, model: Path, target: Path) -> HFFolder:
     """Returns a run's last checkpoint as Hugging Face folder, made by the command-line tool."""
     checkpoint = max((output / "checkpoints").glob("step_*"), key=lambda path: int(path.name[5:]))
-    tool = str(ROOT / "tools" / "convert_megatron_to_hf.py")
-    command = [sys.executable, tool, str(checkpoint), str(target), "--hf", str(model)]
+    command = [
+        sys.executable,
+        "-m",
+        "aer_megatron.cli",
+        "convert",
+        "megatron-to-hf",
+        str(checkpoint),
+        str(target),
+        "--hf",
+        str(model),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return HFFolder(target)

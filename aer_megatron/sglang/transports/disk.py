@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from aer_megatron.convert.fp8_weights import fp8_config, fp8_specs
-from aer_megatron.convert.mapping import hf_names
-from aer_megatron.convert.safetensors_writer import SafetensorsWriter, TensorSpec
+from aer_megatron.convert.hf_writer import fill_hf_folder
+from aer_megatron.convert.mapping import hf_specs
 from aer_megatron.sglang.transfer_folder import TransferFolder
 from aer_megatron.sglang.transports import BaseTransport, TransportOptions
 from aer_megatron.sglang.weight_servers import WeightServers
@@ -57,12 +57,13 @@ class Transport(BaseTransport):
 
     def _write(self, target: Path, named_tensors: Iterator[tuple[str, Tensor]]) -> None:
         fp8, config = self._servers.fp8, self._options.hf_config
-        (target / "config.json").write_text(json.dumps(fp8_config(config) if fp8 else config), encoding="utf-8")
         first_name, first = next(named_tensors)
         # all of one dtype, the model's; the first is an embedding, which FP8 leaves alone
-        specs = {name: TensorSpec(shape, first.dtype) for name, shape in hf_names(self._servers.arch).items()}
-        specs = fp8_specs(specs) if fp8 else specs
-        with SafetensorsWriter(target, specs, max_shard_bytes=self._options.max_shard_bytes) as writer:
-            for name, tensor in chain([(first_name, first)], named_tensors):
-                writer.write(name, tensor)
-            writer.finish()
+        specs = hf_specs(self._servers.arch, first.dtype)
+        fill_hf_folder(
+            target,
+            chain([(first_name, first)], named_tensors),
+            fp8_specs(specs) if fp8 else specs,
+            config=fp8_config(config) if fp8 else config,
+            max_shard_bytes=self._options.max_shard_bytes,
+        )

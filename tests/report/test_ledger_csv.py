@@ -1,4 +1,4 @@
-"""tools/export_ledger.py: the columns, its sources, and errors that leave no file behind."""
+"""``aer export-ledger``: the columns, its sources, and errors that leave no file behind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aer_megatron._C import DifficultyLedger
-from tools import export_ledger
+from aer_megatron.report import ledger_csv
 
 
 def save_ledger(path: Path) -> None:
@@ -32,18 +32,18 @@ EXPECTED = [
 def test_rows_of_a_file_and_of_a_checkpoint_folder(tmp_path: Path, as_folder: bool) -> None:
     save_ledger(tmp_path / "ledger")
     out = tmp_path / "out.csv"
-    assert export_ledger.main([str(tmp_path if as_folder else tmp_path / "ledger"), str(out)]) == 0
+    assert ledger_csv.main([str(tmp_path if as_folder else tmp_path / "ledger"), str(out)]) == 0
     with out.open(newline="") as file:
         header, *lines = list(csv.reader(file))
-    assert tuple(header) == export_ledger.COLUMNS
+    assert tuple(header) == ledger_csv.COLUMNS
     assert lines == EXPECTED
     assert sorted(os.listdir(tmp_path)) == ["ledger", "out.csv"]
 
 
 def test_an_empty_ledger_is_a_header(tmp_path: Path) -> None:
     DifficultyLedger(0.9, 0).save(str(tmp_path / "empty"))
-    assert export_ledger.main([str(tmp_path / "empty"), str(tmp_path / "out.csv")]) == 0
-    assert (tmp_path / "out.csv").read_text() == ",".join(export_ledger.COLUMNS) + "\n"
+    assert ledger_csv.main([str(tmp_path / "empty"), str(tmp_path / "out.csv")]) == 0
+    assert (tmp_path / "out.csv").read_text() == ",".join(ledger_csv.COLUMNS) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_errors_are_one_line_and_keep_the_old_file(
     out.write_text("old")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert export_ledger.main([str(tmp_path / name), str(out)]) == 2
+    assert ledger_csv.main([str(tmp_path / name), str(out)]) == 2
     message = capsys.readouterr().err
     assert text in message
     assert message.count("\n") == 1
@@ -70,5 +70,5 @@ def test_errors_are_one_line_and_keep_the_old_file(
 
 def test_a_missing_output_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_ledger(tmp_path / "ledger")
-    assert export_ledger.main([str(tmp_path / "ledger"), str(tmp_path / "no" / "out.csv")]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert ledger_csv.main([str(tmp_path / "ledger"), str(tmp_path / "no" / "out.csv")]) == 2
+    assert "out.csv does not exist; make it" in capsys.readouterr().err

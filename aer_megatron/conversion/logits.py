@@ -20,8 +20,6 @@ from aer_megatron.actor.weights import load_hf_weights
 from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.megatron_folder import MegatronFolder
-from aer_megatron.costs.memory import DTYPE_BYTES
-from aer_megatron.costs.model_size import parameter_count
 from aer_megatron.parallel.topology import Topology, destroy_topology, initialize_topology
 
 _PROMPT_LENGTH = 48
@@ -41,11 +39,6 @@ class LogitsDifference:
 def fixed_prompt(vocab_size: int) -> list[int]:
     """Returns the token ids that every verification uses."""
     return [(_STRIDE * (place + 1)) % vocab_size for place in range(_PROMPT_LENGTH)]
-
-
-def fp32_bytes(arch: ModelArchitecture) -> int:
-    """Returns the bytes of the model's weights in fp32, of which a logits comparison holds one copy at a time."""
-    return DTYPE_BYTES["fp32"] * parameter_count(arch)
 
 
 def transformers_logits(

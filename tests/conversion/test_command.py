@@ -1,9 +1,8 @@
-"""The conversion tools end to end on tiny models, and what they say about bad input."""
+"""``aer convert`` end to end on tiny models, and what it says about bad input."""
 
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,14 +10,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from aer_megatron.conversion.command import main
 from aer_megatron.convert import folders
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.megatron_folder import MegatronFolder
@@ -29,27 +27,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
 
 
-@pytest.fixture(scope="module")
-def tools() -> Iterator[Callable[..., None]]:
-    """Runs a tool in this process: tools("convert_hf_to_megatron", MODEL, OUTPUT)."""
-    sys.path.insert(0, str(TOOLS))
-    modules: dict[str, ModuleType] = {}
+def convert(*arguments: object) -> None:
+    """Runs ``aer convert`` in this process."""
+    assert main([str(argument) for argument in arguments]) == 0
 
-    def run(tool: str, *arguments: object) -> None:
-        if tool not in modules:
-            spec = importlib.util.spec_from_file_location(tool, TOOLS / f"{tool}.py")
-            assert spec is not None and spec.loader is not None
-            modules[tool] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[tool])
-        before = sys.argv
-        sys.argv = [tool, *map(str, arguments)]
-        try:
-            modules[tool].main()
-        finally:
-            sys.argv = before
 
-    yield run
-    sys.path.remove(str(TOOLS))
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Returns the one message of a call that bad input ends."""
+    assert main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
 
 
 def _bits(folder: Path) -> dict[str, torch.Tensor]:
@@ -66,11 +54,11 @@ def _same(left: Path, right: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tp", [1, 2])
-def test_there_and_back(tools: Callable[..., None], tmp_path: Path, family: str, tp: int) -> None:
+def test_there_and_back(tmp_path: Path, family: str, tp: int) -> None:
     model = save_tiny_model(family, tmp_path / "model", dtype=torch.bfloat16)
-    tools("convert_hf_to_megatron", model, tmp_path / "megatron", "--tp", tp, "--max-file-gb", 1e-5)
+    convert("hf-to-megatron", model, tmp_path / "megatron", "--tp", tp, "--max-file-gb", 1e-5)
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) > 1
-    tools("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back", "--max-shard-gb", 2e-5)
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--max-shard-gb", 2e-5)
     _same(tmp_path / "back", model)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     for name in ("generation_config.json", "tokenizer_config.json"):
@@ -80,23 +68,23 @@ def test_there_and_back(tools: Callable[..., None], tmp_path: Path, family: str,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron", "model"]
 
 
-def test_transformers_loads_what_comes_back(tools: Callable[..., None], tmp_path: Path) -> None:
+def test_transformers_loads_what_comes_back(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = save_tiny_model("qwen3_moe", tmp_path / "model")
-    tools("convert_hf_to_megatron", model, tmp_path / "megatron")
-    tools("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
+    convert("hf-to-megatron", model, tmp_path / "megatron")
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back")
     tokens = torch.arange(10)[None]
     logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (model, tmp_path / "back")]
     assert torch.equal(*logits)
 
 
-def test_the_dtype_of_the_output(tools: Callable[..., None], tmp_path: Path) -> None:
+def test_the_dtype_of_the_output(tmp_path: Path) -> None:
     model = save_tiny_model("qwen2", tmp_path / "model")
-    tools("convert_hf_to_megatron", model, tmp_path / "megatron", "--dtype", "bfloat16")
+    convert("hf-to-megatron", model, tmp_path / "megatron", "--dtype", "bfloat16")
     stored = MegatronFolder(tmp_path / "megatron")
     assert {stored.dtype(key) for key in stored.shapes()} == {torch.bfloat16}
-    tools("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back", "--dtype", "float32")
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--dtype", "float32")
     expected = {name: tensor.bfloat16().float() for name, tensor in _bits(model).items()}
     found = _bits(tmp_path / "back")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -136,23 +124,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_bad_models_are_named(tools: Callable[..., None], tmp_path: Path, what: str) -> None:
+def test_bad_models_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     damage, options, words = DAMAGE[what]
     model = save_tiny_model("qwen3", tmp_path / "model")
     damage(model)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        tools("convert_hf_to_megatron", model, tmp_path / "out", *options)
-    for word in words:
-        assert word in str(stopped.value.code)
+    message = refused(capsys, "hf-to-megatron", model, tmp_path / "out", *options)
+    assert all(word in message for word in words), message
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_tensor_parallel_size_that_does_not_divide_the_heads_pads_them(
-    tools: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_tensor_parallel_size_that_does_not_divide_the_heads_pads_them(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model")
-    tools("convert_hf_to_megatron", model, tmp_path / "megatron", "--tp", 2)
+    convert("hf-to-megatron", model, tmp_path / "megatron", "--tp", 2)
     # 3 heads in 3 groups of (1 + 2) x 8 rows become 4
     shape = MegatronFolder(tmp_path / "megatron").shapes()["decoder.layers.self_attention.linear_qkv.weight"]
     assert shape == (2, 4 * 3 * 8, 24)
@@ -190,13 +174,11 @@ def _break_checkpoint(folder: Path, what: str) -> None:
         ("untied", "1 missing: output_layer.weight"),
     ],
 )
-def test_bad_checkpoints_are_named(tools: Callable[..., None], tmp_path: Path, what: str, words: str) -> None:
+def test_bad_checkpoints_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, words: str) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model")
-    tools("convert_hf_to_megatron", model, tmp_path / "megatron")
+    convert("hf-to-megatron", model, tmp_path / "megatron")
     _break_checkpoint(tmp_path / "megatron", what)
-    with pytest.raises(SystemExit) as stopped:
-        tools("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "out")
-    assert words in str(stopped.value.code)
+    assert words in refused(capsys, "megatron-to-hf", tmp_path / "megatron", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "model"]
 
 
@@ -210,23 +192,22 @@ class _Payload:
         return os.mkdir, (str(self.marker),)
 
 
-def test_metadata_cannot_run_code(tools: Callable[..., None], tmp_path: Path) -> None:
+def test_metadata_cannot_run_code(tmp_path: Path) -> None:
     import pickle
 
     model = save_tiny_model("qwen3", tmp_path / "model")
-    tools("convert_hf_to_megatron", model, tmp_path / "megatron")
+    convert("hf-to-megatron", model, tmp_path / "megatron")
     (tmp_path / "megatron" / ".metadata").write_bytes(pickle.dumps(_Payload(tmp_path / "ran")))
     with pytest.raises(ValueError, match="mkdir does not belong"):
         MegatronFolder(tmp_path / "megatron")
     assert not (tmp_path / "ran").exists()
 
 
-def test_existing_output_is_left_alone(tools: Callable[..., None], tmp_path: Path) -> None:
+def test_existing_output_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(SystemExit, match="exists already"):
-        tools("convert_hf_to_megatron", model, tmp_path / "out")
+    assert "exists already" in refused(capsys, "hf-to-megatron", model, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
@@ -244,11 +225,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.processes
-def test_a_full_disk_leaves_nothing(tools: Callable[..., None], tmp_path: Path, small_disk: Path) -> None:
-    """The tools look at the free space first; where it goes while they write, the error is as plain."""
+def test_a_full_disk_leaves_nothing(tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command looks at the free space first; where it goes while it writes, the error is as plain."""
     model = save_tiny_model("qwen3", tmp_path / "model")
-    with pytest.raises(SystemExit, match=r"[GM]B free; choose another disk"):
-        tools("convert_hf_to_megatron", model, small_disk / "out")
+    assert "B free; choose another disk" in refused(capsys, "hf-to-megatron", model, small_disk / "out")
     folder, arch = folders.checked_hf_folder(model, 1)
     with pytest.raises(OSError) as failed:
         folders.hf_to_megatron(
@@ -269,7 +249,7 @@ def test_a_full_disk_leaves_nothing(tools: Callable[..., None], tmp_path: Path, 
     assert list(small_disk.iterdir()) == []
 
 
-def test_a_lost_bit_is_found(tools: Callable[..., None], tmp_path: Path) -> None:
+def test_a_lost_bit_is_found(tmp_path: Path) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model")
     folder, arch = folders.checked_hf_folder(model, 1)
     dtypes = folders.hf_dtypes(folder, arch)
@@ -282,30 +262,16 @@ def test_a_lost_bit_is_found(tools: Callable[..., None], tmp_path: Path) -> None
         folders.compare(folder.get, dtypes, ((n, t) for n, t in _bits(model).items() if n != NORM), lambda _: None)
 
 
-def test_random_checkpoints_have_the_shapes_of_their_config(tools: Callable[..., None], tmp_path: Path) -> None:
-    model = save_tiny_model("qwen2", tmp_path / "model")
-    tools("make_random_checkpoint", model / "config.json", tmp_path / "out", "--max-shard-gb", 2e-5)
-    folder, _ = folders.checked_hf_folder(tmp_path / "out", 1)
-    assert folder.shapes() == HFFolder(model).shapes()
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 1
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            assert all(opened.get_tensor(name).isfinite().all() for name in opened.keys())  # noqa: SIM118
-
-
 def _verified_with_another_rope(rank: int, world_size: int, model: Path) -> str:
     import torch.distributed as dist
 
-    from aer_megatron.actor.conversion_check import load_from_hf
-
-    sys.path.insert(0, str(TOOLS))
-    import conversion_cli
+    from aer_megatron.conversion.logits import load_from_hf
+    from aer_megatron.conversion.verify import verify_logits
 
     dist.destroy_process_group()  # the comparison makes its own
     folder, arch = folders.checked_hf_folder(model, 1)
     try:
-        conversion_cli.verify_logits(model, replace(arch, rope_theta=100.0), load_from_hf(arch, folder.get))
+        verify_logits(model, replace(arch, rope_theta=100.0), load_from_hf(arch, folder.get))
     except RuntimeError as error:
         return str(error)
     return "nothing was found"

@@ -59,7 +59,7 @@ def test_there_and_back(tmp_path: Path, family: str, tp: int) -> None:
     model = save_tiny_model(family, tmp_path / "model", dtype=torch.bfloat16)
     convert("hf-to-megatron", model, tmp_path / "megatron", "--tp", tp, "--max-file-gb", 1e-5)
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) > 1
-    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--max-shard-gb", 2e-5)
+    convert("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--max-file-gb", 2e-5)
     _same(tmp_path / "back", model)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
     for name in ("generation_config.json", "tokenizer_config.json"):

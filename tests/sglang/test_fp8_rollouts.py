@@ -244,7 +244,7 @@ def test_the_command_makes_the_same_folder(
     folder: Path, fp8_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = tmp_path / "made"
-    arguments = ["hf-to-fp8", str(folder), str(made), "--dtype", "float32", "--max-shard-gb", "0.001"]
+    arguments = ["hf-to-fp8", str(folder), str(made), "--dtype", "float32", "--max-file-gb", "0.001"]
     assert convert(arguments) == 0
     files = sorted(path.name for path in fp8_folder.iterdir())
     assert sorted(path.name for path in made.iterdir()) == files

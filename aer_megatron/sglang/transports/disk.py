@@ -6,7 +6,6 @@ What lies where: ``sglang/transfer_folder.py``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path

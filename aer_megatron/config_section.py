@@ -123,6 +123,23 @@ def rules_of(field: FieldInfo) -> OneOf | None:
     return next((item for item in field.metadata if isinstance(item, OneOf)), None)
 
 
+TRUST_CODE = "trust-code"  # the switch of commands that read a recorded configuration
+
+
+def refuse_recorded_code(table: Any, source: object, *, trusted: bool) -> None:
+    """Raises ValueError where a recorded configuration names a class of a user's own, unless that is ``trusted``.
+
+    A run file is the user's word; what a file of a run folder says is not, and the class would be imported.
+    """
+    waiting: list[tuple[str, Any]] = [] if trusted else [("", table)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(f"{name}.{key}".lstrip("."), item) for key, item in value.items()]
+        elif name.endswith(".kind") and isinstance(value, str) and IMPORTABLE.fullmatch(value):
+            raise ValueError(f"{source} names code, {name}={value!r}; if it is yours, give --{TRUST_CODE} to import it")
+
+
 def _own_rule(kind: str, base: type[Rule]) -> type[Rule]:
     """Returns the class that ``kind`` names, checked against ``base``."""
     module, _, name = kind.partition(":")

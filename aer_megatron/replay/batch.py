@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from aer_megatron.config_section import TRUST_CODE
 from aer_megatron.console.command_line import CommandLine, Given, Option
 from aer_megatron.console.failures import Edge
 
@@ -26,7 +27,7 @@ def _replay(given: Given, edge: Edge) -> int:
     from aer_megatron.parallel.topology import destroy_topology
     from aer_megatron.report.reproducer import read_reproducer
 
-    kept = read_reproducer(given.place, given.overrides)
+    kept = read_reproducer(given.place, given.overrides, trusted=given[TRUST_CODE])
     path = given["weights"] or _kept_weights(kept)
     check_model(kept.config, path)
     platform = platforms.install_platform()
@@ -125,6 +126,7 @@ COMMAND = CommandLine(
             "Hugging Face folder to take the weights from instead of those that were kept",
             default="",
         ),
+        Option(TRUST_CODE, "", "import the classes of your own that its options name"),
     ),
 )
 main = COMMAND.main

@@ -20,6 +20,7 @@ from aer_megatron.algo.entropy_rules.base import EntropyRule
 from aer_megatron.algo.flight import FlightRecord, ReplayedStep, replay
 from aer_megatron.config import Config
 from aer_megatron.config_loading import parse_overrides
+from aer_megatron.config_section import TRUST_CODE, refuse_recorded_code
 from aer_megatron.console.command_line import CommandLine, Option, run_file_options
 from aer_megatron.report.flight import read_flight
 from aer_megatron.report.writer import MANIFEST_FILE, read_run_manifest
@@ -46,13 +47,14 @@ COLUMNS = (
 )
 
 
-def replay_run(run: str, overrides: Sequence[str], output: str | None) -> str:
+def replay_run(run: str, overrides: Sequence[str], output: str | None, *, trusted: bool = False) -> str:
     """Returns the summary of a replay after writing its CSV and its picture.
 
     Args:
         run: run.output_dir of a run with report.flight_recorder=true.
         overrides: ``--algo.entropy.NAME=value``, in place of what the run had.
         output: the picture; the trace is written beside it.
+        trusted: classes that run.json names may be imported.
 
     Raises:
         ValueError: the run has no recording or no run.json, an option is out of its range, or a file cannot be written.
@@ -61,6 +63,7 @@ def replay_run(run: str, overrides: Sequence[str], output: str | None) -> str:
     manifest = read_run_manifest(run)
     if not manifest:
         raise ValueError(f"{run} has no {MANIFEST_FILE}, which names the options; give a whole run folder")
+    refuse_recorded_code(manifest["config"], Path(run) / MANIFEST_FILE, trusted=trusted)
     config = Config.from_table(manifest["config"])
     recorded = config.algo.entropy
     options = config.with_options(_changes(overrides)).algo.entropy
@@ -203,10 +206,15 @@ COMMAND = CommandLine(
     "replay",
     about="Replays an entropy controller on a recorded run, in seconds; without overrides the run's own, which "
     "reproduces its coefficients exactly.",
-    run=lambda given, edge: _print(replay_run(given.place, given.overrides, given["output"])),
+    run=lambda given, edge: _print(
+        replay_run(given.place, given.overrides, given["output"], trusted=given[TRUST_CODE])
+    ),
     place="RUN",
     what="the run folder, made with report.flight_recorder=true; any --algo.entropy.NAME=value is replayed instead",
-    options=(Option("output", "FILE.png", "the picture; the trace is written beside it as FILE.csv [RUN/replay.png]"),),
+    options=(
+        Option("output", "FILE.png", "the picture; the trace is written beside it as FILE.csv [RUN/replay.png]"),
+        Option(TRUST_CODE, "", "import the classes of your own that run.json names"),
+    ),
     more_help=lambda: f"{_OPEN_LOOP}\n{run_file_options('algo.entropy.')}",
 )
 main = COMMAND.main

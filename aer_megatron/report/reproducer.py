@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from aer_megatron.algo.experience import sampled_mask
 from aer_megatron.config import Config
 from aer_megatron.config_loading import parse_overrides
-from aer_megatron.config_section import overridden
+from aer_megatron.config_section import overridden, refuse_recorded_code
 from aer_megatron.types import Experience, TrainBatch
 
 FORMAT = 1
@@ -108,8 +108,10 @@ def write_reproducer(folder: Path, update: KeptUpdate, config: Config, more: Map
     (folder / DESCRIPTION_FILE).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def read_reproducer(folder: str | Path, overrides: Sequence[str] = ()) -> Reproducer:
+def read_reproducer(folder: str | Path, overrides: Sequence[str] = (), *, trusted: bool = False) -> Reproducer:
     """Returns the content of a folder that ``write_reproducer`` filled; ``key.sub=value`` overrides win over it.
+
+    ``trusted``: classes that its options name may be imported.
 
     Raises:
         ValueError: there is none, or it is damaged: a number, an option or an array that does not fit the others.
@@ -122,7 +124,7 @@ def read_reproducer(folder: str | Path, overrides: Sequence[str] = ()) -> Reprod
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than a description can have")
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        config = _config(table, overrides)
+        config = _config(table, overrides, trusted)
         numbers = {
             name: _number(table, name, optional=name == "minibatch")
             for name in ("step", "seed", "minibatch", "num_updates")
@@ -143,9 +145,10 @@ def prune_reproducers(parent: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _config(table: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+def _config(table: Mapping[str, Any], overrides: Sequence[str], trusted: bool) -> Config:
     options: dict[str, Any] = {section: {**table["config"][section]} for section in _OPTIONS}
     options["data"]["train"] = {"task": "countdown"}  # a configuration names one; it is not read
+    refuse_recorded_code(options, DESCRIPTION_FILE, trusted=trusted)
     return Config.from_table(overridden(Config, options, parse_overrides(overrides))[0])
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from aer_megatron.config import Config, SourceSection
 from aer_megatron.config_loading import load_config
-from aer_megatron.config_section import describe
+from aer_megatron.config_section import describe, rules_of
 from aer_megatron.data.sources import Record, load_records
 from benchmarks.reliability.fuzz_mutators import (
     mutate_bytes,
@@ -36,7 +36,7 @@ _SURROGATES = range(0xD800, 0xE000)
 def run_files() -> list[bytes]:
     """Returns run files: the project's examples and that of the tests."""
     paths = sorted((ROOT / "examples").glob("*/*.toml"))
-    return [RUN_FILE.format(folder="F", model="M").encode(), *(path.read_bytes() for path in paths)]
+    return [RUN_FILE.format(folder="F", base="F/base", model="M").encode(), *(path.read_bytes() for path in paths)]
 
 
 def mutate_run_file(data: bytes, chance: random.Random) -> bytes:
@@ -64,8 +64,20 @@ def read_run_file(valid: bytes, data: bytes, folder: Path) -> None:
 
 
 def overrides() -> list[bytes]:
-    """Returns one override per option, with its default."""
-    return [f"--{name}={default}".encode() for name, default in _options() if default not in _NO_LITERALS]
+    """Returns one override per option, with its default, as far as the rules of the run file have it."""
+    known = Config.from_table(tomllib.loads(RUN_FILE.format(folder="F", base="F/base", model="M")))
+    return [
+        f"--{name}={default}".encode()
+        for name, default in _options()
+        if default not in _NO_LITERALS and _has(known, name)
+    ]
+
+
+def _has(config: BaseModel, name: str) -> bool:
+    *sections, leaf = name.split(".")
+    for section in sections:
+        config = getattr(config, section, config)
+    return hasattr(config, leaf)
 
 
 def mutate_override(data: bytes, chance: random.Random) -> bytes:
@@ -80,7 +92,9 @@ def read_override(valid: bytes, data: bytes, folder: Path) -> None:
     """Raises WrongAccept where a value of the wrong type was taken."""
     path = folder / "base.toml"
     if not path.exists():
-        path.write_text(RUN_FILE.format(folder="F", model="M").replace("num_samples = 4", "num_samples = 32"))
+        path.write_text(
+            RUN_FILE.format(folder="F", base="F/base", model="M").replace("num_samples = 4", "num_samples = 32")
+        )
     word = data.decode("utf-8", "surrogateescape")
     load_config(path, [word])
     key, _, text = word.removeprefix("--").partition("=")
@@ -105,6 +119,11 @@ def check_types(
         if key not in section.model_fields:
             raise WrongAccept(f"unknown option {name!r}")
         annotation = section.model_fields[key].annotation
+        rules = rules_of(section.model_fields[key])
+        if rules is not None and isinstance(value, Mapping):
+            rule = rules.choose(value) if "kind" in value else rules.first_with(*value)
+            check_types(value, rule, f"{name}.", strings_from_numbers=strings_from_numbers)
+            continue
         nested = [item for item in _leaves(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
         if nested and isinstance(value, Mapping):
             check_types(value, nested[0], f"{name}.", strings_from_numbers=strings_from_numbers)

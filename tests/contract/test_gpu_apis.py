@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
+from aer_megatron.sglang.protocol import generate_body
 from tests.support.runs import ROOT
 
 TABLE: dict[str, Any] = json.loads((ROOT / "tests" / "contract" / "gpu_apis.json").read_text(encoding="utf-8"))
@@ -141,14 +143,16 @@ def test_apex_has_the_optimizer_that_megatron_falls_back_to() -> None:
 def test_sglang_has_every_endpoint_and_field() -> None:
     routes = TABLE[SGLANG]["routes"]
     used: dict[str, set[str]] = {}
-    for file in [*(ROOT / "aer_megatron" / "rollout").glob("*.py"), *(ROOT / "aer_megatron" / "sync").glob("*.py")]:
+    for file in (ROOT / "aer_megatron" / "sglang").rglob("*.py"):
         if file.name == "router.py":
             continue  # test_router_contract.py asks a real router
         for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 for path, keys in requests_of(function):
                     used.setdefault(path, set()).update(keys)
-    assert {"/generate", "/update_weights_from_disk", "/weights_checker"} <= used.keys()
+    assert {"/abort_request", "/update_weights_from_disk", "/weights_checker"} <= used.keys()
+    request, options = GenerateRequest((3, 4), 0, 6), SamplingOptions(1.0, 1.0, 0, frozenset({2}))
+    used["/generate"] = set(generate_body(request, options, rid="r"))
     for path, keys in used.items():
         assert path in routes, f"SGLang has no {path}"
         if routes[path] is not None:
@@ -166,6 +170,8 @@ def requests_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[tuple[
     found = []
     for node in ast.walk(function):
         for place, argument in enumerate(node.args if isinstance(node, ast.Call) else ()):
+            if isinstance(argument, ast.BinOp):  # url + "/path"
+                argument = argument.right
             if isinstance(argument, ast.Constant) and re.fullmatch(r"/[a-z_]+", str(argument.value)):
                 rest = node.args[place + 1 :]  # type: ignore[attr-defined]
                 inline = next((keys_of(part) for part in rest if isinstance(part, ast.Dict)), None)

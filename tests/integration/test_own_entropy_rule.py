@@ -42,6 +42,9 @@ def test_a_rule_of_ones_own_trains_resumes_and_is_replayed(tmp_path: Path, warm_
     assert config["algo"]["entropy"]["kind"] == KIND
 
     command = [sys.executable, "-m", "aer_megatron.cli", "replay", str(tmp_path / "out")]
+    refused = run_command(command)  # a record is not the user's word
+    assert refused.returncode == 2 and "--trust-code" in refused.stderr.splitlines()[-1], refused.stderr
+    command.append("--trust-code")
     replayed = run_command(command)
     assert replayed.returncode == 0 and "alpha reproduced exactly" in replayed.stdout, replayed.stderr
     other = run_command([*command, "--algo.entropy.kind=aer", "--algo.entropy.tau=2"])

@@ -193,3 +193,22 @@ def test_a_run_whose_first_records_are_unusable_is_drawn(tmp_path: Path) -> None
     assert command.main([str(run)]) == 0
     row = rows(run / "replay.csv")[0]
     assert (row["token_entropy"], row["replayed_target"], row["held"]) == ("", "", "1")
+
+
+def test_a_record_that_names_code_is_refused_before_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", OPTIONS)
+    imported = tmp_path / "imported"
+    (tmp_path / "planted_rule.py").write_text(f"open({str(imported)!r}, 'w').close()\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    manifest["config"]["algo"]["policy_loss"] = {"kind": "planted_rule:Loss"}
+    (run / "run.json").write_text(json.dumps(manifest), encoding="utf-8")
+    expected = r"algo\.policy_loss\.kind='planted_rule:Loss'; if it is yours, give --trust-code"
+    with pytest.raises(ValueError, match=expected):
+        command.replay_run(str(run), (), None)
+    assert not imported.exists()
+    with pytest.raises(ValueError, match="planted_rule:Loss"):  # imported, and no policy loss
+        command.replay_run(str(run), (), None, trusted=True)
+    assert imported.exists()

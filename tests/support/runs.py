@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +90,9 @@ def write_run_file(folder: Path, *, base: Path | None = None) -> Path:
 def random_base(folder: Path) -> Path:
     """Returns a new folder with the quick start's model and random weights."""
     shutil.copytree(MODEL, folder)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).float().save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).float().save_pretrained(folder)
     return folder
 
 

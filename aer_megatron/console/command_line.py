@@ -122,11 +122,16 @@ class CommandLine:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the command, and returns its exit code: see ``run_command``."""
         given = list(sys.argv[1:] if arguments is None else arguments)
-        if not given or any(argument in _HELP for argument in (given[:1] if self.is_launcher else given)):
-            say(self.help())
-            return 0
-        quiet_libraries()
-        return run_command(lambda edge: self.run(self.parse(given), edge), is_launcher=self.is_launcher)
+        asked = not given or any(argument in _HELP for argument in (given[:1] if self.is_launcher else given))
+
+        def body(edge: Edge) -> int:
+            if asked:
+                say(self.help())
+                return 0
+            quiet_libraries()
+            return self.run(self.parse(given), edge)
+
+        return run_command(body, is_launcher=self.is_launcher)
 
     def help(self) -> str:
         """Returns usage, meaning and options."""

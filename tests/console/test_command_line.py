@@ -123,3 +123,14 @@ def test_a_command_of_several_places_takes_so_many() -> None:
         with pytest.raises(ValueError) as refused:
             copy.parse(arguments)
         assert str(refused.value) == message
+
+
+@pytest.mark.processes
+def test_a_help_that_nobody_reads_to_its_end_is_no_error() -> None:
+    """``aer train --help | head -1``: the reader is gone before the text is."""
+    command = [sys.executable, "-m", "aer_megatron.cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")

@@ -103,6 +103,12 @@ def build_actor(
     )
 
 
+def build_policy(config: Config, platform: Platform, topology: Topology) -> Actor:
+    """Returns the policy of a reinforcement-learning run, without its weights."""
+    updates = config.run.num_steps * config.algo.num_minibatches
+    return build_actor(config, config.model.path, platform, topology, optimizer=config.optimizer, num_updates=updates)
+
+
 def architecture(path: str, tp: int = 1) -> ModelArchitecture:
     """Returns the architecture of a Hugging Face folder, with zero query groups where tp does not divide the heads."""
     file = Path(path) / "config.json"

@@ -13,7 +13,7 @@ from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.actor import Actor
 from aer_megatron.algo import controller
 from aer_megatron.checkpoint.store import Checkpoint, CheckpointStore
-from aer_megatron.compose.common import Process, build_actor, checked_weights, held, open_reporter
+from aer_megatron.compose.common import Process, build_policy, checked_weights, held, open_reporter
 from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.incidents import GuardedPolicy
@@ -102,14 +102,7 @@ def _train(
 ) -> int:
     """Returns the next step, after training from what was ``found``."""
     platform, stops, (store, checkpoint) = process.platform, process.stops, found
-    actor = build_actor(
-        config,
-        config.model.path,
-        platform,
-        topology,
-        optimizer=config.optimizer,
-        num_updates=config.run.num_steps * config.algo.num_minibatches,
-    )
+    actor = build_policy(config, platform, topology)
     for note in data.notes:
         process.say(note)
     cursor = PromptCursor(data.train, config.run.seed)

@@ -19,7 +19,7 @@ from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.model import TORCH_DTYPES
 from aer_megatron.algo import controller
-from aer_megatron.compose.common import build_actor, build_topology, check_model, checked_weights
+from aer_megatron.compose.common import build_policy, build_topology, check_model, checked_weights
 from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.rl import rollout_parts
 from aer_megatron.config import Config
@@ -202,8 +202,7 @@ def _measure(
 ) -> Measured:
     """Returns one precision's first scores and its run over the recorded batches."""
     platform, topology = place
-    updates = config.run.num_steps * config.algo.num_minibatches
-    actor = build_actor(config, config.model.path, platform, topology, optimizer=config.optimizer, num_updates=updates)
+    actor = build_policy(config, platform, topology)
     get = checked_weights(config.model.path)
     actor.load_hf_weights(_rounded(get, TORCH_DTYPES[config.model.dtype]) if round_weights else get)
     if config.algo.kl_coefficient:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.checkpoint.store import CheckpointStore
-from aer_megatron.compose.common import build_actor, build_topology, collective_timeout_s
+from aer_megatron.compose.common import build_policy, build_topology, collective_timeout_s
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
 from aer_megatron.console.command_line import quiet_libraries
@@ -38,14 +38,7 @@ def reshard(own: Config, others: Mapping[str, Config], platform: Platform, sourc
 
 def _load_and_save(config: Config, platform: Platform, source: Path, target: Path) -> None:
     topology = build_topology(config)
-    actor = build_actor(
-        config,
-        config.model.path,
-        platform,
-        topology,
-        optimizer=config.optimizer,
-        num_updates=config.run.num_steps * config.algo.num_minibatches,
-    )
+    actor = build_policy(config, platform, topology)
     checkpoint = _store(source, actor, topology).latest()
     if checkpoint is None:
         raise RuntimeError(f"{source} holds no finished checkpoint")

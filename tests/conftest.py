@@ -60,3 +60,11 @@ def warm_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = train(write_run_file(folder), "--stage=sft")
     assert made.returncode == 0, made.stderr
     return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that servers and their doubles serve; what a test writes may lie beside it."""
+    from tests.support.sglang_fixtures import model_folder  # needs torch
+
+    return model_folder(tmp_path_factory.mktemp("served") / "model")

@@ -16,7 +16,7 @@ from aer_megatron.sglang.protocol import generate_body
 from aer_megatron.types import Completion
 from tests.support.real_router import real_router
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import Rollouts, requests, rollouts, weights
 from tests.support.sglang_router_double import RouterDouble, kill, set_pace
 
 NO_STOP = SamplingOptions(0.9, 0.8, 7, frozenset())
@@ -36,11 +36,6 @@ class Recording(SGLangDouble):
         body = await request.json()
         self.bodies[body["rid"]] = body
         return await super()._generate(request)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("router_contract") / "model")
 
 
 @pytest.fixture(scope="module", params=["double", pytest.param("real", marks=pytest.mark.sglang)])

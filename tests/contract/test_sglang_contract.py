@@ -19,7 +19,7 @@ from aer_megatron.types import Completion, VersionSpan
 from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, requests, rollouts, weights
 
 SERVER_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 LAUNCH = {
@@ -35,11 +35,6 @@ LAUNCH = {
 }
 KEY = "sesame-0123456789abcdef"
 ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("contract") / "model")
 
 
 @pytest.fixture(scope="module", params=["double", pytest.param("real", marks=pytest.mark.sglang)])

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from aer_megatron.convert.hf_config import architecture_from_hf_config
@@ -18,7 +17,7 @@ from aer_megatron.sglang.labels import WeightLabels
 from aer_megatron.sglang.publication import WeightPublisher
 from aer_megatron.sglang.weight_servers import WeightServers
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import Replacements, made_transport, model_folder, weights
+from tests.support.sglang_fixtures import Replacements, made_transport, weights
 from tests.support.spawn import run_distributed
 
 CPU = torch.device("cpu")
@@ -57,11 +56,6 @@ def publish(rank: int, world_size: int, urls: list[str], folder: str, distrusts:
             sync.publish(stream(), 5)
         transport.close()
         return seen | {"replaced": group.replaced, "serves_later": fleet.in_service()}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("ranks") / "model")
 
 
 def test_all_ranks_learn_who_serves(folder: Path) -> None:

@@ -24,14 +24,9 @@ from aer_megatron.sglang.addresses import (
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, requests, rollouts, weights
 
 LIMITS = ClientOptions(max_concurrency=1, connect_timeout_s=1.0, control_timeout_s=1.0, api_key=None)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("addresses") / "model")
 
 
 @pytest.mark.parametrize(

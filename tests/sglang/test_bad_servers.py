@@ -12,7 +12,7 @@ from aiohttp import web
 
 from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, requests, rollouts, weights
 
 PARAMETER = "model.norm.weight"
 
@@ -30,11 +30,6 @@ class Liar(SGLangDouble):
             return web.Response(body=self.body, status=self.status, content_type="application/json")
         response: web.StreamResponse = await handler(request)
         return response
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("bad_servers") / "model")
 
 
 def publish_past(folder: Path, path: str, body: bytes, status: int = 200, transport: str = "disk") -> str:

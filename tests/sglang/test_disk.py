@@ -18,12 +18,7 @@ from aer_megatron.sglang.served_weights import ServedChecksums, first_difference
 from tests.support.policies import tiny_hf_model
 from tests.support.served_weights import served_checksum
 from tests.support.sglang_double import Running, SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("disk") / "model")
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, requests, rollouts, weights
 
 
 @pytest.fixture

@@ -19,12 +19,7 @@ from aer_megatron.sglang.transports import distributed
 from aer_megatron.sglang.transports.tensor import serialize
 from tests.support.served_weights import AllowListed
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("distributed") / "model")
+from tests.support.sglang_fixtures import OPTIONS, requests, rollouts, weights
 
 
 @pytest.fixture(params=[False, True], ids=["sessions", "legacy"])

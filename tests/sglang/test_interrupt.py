@@ -16,7 +16,7 @@ from aiohttp import web
 from aer_megatron.rollout.engine import GenerateRequest, RacingEngine, SamplingOptions
 from aer_megatron.types import Completion
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import Rollouts, model_folder, rollouts, weights
+from tests.support.sglang_fixtures import Rollouts, rollouts, weights
 
 NO_STOP = SamplingOptions(1.0, 1.0, 0, frozenset())
 LENGTH = 30
@@ -42,11 +42,6 @@ class Watched(SGLangDouble):
     async def _update_from_disk(self, request: web.Request) -> web.Response:
         self.running_at_update.append(len(self.running))
         return await super()._update_from_disk(request)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("interrupt") / "model")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
 from tests.support.raw_server import answering, repeats, says
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, requests, rollouts, weights
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -35,11 +35,6 @@ ANSWERS = {
     "headers that drip": repeats(OK, b"X: 1\r\n", pause_s=0.1),
     "nothing": says(b""),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("raw") / "model")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from aer_megatron.sglang.router import Router
 from aer_megatron.types import Completion
 from tests.support.raw_server import answering
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import Rollouts, requests, rollouts, weights
 from tests.support.sglang_router_double import RouterDouble, kill, set_pace
 
 NO_STOP = SamplingOptions(1.0, 1.0, 0, frozenset())
@@ -30,11 +30,6 @@ LONG = 400  # tokens, 20 s at the slow pace
 SLOW_S = 0.05
 
 Pair = tuple[SGLangDouble, SGLangDouble]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("router") / "model")
 
 
 @pytest.fixture

@@ -20,16 +20,11 @@ from aer_megatron.sglang.start_server import KEY_FILE_OPTION
 from aer_megatron.sglang.supervisor import Supervisor
 from tests.support.real_servers import processes_writing
 from tests.support.runs import ROOT
-from tests.support.sglang_fixtures import OPTIONS, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, requests, rollouts, weights
 
 pytestmark = pytest.mark.processes
 
 DOUBLE = ROOT / "tests" / "support" / "sglang_double.py"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("server") / "model")
 
 
 def double_command(options: LaunchOptions, port: int) -> list[str]:

@@ -13,14 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.sglang_double import Fault, SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, requests, rollouts, weights
 
 NUM_REQUESTS = 24
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("faults") / "model")
 
 
 @pytest.fixture

@@ -9,12 +9,7 @@ import pytest
 
 from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.sglang_double import SGLangDouble
-from tests.support.sglang_fixtures import OPTIONS, Rollouts, model_folder, requests, rollouts, weights
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_folder(tmp_path_factory.mktemp("two_runs") / "model")
+from tests.support.sglang_fixtures import OPTIONS, Rollouts, requests, rollouts, weights
 
 
 @pytest.fixture

@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "quickstart" / "model"
 
@@ -88,7 +85,10 @@ def write_run_file(folder: Path, *, base: Path | None = None) -> Path:
 
 
 def random_base(folder: Path) -> Path:
-    """Returns a new folder with the quick start's model and random weights."""
+    """Returns a new folder with the quick start's model and random weights, the same ones every time."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM  # seconds: conftest.py imports this file
+
     shutil.copytree(MODEL, folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)

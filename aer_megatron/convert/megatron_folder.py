@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from aer_megatron.convert.megatron_metadata import MAX_BYTES, CheckpointTables, Chunk, read_tables
+from aer_megatron.files.bounded import read_bounded
 from aer_megatron.files.json_input import read_json_object
 
 _FORMAT = {
@@ -205,13 +206,7 @@ class MegatronFolder:
 
 def _read_tables(file: Path) -> CheckpointTables:
     """Raises ValueError naming the file where it is no metadata."""
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}; copy the checkpoint again") from None
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{file} is larger than {MAX_BYTES} bytes, too large for the metadata of a checkpoint")
+    raw = read_bounded(file, MAX_BYTES, what="the metadata of a checkpoint", remedy="copy the checkpoint again")
     try:
         return read_tables(raw)
     except ValueError as error:

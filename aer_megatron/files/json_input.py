@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aer_megatron.files.bounded import read_bounded
+
 _MAX_FILE_BYTES = 1 << 28
 _MAX_DIGITS = 4300  # what int() takes
 
@@ -42,13 +44,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, not to be read, too large, cut, or holds something else; it is named.
     """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; restore it") from None
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ValueError(f"{path} is larger than {_MAX_FILE_BYTES} bytes, too large for what it should be; restore it")
+    raw = read_bounded(path, _MAX_FILE_BYTES, what="what it should be", remedy="restore it")
     try:
         value = parse_json(raw)
     except ValueError as error:

@@ -72,7 +72,7 @@ class SaveJob:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Does the work and returns None, or why there is no checkpoint, the same on every rank."""
+        """Waits until the work is done; returns None, or why there is no checkpoint, the same on every rank."""
         if self._thread is not None:
             self._thread.join()
         return self._failure

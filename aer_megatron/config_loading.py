@@ -1,6 +1,6 @@
 """Reads a run file and its command-line overrides into a ``Config``; bad input is an error that names its option.
 
-This file does NOT hold options or defaults (config.py), read the environment, touch torch or know ranks.
+This file does NOT hold options or defaults (options/), read the environment, touch torch or know ranks.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A section of the run file: a frozen, strict table whose bad input is an error that names option, value and remedy.
 
-This file does NOT hold options (config.py, algo/options.py) or read files (config_loading.py).
+This file does NOT hold options (options/, algo/options.py) or read files (config_loading.py).
 """
 
 from __future__ import annotations

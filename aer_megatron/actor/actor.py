@@ -32,8 +32,9 @@ from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.updates import POLICY_STATISTICS, LossFunction, Report, Update, Updates, stop
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
 from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
-from aer_megatron.config import Config, OptimizerSection
+from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.options.training import OptimizerSection
 from aer_megatron.parallel.exchange import all_sum_disjoint
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.types import (

@@ -26,8 +26,8 @@ from aer_megatron.actor.batching import (
 )
 from aer_megatron.actor.layers import token_multiple
 from aer_megatron.actor.packing import TokenCut, pack_micro_batches, sequence_costs
-from aer_megatron.config import ParallelSection
 from aer_megatron.convert.architecture import ModelArchitecture
+from aer_megatron.options.training import ParallelSection
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.types import Int64Array, PackedSequences
 

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel
-from aer_megatron.config import OptimizerSection
+from aer_megatron.options.training import OptimizerSection
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizerSection) -> float:

@@ -1,4 +1,4 @@
-"""The options of the algorithm, ``[algo]`` and the tables below it, with their defaults; config.py has all others.
+"""The options of the algorithm, ``[algo]`` and the tables below it, with their defaults; options/ has all others.
 
 This file does NOT hold formulas.
 """

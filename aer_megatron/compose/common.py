@@ -15,7 +15,7 @@ from torch import Tensor
 from aer_megatron.actor.actor import Actor
 from aer_megatron.compose.quantization import check_quantization
 from aer_megatron.compose.step_plan import StepPlan
-from aer_megatron.config import Config, OptimizerSection
+from aer_megatron.config import Config
 from aer_megatron.console.standard_streams import say
 from aer_megatron.convert.architecture import ModelArchitecture, check_parallel, pad_query_groups
 from aer_megatron.convert.hf_config import architecture_from_hf_config
@@ -23,6 +23,7 @@ from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.mapping import check_hf_tensors
 from aer_megatron.files.json_input import read_json_object
 from aer_megatron.files.run_lock import RunLock
+from aer_megatron.options.training import OptimizerSection
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform, job_id, set_collective_timeout
 from aer_megatron.parallel.stop import StopRequests

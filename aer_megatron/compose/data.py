@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aer_megatron.config import Config, SourceSection
+from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptSet
 from aer_megatron.data.skipped import SkippedRecords
 from aer_megatron.data.sources import load_records
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
+from aer_megatron.options.data import SourceSection
 from aer_megatron.rewards.pool import check_verifiers
 from aer_megatron.rewards.registry import is_built_in
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
-from aer_megatron.config import SourceSection
+from aer_megatron.options.data import SourceSection
 
 PREFIX = "reasoning_gym:"
 _NUM_CHECKED = 3

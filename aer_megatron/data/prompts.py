@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from aer_megatron.config import DataSection
 from aer_megatron.data.skipped import OnSkip, ignore
 from aer_megatron.data.sources import Record
+from aer_megatron.options.data import DataSection
 from aer_megatron.types import Prompt
 
 _PLACEHOLDER = "{problem}"

@@ -18,10 +18,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from aer_megatron.config import SourceSection
 from aer_megatron.data import countdown, procedural
 from aer_megatron.data.skipped import OnSkip, ignore
 from aer_megatron.files.json_input import kind_of, parse_json
+from aer_megatron.options.data import SourceSection
 
 _KNOWN_FIELDS = frozenset({"problem", "prompt", "answer", "verifier", "id", "response"})
 _MAX_ID = 2**64

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from aer_megatron.config import DataSection, SourceSection
 from aer_megatron.data import countdown
 from aer_megatron.data.prompts import PromptEncoder, PromptSet, epoch_order, seeded_generator
 from aer_megatron.data.skipped import OnSkip, ignore
 from aer_megatron.data.sources import load_supervised_records
+from aer_megatron.options.data import DataSection, SourceSection
 from aer_megatron.types import SupervisedBatch
 
 Int64Array = NDArray[np.int64]

@@ -30,7 +30,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from aer_megatron.config import RewardSection
+from aer_megatron.options.data import RewardSection
 from aer_megatron.rewards.messages import Channel, Garbage, encode_prompt, frame, frame_job, read_verdict
 from aer_megatron.rewards.registry import find_verifier
 from aer_megatron.types import Prompt, Verdict

@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 
 from aer_megatron.compose.step_plan import fewest_ranks
-from aer_megatron.config import Config, RunSection
+from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
+from aer_megatron.options.training import RunSection
 
 MAX_NEW_TOKENS, GROUP_SIZE, PROMPTS = 16, 4, 4  # of the shortened run
 LAYOUT_OPTIONS = ("tp", "pp", "vpp", "cp", "ep", "sequence_parallel")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from aer_megatron.config import DataSection
 from aer_megatron.data import countdown
+from aer_megatron.options.data import DataSection
 from tests.support.double_runs import double_python
 from tests.support.real_router import free_port
 from tests.support.real_servers import LAUNCH, SERVER_ENVIRONMENT, inline_table

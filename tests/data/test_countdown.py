@@ -7,9 +7,9 @@ from itertools import combinations_with_replacement, permutations, product
 import numpy as np
 import pytest
 
-from aer_megatron.config import SourceSection
 from aer_megatron.data import countdown
 from aer_megatron.data.sources import load_records
+from aer_megatron.options.data import SourceSection
 from aer_megatron.rewards.countdown import verify_countdown
 from aer_megatron.types import Prompt, Verdict
 

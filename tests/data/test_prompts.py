@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from aer_megatron.config import DataSection, SourceSection
 from aer_megatron.data.prompts import PromptCursor, PromptSet
 from aer_megatron.data.sources import Record
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
+from aer_megatron.options.data import DataSection, SourceSection
 
 MODEL = Path(__file__).parents[2] / "examples" / "quickstart" / "model"
 CHAT_TEMPLATE = (

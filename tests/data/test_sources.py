@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aer_megatron.config import SourceSection
 from aer_megatron.data.sources import (
     LoadedRecords,
     Record,
@@ -17,6 +16,7 @@ from aer_megatron.data.sources import (
     load_supervised_records,
     stable_id,
 )
+from aer_megatron.options.data import SourceSection
 from aer_megatron.rewards.reasoning_gym import ReasoningGymVerifier
 from aer_megatron.rewards.registry import is_built_in
 from aer_megatron.types import Prompt, Verdict

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from aer_megatron.config import DataSection, SourceSection
 from aer_megatron.data.supervised import SupervisedSource
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder
+from aer_megatron.options.data import DataSection, SourceSection
 from aer_megatron.rewards.countdown import verify_countdown
 from aer_megatron.types import Prompt, SupervisedBatch, Verdict
 

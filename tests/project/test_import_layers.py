@@ -44,6 +44,7 @@ LAYERS = {
     "costs": 2,
     "config_loading": 2,
     "config": 1,
+    "options": 0,
     "algo": 0,
     "config_section": -1,
     "console": 3,
@@ -60,6 +61,7 @@ THIRD_PARTY = {
     "algo": {"numpy", "pydantic", "torch"},
     "config_loading": {"pydantic"},
     "config": {"pydantic"},
+    "options": {"pydantic"},
     "config_section": {"pydantic", "pydantic_core"},
     "types": {"numpy"},
     "files": set[str](),
@@ -72,7 +74,6 @@ ENVIRONMENT_READERS = {
     "train.py",
     "launch/command.py",
     "console/failures.py",
-    "config.py",
     "parallel/platform.py",
 }
 COMMAND_LINES = {"cli.py", "train.py", "replay/batch.py"}  # and the command.py of a feature room

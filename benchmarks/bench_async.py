@@ -1,6 +1,6 @@
 """Measures the asynchronous loop against the synchronous one, over a server whose generation lasts a training step.
 
-    python benchmarks/bench_async.py --scratch DIR [--rounds 3] [--steps 10] [--device-s 3]
+    python -m benchmarks.bench_async --scratch DIR [--rounds 3] [--steps 10] [--device-s 3]
 
 The server is the stand-in of the tests in a process of its own: it sleeps for every token and needs no cores. With
 --device-s the policy update is followed by so long a wait, for a device that trains while the host is idle: a machine
@@ -168,7 +168,7 @@ def write(rounds: list[dict[str, float]], steps: int, device_s: float) -> None:
     lines = [
         "# Generating beside training",
         "",
-        "`python benchmarks/bench_async.py --scratch DIR`: a Qwen3 of 2 wide layers with random weights, 64",
+        "`python -m benchmarks.bench_async --scratch DIR`: a Qwen3 of 2 wide layers with random weights, 64",
         "sequences a step, one stand-in server that sleeps for every token; medians of "
         f"{steps - WARM_UP_STEPS} steps of the",
         "real command line, `rollout.staleness = 1` against 0. Training is a step without generation, publication",

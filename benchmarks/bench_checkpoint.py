@@ -1,7 +1,7 @@
 """How long a checkpoint stops training: written in place, written beside training, and two peers; one run, ratios.
 
-    .venv/bin/python benchmarks/bench_checkpoint.py                # 1 GB on the disk of --folder; some 4 GB of memory
-    .venv/bin/python benchmarks/bench_checkpoint.py --device cuda
+    .venv/bin/python -m benchmarks.bench_checkpoint                # 1 GB on the disk of --folder; some 4 GB of memory
+    .venv/bin/python -m benchmarks.bench_checkpoint --device cuda
 
 One rank, a Qwen3-shaped model in fp32, about `--gigabytes` of weights and moments. Every round, in changing order:
 
@@ -227,7 +227,7 @@ def page(result: dict[str, Any]) -> str:
         [
             "# Checkpoints: what training waits for",
             "",
-            f"`python benchmarks/bench_checkpoint.py`: {result['gigabytes']:.2f} GB, {result['device']}, "
+            f"`python -m benchmarks.bench_checkpoint`: {result['gigabytes']:.2f} GB, {result['device']}, "
             f"{result['machine']}, load {result['load']:.1f} at the end; {len(rounds)} rounds. The forms are described "
             "in that file.",
             "",

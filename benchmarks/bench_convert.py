@@ -1,6 +1,6 @@
 """Measures conversion against copying the same files, both until the bytes are on disk, and its peak memory.
 
-    python benchmarks/bench_convert.py --scratch DIR [--sizes qwen3-4b qwen3-8b] [--rounds 2]
+    python -m benchmarks.bench_convert --scratch DIR [--sizes qwen3-4b qwen3-8b] [--rounds 2]
 
 Per size: makes a random checkpoint (tools/make_random_checkpoint.py), then alternates, --rounds times, `cp -r` + `sync`
 of the Hugging Face folder, HF -> Megatron, Megatron -> HF; the last pair is compared bit for bit. Peak memory is
@@ -101,7 +101,7 @@ def write(file: Path, rows: dict[str, Any]) -> None:
     lines = [
         "# Conversion against copying",
         "",
-        "`python benchmarks/bench_convert.py --scratch DIR`: random bf16 weights, true shapes. Copying is `cp -r`",
+        "`python -m benchmarks.bench_convert --scratch DIR`: random bf16 weights, true shapes. Copying is `cp -r`",
         "and `sync` of every file; the converters flush every file as well. Rounds alternate; medians. Speed is the",
         "copy's seconds over the converter's, its start included. Peak memory is the maximum resident set, mapped file",
         f"pages included. The round trip is bit-exact. {os.cpu_count()} cores shared with other work (load average"

@@ -1,6 +1,6 @@
 """Times of the difficulty ledger beside NumPy and pandas; writes benchmarks/results/ledger.{md,json}.
 
-    .venv/bin/python benchmarks/bench_ledger.py    # up to 10M prompts; some 3 GB of memory
+    .venv/bin/python -m benchmarks.bench_ledger    # up to 10M prompts; some 3 GB of memory
 
 **Update.** What a training step does: 64, 512 or 4096 prompts, unsorted, each with its attempts and successes, are
 added to a state that knows 10^5, 10^6 or 10^7 prompts. Every form adds the same batches, each call another one, and is
@@ -237,7 +237,7 @@ def render(results: dict[str, Any]) -> str:
     lines = [
         "# Difficulty ledger",
         "",
-        f"`python benchmarks/bench_ledger.py` on {results['machine']}; the forms are described in that file.",
+        f"`python -m benchmarks.bench_ledger` on {results['machine']}; the forms are described in that file.",
         "",
         "## One step's update: median (best) in microseconds, and the median as a multiple of the ledger's",
         "",

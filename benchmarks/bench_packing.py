@@ -1,7 +1,7 @@
 """Padding and balance of packed micro-batches over 8 data-parallel ranks; writes benchmarks/results/packing.{md,json}.
 
-    .venv/bin/python benchmarks/bench_packing.py                            # under a minute; arithmetic only, no model
-    .venv/bin/python benchmarks/bench_packing.py --lengths mine.jsonl       # {"prompt": tokens, "response": tokens}
+    .venv/bin/python -m benchmarks.bench_packing                            # under a minute; arithmetic only, no model
+    .venv/bin/python -m benchmarks.bench_packing --lengths mine.jsonl       # {"prompt": tokens, "response": tokens}
 
 **Batches.** 64 prompts x 8 rollouts per optimizer step, several steps, the shapes of Qwen3-8B, cp 2 and sequence
 parallelism over tp 4 (so that sequences are padded to multiples of 4, micro-batches to multiples of 8).
@@ -211,7 +211,7 @@ def _markdown(table: dict[str, Any], options: argparse.Namespace, source: str) -
     lines = [
         "# Packed micro-batches",
         "",
-        f"`python benchmarks/bench_packing.py` on {platform.machine()}: {options.steps} steps of {PROMPTS} x {GROUP} "
+        f"`python -m benchmarks.bench_packing` on {platform.machine()}: {options.steps} steps of {PROMPTS} x {GROUP} "
         f"sequences over {RANKS} data-parallel ranks, budget {BUDGET} tokens, {source}; the forms are described in "
         "that file. Median over steps (worst).",
     ]

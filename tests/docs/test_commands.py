@@ -31,7 +31,7 @@ from tests.support.runs import MODEL, ROOT
 
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "examples/**/README.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/README.md", "benchmarks/results/*.md")
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"  # it names what was
 )
@@ -138,6 +138,8 @@ def _faults(words: Sequence[str], own_run: Path) -> Iterator[str]:
     elif program in ("python", "torchrun") and "-m" in rest:
         place = rest.index("-m")
         yield from _faults_of_module(rest[place + 1 :], own_run)
+    elif program == "python" and rest[0].startswith("benchmarks/"):  # they import tests/support from the root
+        yield f"{rest[0]} is run as a module: python -m {rest[0].removesuffix('.py').replace('/', '.')}"
     elif program == "python" and rest[0].endswith(".py"):
         yield from _faults_of_options(rest[1:], (rest[0],))
     elif program == "bash":
@@ -266,6 +268,7 @@ def test_commands_name_what_exists(page: Path, own_run: Path) -> None:
         ("    aer launch --nproc 2 -m aer_megatron.docter RUN.toml", "there is no module aer_megatron.docter"),
         ("    python tools/fetch_smollm3.py", "does not exist"),
         ("    python tools/check_roundtrip.py MODEL --layout 1x1", "has no --layout"),
+        ("    python benchmarks/bench_ledger.py", "python -m benchmarks.bench_ledger"),
         ("    bash tools/gpu_acceptance.sh --dryrun", "has no --dryrun"),
         ("    pytest tests/nowhere/test_nothing.py", "does not exist"),
         ("```console\n$ aer plan RUN.toml --gpsu 8\n```", "did you mean --gpu"),

@@ -64,7 +64,7 @@ class Config(Section):
             raise ValueError(f"run.eval_every={self.run.eval_every} needs a [data.eval] source; add one or set 0")
         self.algo.check(self.rollout.group_size, self.rollout.max_new_tokens)
         self.rollout.check(self.algo.tis_clip)
-        if self.rollout.engine == "sglang":
+        if self.rollout.uses_servers:
             self.sglang.check()
         return self
 

@@ -40,11 +40,11 @@ from torch.distributed import checkpoint as dcp
 from aer_megatron.actor.actor import Actor
 from aer_megatron.checkpoint.store import CheckpointStore
 from aer_megatron.checkpoint.tensors import own_files
-from aer_megatron.config import Config
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.parallel.platform import install_platform
 from aer_megatron.parallel.topology import initialize_topology
+from tests.support.policies import policy_config
 from tests.support.updates import uniform_batch
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,7 +64,7 @@ def build(gigabytes: float, device: torch.device) -> Actor:
         "intermediate_size": 4 * hidden, "vocab_size": VOCAB, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
         "rope_theta": 1e4, "tie_word_embeddings": False, "hidden_act": "silu",
     }  # fmt: skip
-    config = Config.from_table({"model": {"path": "unused", "dtype": "fp32"}, "data": {"train": {"task": "countdown"}}})
+    config = policy_config()
     actor = Actor(
         architecture_from_hf_config(table),
         config,

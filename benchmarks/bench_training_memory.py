@@ -22,11 +22,11 @@ from unittest import mock
 import torch
 
 from aer_megatron.actor.actor import Actor
-from aer_megatron.config import Config
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.random_weights import random_hf_weights
 from aer_megatron.parallel.platform import install_platform
 from aer_megatron.parallel.topology import initialize_topology
+from tests.support.policies import policy_config
 from tests.support.spawn import run_distributed
 from tests.support.storage_tracker import StorageTracker
 from tests.support.updates import live_tensors, textbook, uniform_batch
@@ -43,12 +43,10 @@ FORMS = ("textbook", "logits", "fused")
 def measure(rank: int, world_size: int, form: str, sequences: int, length: int) -> dict[str, float]:
     """Returns the peak in bytes and the losses of one update."""
     install_platform()
-    config = Config.from_table(
-        {
-            "model": {"path": "unused", "dtype": "fp32", "head": "fused" if form == "fused" else "logits"},
-            "data": {"train": {"task": "countdown"}},
-            "parallel": {"micro_batch_size": sequences},
-        }
+    config = policy_config(
+        model={"head": "fused" if form == "fused" else "logits"},
+        parallel={"micro_batch_size": sequences},
+        optimizer={"lr": 1e-6},
     )
     topology = initialize_topology(tp=1, pp=1, seed=0)
     arch = architecture_from_hf_config(HF_CONFIG)

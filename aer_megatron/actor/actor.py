@@ -25,7 +25,7 @@ from torch import Tensor
 from aer_megatron.actor.batching import MicroBatch, minibatch_indices
 from aer_megatron.actor.forward import MicroBatchRunner
 from aer_megatron.actor.fp8_emulation import has_fresh_scales
-from aer_megatron.actor.model import build_chunks
+from aer_megatron.actor.model import ModelOptions, build_chunks
 from aer_megatron.actor.nonfinite_findings import nonfinite_inputs
 from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_distributed
 from aer_megatron.actor.reference import ReferenceWeights
@@ -71,7 +71,7 @@ class Actor:
         self.device = device
         self._config = config
         self._reference: ReferenceWeights | None = None
-        self.chunks = [chunk.to(device) for chunk in build_chunks(arch, config, topology)]
+        self.chunks = [chunk.to(device) for chunk in build_chunks(arch, model_options(config), topology)]
         self.ddp = wrap_distributed(self.chunks)
         self.optimizer = build_optimizer(self.ddp, optimizer, config.model.dtype)
         megatron_config = self.chunks[0].config  # the chunks' common one
@@ -269,3 +269,16 @@ def _finalize_without_scaling(model: list[Any], num_tokens: Any = None, **kwargs
     """Megatron's gradient reduction without its division by tokens: the loss carries the global normaliser."""
     del num_tokens
     finalize_model_grads(model, None, **kwargs)
+
+
+def model_options(config: Config) -> ModelOptions:
+    """Returns what the run file says of the policy's model."""
+    return ModelOptions(
+        dtype=config.model.dtype,
+        sequence_parallel=config.parallel.sequence_parallel,
+        vocab_multiple=config.model.vocab_multiple,
+        megatron=config.megatron,
+        head=config.model.head,
+        temperature=config.rollout.temperature,
+        score_statistics=config.report.flight_recorder,
+    )

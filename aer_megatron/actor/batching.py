@@ -134,6 +134,7 @@ def _micro_batch(
     Sharing the prompt of a group's rollouts would happen here: its tokens laid down once, the responses after it.
     """
     length_B = sequences.length_B
+    # the whole micro-batch: tokens at their places, rows whose scores are wanted, places in the global batch
     start_L, start_T, start_n = offsets(length_B), offsets(sampled_B), offsets(width_n)
     tokens = np.zeros(int(width_n.sum()), dtype=np.int64)
     rows, in_batch = [], []
@@ -144,6 +145,7 @@ def _micro_batch(
         in_batch.append(np.arange(start_T[index], start_T[index] + sampled_B[index], dtype=np.int64))
     row, packed_t, sequence_t = _concatenate(rows), _concatenate(in_batch), np.repeat(indices_n, sampled_B[indices_n])
     label_t = tokens[row + 1]
+    # this rank's share of it
     mine = context_positions(width_n, cp_rank=cut.cp_rank, cp_size=cut.cp_size)
     if cut.cp_size > 1:
         local = np.full(len(tokens), -1, dtype=np.int64)

@@ -34,7 +34,6 @@ from aer_megatron.actor.layers import (
     has_fused_weight_gradients,
     has_transformer_engine,
 )
-from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture, MoeArchitecture, padded_vocab_size
 from aer_megatron.convert.mapping import renumber_expert, tp_axis
 from aer_megatron.parallel.fused_head import fused_linear_logprob_entropy
@@ -43,6 +42,19 @@ from aer_megatron.parallel.vocab import vocab_parallel_logprob_entropy
 
 _LOG = logging.getLogger(__name__)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """What the run file says of a model; parallel sizes are the topology's. The defaults are a plain fp32 model's."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    sequence_parallel: bool = False
+    vocab_multiple: int = 1  # each rank's vocabulary shard is padded to a multiple of it
+    megatron: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of TransformerConfig that win
+    head: Literal["fused", "logits"] = "fused"  # this and the rest: of the policy's head alone
+    temperature: float = 1.0
+    score_statistics: bool = False  # forward-only passes also return the geometry of the two gradients
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -114,13 +126,13 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
         )
 
 
-def transformer_config(arch: ModelArchitecture, config: Config) -> TransformerConfig:
+def transformer_config(arch: ModelArchitecture, options: ModelOptions, topology: Topology) -> TransformerConfig:
     """Returns Megatron's configuration of the architecture; ``[megatron]`` entries of the run file win.
 
     Raises:
         ValueError: a ``[megatron]`` key that TransformerConfig does not have, or one that is decided elsewhere.
     """
-    dtype = TORCH_DTYPES[config.model.dtype]
+    dtype = TORCH_DTYPES[options.dtype]
     fields: dict[str, Any] = {
         "num_layers": arch.num_layers,
         "hidden_size": arch.hidden_size,
@@ -143,26 +155,26 @@ def transformer_config(arch: ModelArchitecture, config: Config) -> TransformerCo
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": has_fused_weight_gradients(),
         "persist_layer_norm": False,
-        "tensor_model_parallel_size": config.parallel.tp,
-        "pipeline_model_parallel_size": config.parallel.pp,
-        "virtual_pipeline_model_parallel_size": config.parallel.vpp if config.parallel.vpp > 1 else None,
-        "context_parallel_size": config.parallel.cp,
-        "sequence_parallel": config.parallel.sequence_parallel,
+        "tensor_model_parallel_size": topology.tp,
+        "pipeline_model_parallel_size": topology.pp,
+        "virtual_pipeline_model_parallel_size": topology.vpp if topology.vpp > 1 else None,
+        "context_parallel_size": topology.cp,
+        "sequence_parallel": options.sequence_parallel,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,
-        "bf16": config.model.dtype == "bf16",
+        "bf16": options.dtype == "bf16",
         "autocast_dtype": dtype,
         "perform_initialization": False,  # weights always come from a checkpoint
         # an interleaved pipeline between two stages needs its sends and receives one by one
-        "overlap_p2p_comm": config.parallel.vpp > 1,
-        "batch_p2p_comm": config.parallel.vpp == 1,
-        "variable_seq_lengths": config.parallel.pp > 1 and config.parallel.vpp == 1,
+        "overlap_p2p_comm": topology.vpp > 1,
+        "batch_p2p_comm": topology.vpp == 1,
+        "variable_seq_lengths": topology.pp > 1 and topology.vpp == 1,
         "moe_token_dispatcher_type": "alltoall",  # the one that takes variable lengths
         "calculate_per_token_loss": True,  # the loss carries the global normaliser already: nothing divides it again
     }
     if arch.moe:
-        fields |= _moe_fields(arch.moe, config)
-    fields |= _checked_passthrough(config.megatron, fields)
+        fields |= _moe_fields(arch.moe, options, topology)
+    fields |= _checked_passthrough(options.megatron, fields)
     # Megatron-Core must not see emulated FP8: its checks and its recomputation then ask for TransformerEngine
     emulated = None if has_transformer_engine() else fields.pop("fp8", None)
     megatron_config = TransformerConfig(**fields)
@@ -170,16 +182,15 @@ def transformer_config(arch: ModelArchitecture, config: Config) -> TransformerCo
     return megatron_config
 
 
-def _moe_fields(moe: MoeArchitecture, config: Config) -> dict[str, Any]:
-    parallel = config.parallel
-    if parallel.tp > 1 and not parallel.sequence_parallel:
+def _moe_fields(moe: MoeArchitecture, options: ModelOptions, topology: Topology) -> dict[str, Any]:
+    if topology.tp > 1 and not options.sequence_parallel:
         raise ValueError(
-            f"parallel.tp={parallel.tp} with experts needs parallel.sequence_parallel=true: Megatron-Core trains "
+            f"parallel.tp={topology.tp} with experts needs parallel.sequence_parallel=true: Megatron-Core trains "
             "expert layers under tensor parallelism only with it"
         )
     return {
         "num_moe_experts": moe.num_experts,
-        "expert_model_parallel_size": parallel.ep,
+        "expert_model_parallel_size": topology.ep,
         "moe_router_topk": moe.top_k,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         # rescaling the chosen probabilities to sum to 1 is a softmax over the chosen logits
@@ -224,21 +235,21 @@ def _as_enumeration(key: str, value: Any) -> Any:
     return members[value]
 
 
-def build_chunks(arch: ModelArchitecture, config: Config, topology: Topology) -> list[PolicyModel]:
+def build_chunks(arch: ModelArchitecture, options: ModelOptions, topology: Topology) -> list[PolicyModel]:
     """Returns this rank's model chunks, one where ``parallel.vpp`` is 1, without meaningful weights.
 
     Chunks share one configuration object: Megatron's schedules read the first one's.
     """
     head = HeadOptions(
-        form=config.model.head,
+        form=options.head,
         vocab_size=arch.vocab_size,
-        temperature=config.rollout.temperature,
+        temperature=options.temperature,
         tp_group=topology.tp_group,
-        score_statistics=config.report.flight_recorder,
+        score_statistics=options.score_statistics,
     )
-    megatron_config = transformer_config(arch, config)
+    megatron_config = transformer_config(arch, options, topology)
     chunks = [
-        PolicyModel(head=head, **gpt_arguments(arch, config, topology, chunk, megatron_config))
+        PolicyModel(head=head, **gpt_arguments(arch, options, topology, chunk, megatron_config))
         for chunk in range(topology.vpp)
     ]
     for model in chunks:
@@ -264,19 +275,19 @@ def _layer_spec(
 
 def gpt_arguments(
     arch: ModelArchitecture,
-    config: Config,
+    options: ModelOptions,
     topology: Topology,
     chunk: int = 0,
     megatron_config: TransformerConfig | None = None,
 ) -> dict[str, Any]:
     """Returns the arguments of Megatron's GPTModel for chunk ``chunk`` of this rank's pipeline stage."""
-    megatron_config = megatron_config or transformer_config(arch, config)
+    megatron_config = megatron_config or transformer_config(arch, options, topology)
     vp_stage = chunk if topology.vpp > 1 else None
     num_layers = get_num_layers_to_build(megatron_config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
     return {
         "config": megatron_config,
         "transformer_layer_spec": _layer_spec(megatron_config, arch, num_layers, (vp_stage, topology.pp_rank)),
-        "vocab_size": padded_vocab_size(arch.vocab_size, topology.tp, divisible_by=config.model.vocab_multiple),
+        "vocab_size": padded_vocab_size(arch.vocab_size, topology.tp, divisible_by=options.vocab_multiple),
         "max_sequence_length": arch.max_positions,
         "pre_process": topology.is_first_stage and chunk == 0,
         "post_process": topology.is_last_stage and chunk == topology.vpp - 1,

@@ -116,15 +116,18 @@ def pack_micro_batches(
     sequences are sorted by length. A rank with too few sequences has empty ones at the end.
     """
     rank, num_ranks = ranks
+    # ranks get about equal FLOPs
     of_rank = _split(indices_b, cost_B[indices_b], num_ranks)
     # a total is padded by less than total_multiple: leave room for that
     width_B = -(-length_B // cut.sequence_multiple) * cut.sequence_multiple
     slack = cut.total_multiple - cut.sequence_multiple
     limit = max(budget - slack, int(width_B[indices_b].max(initial=1)))
+    # the fewest micro-batches that hold every rank's tokens, then more until the fullest one fits
     least = max(-(-int(width_B[part].sum()) // limit) for part in of_rank)
     number = max(1, -(-least // multiple)) * multiple
     while any(_heaviest(width_B[part], number) > limit for part in of_rank):
         number += multiple
+    # inside of the rank, micro-batches get about equal tokens
     parts = sorted(_split(of_rank[rank], width_B[of_rank[rank]], number), key=lambda part: -int(cost_B[part].sum()))
     return [part[np.argsort(length_B[part], kind="stable")] for part in parts]
 

@@ -127,6 +127,7 @@ def profile_batch(
     Args:
         allocation_P: difficulty after normalisation: w_t of a token is its prompt's, per unit of coefficient.
     """
+    # sums by difficulty, over prompts (P), rollouts (B) and sampled tokens (T)
     bucket_P = difficulty_buckets(advantages.successes_P, advantages.counts_P)
     bucket_B = bucket_P[experience.group_index_B]
     length_B = experience.sampled_length_B
@@ -141,6 +142,7 @@ def profile_batch(
         reward_sum_D=_bucket_sum(bucket_B, experience.reward_B),
         allocation_sum_D=_bucket_sum(bucket_P, allocation_P),
     )
+    # a token's position in its response
     position_T = np.arange(len(entropy_T)) - np.repeat(np.cumsum(length_B) - length_B, length_B)
     return BatchProfile(
         buckets=buckets,

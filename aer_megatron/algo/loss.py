@@ -79,17 +79,20 @@ def policy_loss(
     """
     _check(normalizer, logprob_T, entropy_T, *_present(tokens, config))
     log_ratio_T = (logprob_T - tokens.old_logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    # the policy's term, corrected for what the rollout engine computed in another way
     policy_T, sums = _policy_terms(log_ratio_T, tokens, config.policy_loss)
     weight_T = tokens.mean_weight_T
     if config.tis_clip:
         importance_T, correction = _importance(tokens, config.tis_clip)
         policy_T = importance_T * policy_T
         sums |= correction
+    # the entropy bonus
     bonus_T = tokens.entropy_weight_T * entropy_T
     total_T = policy_T - bonus_T
     sums["policy_loss"] = token_sum(weight_T * policy_T)
     sums["entropy_bonus"] = token_sum(weight_T * bonus_T)
     sums["token_entropy"] = token_sum(entropy_T)
+    # the distance from the reference policy
     if config.kl_coefficient and tokens.ref_logprob_T is not None:
         gap_T = (tokens.ref_logprob_T - logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         kl_T = config.kl_estimator.estimate(gap_T)
@@ -162,6 +165,7 @@ def _present(tokens: TokenData, config: AlgoSection) -> list[Tensor]:
     rule = config.policy_loss
     if (tokens.selected_T is not None) != rule.selects:
         raise ValueError(f"algo.policy_loss.kind={rule.kind!r}: selected_T belongs to rules that select alone")
+    # the distance from the reference policy
     if config.kl_coefficient and tokens.ref_logprob_T is None:
         raise ValueError(
             f"algo.kl_coefficient={config.kl_coefficient} needs log-probabilities of the reference policy: "

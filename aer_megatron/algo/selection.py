@@ -48,6 +48,7 @@ def skip_decided(
     """
     if selection.kind == "none":
         return np.zeros(len(prompt_id_P), dtype=np.bool_)
+    # each prompt's posterior at this step
     rows = ledger.lookup(prompt_id_P)
     age_P = np.where(rows.last_step < 0, 0, step - rows.last_step)
     if np.any(age_P < 0):
@@ -60,6 +61,7 @@ def skip_decided(
     )
     decided_P = np.maximum(always_P, never_P) > selection.confidence
     decided_P &= rows.attempts >= selection.min_attempts
+    # some of the decided ones are taken all the same, in case the policy has changed
     skipped_P: NDArray[np.bool_] = decided_P.copy()
     for index in np.flatnonzero(decided_P):
         draw = exploration_draw(int(prompt_id_P[index]), seed=seed, step=step)

@@ -34,7 +34,7 @@ _LAYOUT_FIELDS = frozenset({"num_padding_groups"})
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TensorLayout:
     """How tensors are cut over ranks. Two runs of one layout read each other's files as they are."""
 
     tp: int
@@ -71,7 +71,7 @@ class Manifest:
     num_updates: int
     model: Mapping[str, Any]
     dtype: str
-    layout: Layout
+    layout: TensorLayout
     versions: Mapping[str, str]
     state: Mapping[str, Any]
     files: Mapping[str, FileEntry]
@@ -155,8 +155,8 @@ def _digest(text: str) -> str:
 
 def _manifest(table: dict[str, Any]) -> Manifest:
     """Returns the manifest of a parsed table; raises ValueError, KeyError or TypeError naming what is wrong."""
-    layout = Layout(**_typed(table.pop("layout"), "layout", dict))
-    for field in fields(Layout):
+    layout = TensorLayout(**_typed(table.pop("layout"), "layout", dict))
+    for field in fields(TensorLayout):
         value = getattr(layout, field.name)
         if field.name == "transformer_engine":
             _typed(value, f"layout.{field.name}", bool)

@@ -30,7 +30,7 @@ from torch import Tensor
 from aer_megatron.actor.actor import Actor
 from aer_megatron.actor.model import TORCH_DTYPES, PolicyModel, named_weights
 from aer_megatron.actor.weights import has_te_names
-from aer_megatron.checkpoint.manifest import Layout
+from aer_megatron.checkpoint.manifest import TensorLayout
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.mapping import hf_tensors_of, hf_to_shard, is_expert, shard_shape, shards_to_hf
 from aer_megatron.parallel.topology import Topology
@@ -64,10 +64,10 @@ class ActorTensors:
     rng: Mapping[str, Tensor] | None
 
 
-def actor_layout(actor: Actor) -> Layout:
+def actor_layout(actor: Actor) -> TensorLayout:
     """Returns how this run cuts its tensors."""
     topology = actor.topology
-    return Layout(
+    return TensorLayout(
         tp=topology.tp,
         pp=topology.pp,
         dp=topology.dp,
@@ -154,7 +154,7 @@ def set_rng(tensors: Mapping[str, Tensor]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(states)
 
 
-def files_of(written: Layout) -> set[str]:
+def files_of(written: TensorLayout) -> set[str]:
     """Returns the names of all files that ranks of a layout write of an actor: those that are opened to read it."""
     names = set()
     for tp_rank in range(written.tp):
@@ -165,7 +165,7 @@ def files_of(written: Layout) -> set[str]:
     return names
 
 
-def read_actor_tensors(actor: Actor, folder: Path, written: Layout, arch: ModelArchitecture) -> ActorTensors:
+def read_actor_tensors(actor: Actor, folder: Path, written: TensorLayout, arch: ModelArchitecture) -> ActorTensors:
     """Returns this rank's tensors from the files in ``folder``, written under layout ``written`` of ``arch``.
 
     Raises:
@@ -257,7 +257,7 @@ class _SameLayout:
 class _OtherLayout:
     """Reads any piece of any shard out of files that were cut in another way, through whole Hugging Face tensors."""
 
-    def __init__(self, folder: Path, written: Layout, arch: ModelArchitecture, actor: Actor) -> None:
+    def __init__(self, folder: Path, written: TensorLayout, arch: ModelArchitecture, actor: Actor) -> None:
         self._written = written
         self._arch = arch  # of the checkpoint: its padding may differ from the actor's
         self._actor = actor
@@ -269,6 +269,7 @@ class _OtherLayout:
         return {state for state, _, _ in self._files} - {WEIGHT, BUFFER}
 
     def read(self, state: str, name: str, start: int, end: int) -> Tensor:
+        # this rank's shard out of whole tensors, then the piece of it
         actor = self._actor
         shard = hf_to_shard(
             actor.arch,
@@ -290,6 +291,7 @@ class _OtherLayout:
         name = self._origin.get(hf_name)
         if name is None:
             raise ValueError(f"the checkpoint has no {hf_name}; it is of another model or incomplete")
+        # one parameter gives several tensors (q, k, v), asked for one after the other: the last one is kept
         if self._cached[0] != (state, name):
             shards = [self._shard(state, tp_rank, name) for tp_rank in range(self._written.tp)]
             self._cached = ((state, name), dict(shards_to_hf(self._arch, name, shards)))
@@ -297,10 +299,12 @@ class _OtherLayout:
 
     def _shard(self, state: str, tp_rank: int, name: str) -> Tensor:
         shape = shard_shape(self._arch, name, tp_size=self._written.tp, padded_vocab=self._written.padded_vocab)
+        # a shard's optimizer state is cut over replicas: its pieces, by where they begin
         pieces = []
         for start, path, key in sorted(self._files[state, tp_rank, name]):
             with safe_open(path, framework="pt") as file:
                 pieces.append((start, file.get_tensor(key).reshape(-1)))
+        # they must follow one another and fill the shard
         whole = torch.cat([piece for _, piece in pieces])
         starts = [start for start, _ in pieces]
         ends = [start + piece.numel() for start, piece in pieces]
@@ -309,7 +313,7 @@ class _OtherLayout:
         return whole.reshape(shape)
 
 
-def _index(folder: Path, written: Layout) -> dict[tuple[str, int, str], list[tuple[int, Path, str]]]:
+def _index(folder: Path, written: TensorLayout) -> dict[tuple[str, int, str], list[tuple[int, Path, str]]]:
     """(state, tp rank, parameter) -> (start, file, key) of its pieces, from the headers of all files."""
     files: dict[tuple[str, int, str], list[tuple[int, Path, str]]] = {}
     for tp_rank in range(written.tp):

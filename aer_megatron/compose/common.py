@@ -31,7 +31,6 @@ from aer_megatron.parallel.topology import Topology, initialize_topology
 from aer_megatron.parallel.watchdog import Watchdog, distributed_store
 from aer_megatron.report.reporter import NullReporter, Reporter
 from aer_megatron.report.writer import package_versions, write_run_manifest
-from aer_megatron.sglang.transports import check_transport
 
 # torch's own limit for one collective counts the time in which a whole job is suspended; the watchdog's does not
 WATCHED_TIMEOUT_S = 30 * 86400.0
@@ -134,7 +133,6 @@ def model_checks(config: Config, path: str) -> list[Callable[[], None]]:
     arch = architecture(path, tp=parallel.tp)
     return [
         functools.partial(check_parallel, arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep),
-        functools.partial(check_transport, config.sglang.transport),
         functools.partial(check_quantization, config, arch),
         StepPlan(config, arch).check_positions,
     ]

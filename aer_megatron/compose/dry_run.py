@@ -72,7 +72,7 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
         else:
             _look_at_data(found, config)
     _look_at_folders(found, config, stage)
-    if stage == "rl" and config.rollout.engine == "sglang":
+    if stage == "rl" and config.rollout.uses_servers:
         found.attempt(lambda: check_server_options(config))
     text = json.dumps(mask_table(config.model_dump(mode="json")), indent=2, ensure_ascii=False)
     return (f"{text}\n\n{plan}" if plan else text), found

@@ -126,6 +126,7 @@ class GuardedPolicy:
                 for _ in weights:  # the ranks hand them over together, to the end, whatever the disk says
                     pass
 
+        # each phase ends on all ranks together, with the failure of any of them
         first = partial(on_first_rank, rank=self._platform.rank, device=self._platform.device)
         try:
             first(prepare)

@@ -25,7 +25,7 @@ def is_fp8(config: Config) -> bool:
 def check_quantization(config: Config, arch: ModelArchitecture) -> None:
     """Raises ValueError where the engine cannot hold, or be given, weights as ``rollout.quantization`` asks."""
     rollout, launch = config.rollout, config.sglang.launch
-    if rollout.engine == "sglang" and launch.get("quantization"):
+    if rollout.uses_servers and launch.get("quantization"):
         raise ValueError(
             f"sglang.launch.quantization={launch['quantization']!r} makes servers quantise at their start alone, and "
             "they cannot be given new weights then; leave it out and set rollout.quantization='fp8'"
@@ -38,7 +38,7 @@ def check_quantization(config: Config, arch: ModelArchitecture) -> None:
             "trainer, as it does with rollout.quantization='fp8'; set rollout.logprob_gate=0 (the metric "
             "rollout/logprob_diff_max has the difference)"
         )
-    if rollout.engine == "sglang":
+    if rollout.uses_servers:
         _check_servers(config, arch)
 
 

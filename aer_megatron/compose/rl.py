@@ -103,6 +103,7 @@ def _train(
     """Returns the next step, after training from what was ``found``."""
     platform, stops, (store, checkpoint) = process.platform, process.stops, found
     actor = build_policy(config, platform, topology)
+    # state of a new run, or that of the checkpoint
     for note in data.notes:
         process.say(note)
     cursor = PromptCursor(data.train, config.run.seed)

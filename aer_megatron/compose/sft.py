@@ -68,6 +68,7 @@ def _make(config: Config, process: Process, topology: Topology, arguments: Seque
         process.say(f"resumed at step {first_step} of {stopped.folder}")
     else:
         actor.load_hf_weights(checked_weights(init) if _has_weights(init) else random_hf_weights(init, config.run.seed))
+    # training, from there to the end or a stop
     with open_reporter(_reported(config, folder), platform, first_step, arguments) as reporter:
         stops.begin_steps()
         next_step = run_supervised(
@@ -79,6 +80,7 @@ def _make(config: Config, process: Process, topology: Topology, arguments: Seque
             stop_requested=stops.requested,
         )
         stops.end_steps()
+    # the policy, or what it takes to go on
     if next_step < options.num_steps:
         saved = store.save(actor, step=next_step, state={}, files={})
         process.say_stopped(f"saved {saved.folder}", next_step)

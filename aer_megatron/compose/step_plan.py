@@ -106,7 +106,7 @@ class StepPlan:
     def decoded_together(self, layout: Layout) -> int:
         """Returns the sequences that one rank decodes together; 0 where the rollouts run on servers."""
         rollout = self.config.rollout
-        if rollout.engine != "embedded":
+        if rollout.uses_servers:
             return 0
         return min(rollout.max_batch_size, math.ceil(self.work.sequences / layout.num_ranks))
 

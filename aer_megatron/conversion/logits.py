@@ -15,9 +15,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from aer_megatron.actor.model import gpt_arguments
+from aer_megatron.actor.model import ModelOptions, gpt_arguments
 from aer_megatron.actor.weights import load_hf_weights
-from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.convert.megatron_folder import MegatronFolder
 from aer_megatron.parallel.topology import Topology, destroy_topology, initialize_topology
@@ -72,19 +71,9 @@ def megatron_logits(
 
 def build_gpt(arch: ModelArchitecture, topology: Topology) -> GPTModel:
     """Returns this rank's stage of an unmodified fp32 GPTModel, without meaningful weights."""
-    config = Config.from_table(
-        {
-            "model": {"path": "unused", "dtype": "fp32"},
-            "data": {"train": {"task": "countdown"}},
-            "parallel": {
-                "tp": topology.tp,
-                "pp": topology.pp,
-                "ep": topology.ep,
-                "sequence_parallel": topology.tp > 1 and arch.moe is not None,
-            },
-        }
-    )
-    return GPTModel(**gpt_arguments(arch, config, topology), parallel_output=False).eval()
+    # Megatron-Core has experts under tensor parallelism only with sequence parallelism
+    options = ModelOptions(sequence_parallel=topology.tp > 1 and arch.moe is not None)
+    return GPTModel(**gpt_arguments(arch, options, topology), parallel_output=False).eval()
 
 
 def gpt_logits(model: GPTModel, prompt: Sequence[int]) -> Tensor:

@@ -66,6 +66,7 @@ def verify_logits(hf_folder: Path, arch: ModelArchitecture, load: Callable[[GPTM
     """
     from transformers.utils.logging import disable_progress_bar
 
+    # without room for it the kernel would end the process
     needed, available = 1.3 * total_bytes(hf_specs(arch, torch.float32)), _available_memory()
     if needed > available:
         sizes = f"fp32 needs {needed / _GB:.1f} GB of memory, {available / _GB:.1f} GB are available"

@@ -143,7 +143,7 @@ class MegatronFolder:
         backend = read_json_object(path / _FORMAT_NAME).get("sharded_backend")
         if backend != "torch_dist":
             raise ValueError(f"{path} has the format {str(backend)[:40]!r}; supported: torch_dist")
-        self._tensors, self._places = _read_tables(path / _METADATA_NAME)
+        self._tensors, self._byte_ranges = _read_tables(path / _METADATA_NAME)
         self._check_files()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -179,14 +179,14 @@ class MegatronFolder:
         return result
 
     def _chunk(self, key: str, chunk: Chunk, index: tuple[int, ...]) -> Tensor:
-        place = self._places.get((key, chunk.offsets))
-        if place is None:
+        bytes_of = self._byte_ranges.get((key, chunk.offsets))
+        if bytes_of is None:
             raise ValueError(f"{self.path}: {_METADATA_NAME} names no place of {key} at {chunk.offsets}; copy it again")
         try:
-            with (self.path / place.file_name).open("rb") as file:
-                tensor = _mapped_tensor(file, place.start, place.length)
+            with (self.path / bytes_of.file_name).open("rb") as file:
+                tensor = _mapped_tensor(file, bytes_of.start, bytes_of.length)
         except _NO_TENSOR as error:
-            raise ValueError(f"{self.path / place.file_name} is damaged at {key}: {error}") from error
+            raise ValueError(f"{self.path / bytes_of.file_name} is damaged at {key}: {error}") from error
         if tuple(tensor.shape) != chunk.sizes:
             raise ValueError(f"{self.path}: a chunk of {key} has shape {tuple(tensor.shape)}, expected {chunk.sizes}")
         picked: Tensor = tensor[tuple(i - start for i, start in zip(index, chunk.offsets, strict=False))]
@@ -194,8 +194,8 @@ class MegatronFolder:
 
     def _check_files(self) -> None:
         needed: dict[str, int] = {}
-        for place in self._places.values():
-            needed[place.file_name] = max(needed.get(place.file_name, 0), place.start + place.length)
+        for part in self._byte_ranges.values():
+            needed[part.file_name] = max(needed.get(part.file_name, 0), part.start + part.length)
         for name, size in sorted(needed.items()):
             file = self.path / name
             if not file.is_file():

@@ -74,7 +74,7 @@ class TensorEntry:
     chunks: tuple[Chunk, ...]
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where a chunk lies: bytes [start, start + length) of a file of the folder."""
 
     file_name: str
@@ -83,10 +83,10 @@ class Place(NamedTuple):
 
 
 class CheckpointTables(NamedTuple):
-    """What ``.metadata`` says: tensors by key, places by key and offsets (None: an object that is no tensor)."""
+    """What ``.metadata`` says: tensors by key, byte ranges by key and offsets (None: an object that is no tensor)."""
 
     tensors: Mapping[str, TensorEntry]
-    places: Mapping[tuple[str, tuple[int, ...] | None], Place]
+    byte_ranges: Mapping[tuple[str, tuple[int, ...] | None], ByteRange]
 
 
 def read_tables(raw: bytes) -> CheckpointTables:
@@ -111,8 +111,8 @@ def read_tables(raw: bytes) -> CheckpointTables:
         for key, node in _items(fields.get("state_dict_metadata"), "state_dict_metadata")
         if isinstance(node, _Node) and node.kind == "tensor"
     }
-    places = {_index(key): _place(node) for key, node in _items(fields.get("storage_data"), "storage_data")}
-    return CheckpointTables(tensors, places)
+    byte_ranges = {_index(key): _byte_range(node) for key, node in _items(fields.get("storage_data"), "storage_data")}
+    return CheckpointTables(tensors, byte_ranges)
 
 
 class _Token(NamedTuple):
@@ -216,12 +216,12 @@ def _index(node: Any) -> tuple[str, tuple[int, ...] | None]:
     return _text(fields.get("fqn"), "fqn"), None if offset is None else _sizes(offset, "offset")
 
 
-def _place(node: Any) -> Place:
+def _byte_range(node: Any) -> ByteRange:
     fields = _fields(node, "storage")
     name = _text(fields.get("relative_path"), "relative_path")
     if PurePosixPath(name).name != name or name.startswith("."):
         raise ValueError(f"relative_path={name[:80]!r} must be the name of a file in the folder")
-    return Place(name, *(_size(fields.get(key), key) for key in ("offset", "length")))
+    return ByteRange(name, *(_size(fields.get(key), key) for key in ("offset", "length")))
 
 
 def _fields(node: Any, kind: str) -> dict[str, Any]:

@@ -45,8 +45,8 @@ class StoredWriter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a parameter lies: its row, the stored key and the indices of the key's leading axes."""
+class StoredParameter:
+    """Where a parameter lies in a checkpoint: its row, the stored key and the indices of the key's leading axes."""
 
     row: Row
     key: str
@@ -72,15 +72,15 @@ def write_megatron(
     Floating-point tensors become ``dtype``, if given. Raises ValueError as ``hf_to_shard`` does.
     """
     for name in all_names(arch):
-        place = _place(arch, name)
+        parameter = _parameter(arch, name)
         tensor = hf_to_shard(arch, name, get, tp_rank=0, tp_size=1, padded_vocab=arch.vocab_size)
         tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        for key in place.row.stored_keys:
+        for key in parameter.row.stored_keys:
             # gate and up apart, as Megatron writes them: a tensor-parallel rank then reads no more than it needs
             start = 0
-            for block in tensor.chunk(place.row.num_blocks):
-                offset = (*place.index, start, *[0] * (tensor.dim() - 1))
-                writer.add(key, block, offset=offset, whole=(*place.stack, *tensor.shape))
+            for block in tensor.chunk(parameter.row.num_blocks):
+                offset = (*parameter.index, start, *[0] * (tensor.dim() - 1))
+                writer.add(key, block, offset=offset, whole=(*parameter.stack, *tensor.shape))
                 start += block.shape[0]
         advance(tensor.nbytes)
     for key in _extra_states(arch):
@@ -138,25 +138,25 @@ def iter_stored_as_hf(arch: ModelArchitecture, stored: StoredReader) -> Iterator
         key, shape = _stored_key(arch, name, shapes)
         if shape is None:
             raise ValueError(f"the checkpoint holds no {key}")
-        place = _place(arch, name)
-        index = place.index if key in place.row.stored_keys else place.index[1:]
+        parameter = _parameter(arch, name)
+        index = parameter.index if key in parameter.row.stored_keys else parameter.index[1:]
         yield from shards_to_hf(arch, name, [stored.read(key, index)])
 
 
-def _place(arch: ModelArchitecture, name: str) -> Place:
+def _parameter(arch: ModelArchitecture, name: str) -> StoredParameter:
     row, indices = find_row(arch, name)
     index = tuple(indices[axis] for axis in ("i", "e") if axis in indices)
     lengths = (arch.num_layers, arch.moe.num_experts if arch.moe else 0)
-    return Place(row, row.stored_keys[0], index, lengths[: len(index)])
+    return StoredParameter(row, row.stored_keys[0], index, lengths[: len(index)])
 
 
 def _spellings(arch: ModelArchitecture, name: str) -> list[str]:
     """Every key under which a parameter may be stored: stacked, or (models of unequal layers) layer by layer."""
-    place = _place(arch, name)
-    if not place.index:
-        return list(place.row.stored_keys)
-    layer = f"decoder.layers.{place.index[0]}."
-    return [*place.row.stored_keys, *(key.replace("decoder.layers.", layer) for key in place.row.stored_keys)]
+    parameter = _parameter(arch, name)
+    if not parameter.index:
+        return list(parameter.row.stored_keys)
+    layer = f"decoder.layers.{parameter.index[0]}."
+    return [*parameter.row.stored_keys, *(key.replace("decoder.layers.", layer) for key in parameter.row.stored_keys)]
 
 
 def _stored_key(
@@ -171,11 +171,11 @@ def _stored_key(
 
 
 def _expected_shape(arch: ModelArchitecture, name: str, found: tuple[int, ...]) -> list[int]:
-    place = _place(arch, name)
+    parameter = _parameter(arch, name)
     # a vocabulary may be padded to any tensor-parallel size
-    whole = place.row.shape(arch, padded_vocab=max([arch.vocab_size, *found[:1]]))
-    by_layer = len(found) < len(whole) + len(place.stack)
-    return [*place.stack[1 if by_layer else 0 :], *whole]
+    whole = parameter.row.shape(arch, padded_vocab=max([arch.vocab_size, *found[:1]]))
+    by_layer = len(found) < len(whole) + len(parameter.stack)
+    return [*parameter.stack[1 if by_layer else 0 :], *whole]
 
 
 def _padding_groups(arch: ModelArchitecture, shapes: Mapping[str, tuple[int, ...]]) -> int:

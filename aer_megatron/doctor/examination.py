@@ -99,6 +99,7 @@ class Examiner:
         self._mode = reference
         self._on_phase = on_phase
         self._notes = _Notes()
+        # the run without what would hide a fault: FP8 in the trainer or in the servers
         on_phase("read weights")
         path, self._origin = policy_folder(config, platform)
         output = str(Path(config.run.output_dir) / "doctor")
@@ -118,6 +119,7 @@ class Examiner:
             reason = "rounded weights hide what is looked for: examined without"
             self._notes.checks.append(diagnosis.skipped("rollout", "all", "rollout.quantization", reason))
         self._run_config = config.with_options(changes)
+        # its model, and the batch that every examination uses
         check_model(self._run_config, path)
         self._arch: ModelArchitecture = architecture(path)
         self._get = checked_weights(path)

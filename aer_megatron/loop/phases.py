@@ -133,6 +133,7 @@ class Phases:
         spare: list[Experience] = []
         reasons: dict[str, int] = {}
         missing = options.prompts_per_step
+        # rounds until enough groups are mixed, or no refill is left
         while True:
             experience, counts = self._roll_out(begun[-1])
             rounds.append(experience)
@@ -152,6 +153,7 @@ class Phases:
             # the batch keeps its size: what is still missing is filled with groups of zero advantage
             unmixed = join_experiences(spare)
             kept.append(select_groups(unmixed, np.arange(num_groups(unmixed)) < missing))
+        # what is trained is ``result``; reward and reasons are of everything that was generated
         result = join_experiences(kept)
         rewards = np.concatenate([part.reward_B for part in rounds])
         return Collected(

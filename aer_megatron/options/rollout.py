@@ -36,10 +36,15 @@ class RolloutSection(Section):
         0.0, ge=0, description="stop at step 0 if the rollout/train log-probability difference exceeds this; 0 = off"
     )
 
+    @property
+    def uses_servers(self) -> bool:
+        """Whether SGLang servers generate, rather than the engine inside of every rank."""
+        return self.engine == "sglang"
+
     def check(self, tis_clip: float) -> None:
         """Raises ValueError where an option needs servers, or stale rollouts would be trained on uncorrected."""
         for name, value, off in (("staleness", self.staleness, 0), ("oversample", self.oversample, 1)):
-            if value > off and self.engine != "sglang":
+            if value > off and not self.uses_servers:
                 raise ValueError(
                     f"rollout.{name}={value:g} needs rollout.engine='sglang', servers that generate by themselves; the "
                     f"embedded engine works in turn with the trainer: set rollout.{name}={off}"
@@ -68,7 +73,7 @@ class SglangSection(Section):
         description="name of the environment variable that holds the servers' API key; "
         "empty = none, and a random one for launched servers",
     )
-    transport: Text = Field(
+    transport: Literal["disk", "distributed", "tensor"] = Field(  # the modules of sglang/transports/
         "disk",
         description="disk = a folder that trainer and servers share; distributed = broadcast by gloo or NCCL; "
         "tensor = servers on rank 0's machine: CUDA IPC, on CPU inside the request",

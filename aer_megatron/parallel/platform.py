@@ -285,6 +285,7 @@ def redirect_experts_to_cpu() -> None:
         del record_stream
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
+    # gloo moves parts of one size: they are padded to the largest, or reduced whole and cut
     gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather(own: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:

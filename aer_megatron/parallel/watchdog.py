@@ -2,7 +2,7 @@
 
 Each rank's watchdog is a daemon thread that looks at one attribute: what the rank is doing and since when. The trainer
 moves it on by entering phases (report/timer.py), and around single calls with ``waiting``; both cost an attribute
-write. A rank that stays in one place for longer than the timeout says so and raises an alarm in the store that all
+write. A rank that stays in one activity for longer than the timeout says so and raises an alarm in the store that all
 ranks share; every other rank then adds where it stands, however busy it is, and each ends its process. Ranks that do
 not answer the alarm are named: their process or their node is lost.
 
@@ -52,8 +52,8 @@ class AlarmStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What a rank is doing, and since when (``time.monotonic``). Example: ``Place("train", 3, None, 12.5)``."""
+class Activity:
+    """What a rank is doing, and since when (``time.monotonic``). Example: ``Activity("train", 3, None, 12.5)``."""
 
     phase: str
     step: int | None
@@ -96,8 +96,8 @@ class Watchdog:
         self._main = threading.get_ident()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        self._place = Place("start", None, None, time.monotonic())
-        self._waited_s = 0.0  # in that place, as the thread counts it
+        self._activity = Activity("start", None, None, time.monotonic())
+        self._waited_s = 0.0  # in that activity, as the thread counts it
         self._heartbeat: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -117,26 +117,27 @@ class Watchdog:
 
     def enter_phase(self, phase: str, step: int | None) -> None:
         """Says that the rank has moved on; also cancels the call it was in."""
-        self._place = Place(phase, step, None, time.monotonic())
+        self._activity = Activity(phase, step, None, time.monotonic())
 
     @contextmanager
     def waiting(self, call: str) -> Iterator[None]:
         """Names a call that may hang: a collective, an HTTP request. Works nested; the innermost one counts."""
-        before = self._place
-        self._place = Place(before.phase, before.step, call, time.monotonic())
+        before = self._activity
+        self._activity = Activity(before.phase, before.step, call, time.monotonic())
         try:
             yield
         finally:
-            self._place = Place(before.phase, before.step, before.call, time.monotonic())
+            self._activity = Activity(before.phase, before.step, before.call, time.monotonic())
 
     def _watch(self) -> None:
-        seen, last = self._place, time.monotonic()
+        seen, last = self._activity, time.monotonic()
         while not self._over.wait(self._period_s):
             self._beat()
-            now, place = time.monotonic(), self._place
-            since = last if place is seen else max(last, place.since)
-            self._waited_s = second_line.count(now - since, self._period_s) + (self._waited_s if place is seen else 0.0)
-            seen, last = place, now
+            now, activity = time.monotonic(), self._activity
+            since = last if activity is seen else max(last, activity.since)
+            before_s = self._waited_s if activity is seen else 0.0
+            self._waited_s = second_line.count(now - since, self._period_s) + before_s
+            seen, last = activity, now
             late = self._waited_s > self._timeout_s
             if late or self._alarm_raised():
                 self._end(late)
@@ -157,13 +158,13 @@ class Watchdog:
         self._stop(HANG_EXIT_CODE)
 
     def _report(self, late: bool) -> str:
-        place, stack = self._place, self._main_stack()
-        call = " in ".join(filter(None, (place.call, call_name(stack))))
-        step = "" if place.step is None else f" of step {place.step}"
+        activity, stack = self._activity, self._main_stack()
+        call = " in ".join(filter(None, (activity.call, call_name(stack))))
+        step = "" if activity.step is None else f" of step {activity.step}"
         what = f"waits in {call}" if call else "is in no collective or HTTP call that Python sees"
         why = f"longer than run.hang_timeout_s={self._timeout_s:g}" if late else "another rank hangs"
         lines = [
-            f"hang watchdog: phase {place.phase}{step}: {what}, for {self._waited_s:.1f} s ({why})",
+            f"hang watchdog: phase {activity.phase}{step}: {what}, for {self._waited_s:.1f} s ({why})",
             "stack of the main thread, innermost call last:",
             *(line for part in stack for line in _lines(part)),
             f"{self._advice()}; if the run was only slow, raise run.hang_timeout_s",

@@ -42,7 +42,7 @@ def _setting(given: Given) -> Setting:
     from aer_megatron.plan.search import Setting
 
     config, share = given.config(), given["rollout-share"]
-    if share and config.rollout.engine == "embedded":
+    if share and not config.rollout.uses_servers:
         raise ValueError(f"--rollout-share={share} is for rollout.engine='sglang'; set that, or drop the share")
     file = Path(config.model.path) / "config.json"
     if not file.is_file():

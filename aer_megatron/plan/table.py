@@ -92,7 +92,7 @@ def nothing_fits_text(setting: Setting) -> str:
         )
     least = min((evaluate(setting, layout, 1) for layout in layouts), key=lambda candidate: candidate.peak_bytes)
     remedies = ["more GPUs", "a lower rollout.max_new_tokens"]
-    if setting.plan.config.rollout.engine == "embedded":
+    if not setting.plan.config.rollout.uses_servers:
         remedies += ["a lower rollout.max_batch_size", "rollout.engine='sglang': embedded keeps the model on every GPU"]
     if setting.rollout_share:
         remedies.append("a lower --rollout-share")

@@ -49,6 +49,7 @@ def run_guarded(parent: int, serve: Callable[[], None], descriptor: int) -> None
     signal n, 0 where the child still ran. ``descriptor`` is the child's alone.
     """
     os.set_inheritable(descriptor, False)
+    # the guard hears of every descendant's end, and of signals through a pipe
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in _FORWARDED:
@@ -60,6 +61,7 @@ def run_guarded(parent: int, serve: Callable[[], None], descriptor: int) -> None
     signal.signal(signal.SIGCHLD, lambda number, where: None)
     output_in, output_out = os.pipe()
     guard = os.getpid()
+    # the child has none of the guard's signals, pipes or group
     worker = os.fork()
     if worker == 0:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -75,6 +77,7 @@ def run_guarded(parent: int, serve: Callable[[], None], descriptor: int) -> None
         if os.getppid() == guard:
             serve()
         return
+    # the guard watches, ends what is left, and hands on the last words
     os.close(descriptor)
     os.close(output_out)
     status, words = _watch(worker, parent, wake_in, output_in)

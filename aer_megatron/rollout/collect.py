@@ -87,12 +87,14 @@ class RolloutCollector:
         num_groups = len(prompts_P) if num_groups is None else num_groups
         if num_groups > len(prompts_P):
             raise ValueError(f"num_groups={num_groups} must not exceed the {len(prompts_P)} prompts; pass more prompts")
+        # this rank's requests, seeded by what is the same for any number of ranks
         occurrence_P = _occurrences(prompts_P)
         own = share(len(prompts_P), rank=self._rank, world_size=self._world_size)
         requests_PG = [
             [self._request(prompt, step, refill, occurrence, sample) for sample in range(self._num_samples)]
             for prompt, occurrence in zip(prompts_P[own], occurrence_P[own], strict=True)
         ]
+        # the first whole groups win where there are more than wanted, else all are waited for
         if num_groups < len(prompts_P):
             completions = self._race(requests_PG, share(num_groups, rank=self._rank, world_size=self._world_size))
         else:

@@ -103,6 +103,7 @@ def decode_batch(
         RuntimeError: non-finite logits.
     """
     device = model.device
+    # every distinct prompt runs once; its keys and values are then copied to the rows that share it
     prompt_of_B, prompts = _unique_prompts(requests)
     cache = DynamicCache()
     logits_UV, pad_U = _prefill(model, prompts, cache)
@@ -111,9 +112,11 @@ def decode_batch(
     if len(prompts) < len(requests):
         cache.batch_select_indices(expand)
         logits, pad = logits_UV[expand], pad_U[expand]
+    # slots are counted from the left edge of the longest prompt: shorter ones have padding, masked for good
     prompt_slots = max(len(prompt) for prompt in prompts)
     num_slots = prompt_slots + max(request.max_new_tokens for request in requests)
     mask = _additive(torch.arange(num_slots, device=device) >= pad[:, None], model.dtype)[:, None, None, :]
+    # one token per row and turn; rows that ended are dropped once they are many
     recorder = _Recorder(requests, options.stop_token_ids)
     step = 0
     while True:

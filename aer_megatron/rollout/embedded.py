@@ -104,6 +104,7 @@ class EmbeddedEngine:
         received: dict[str, Tensor] = {}  # whole parameters
         views: dict[str, Tensor] = {}  # of them, by the name under which each part arrives
         checksums: dict[str, int] = {}
+        # copies into room of their own: what is in use stays whole until all is there
         for name, tensor in tensors:
             first_name = self._aliases.get(name, name)
             owner = self._owner(first_name)

@@ -99,7 +99,7 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
         "report.picture": "false",
         "report.tensorboard": "false",
     }
-    if rollout.engine == "sglang" and not request.keep_engine:
+    if rollout.uses_servers and not request.keep_engine:
         options |= {
             "rollout.engine": "embedded",
             "rollout.staleness": 0,

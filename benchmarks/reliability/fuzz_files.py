@@ -16,7 +16,7 @@ from safetensors.torch import save
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.entropy_rules.aer import Aer
-from aer_megatron.checkpoint.manifest import FileEntry, Layout, Manifest, manifest_from_json
+from aer_megatron.checkpoint.manifest import FileEntry, Manifest, TensorLayout, manifest_from_json
 from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.convert.megatron_folder import MegatronFolder, MegatronWriter
@@ -50,7 +50,7 @@ def manifests() -> list[bytes]:
     }
     manifest = Manifest(
         step=4, num_updates=8, model=model, dtype="fp32",
-        layout=Layout(tp=1, pp=1, dp=1, padded_vocab=25, num_padding_groups=0, transformer_engine=False),
+        layout=TensorLayout(tp=1, pp=1, dp=1, padded_vocab=25, num_padding_groups=0, transformer_engine=False),
         versions={"torch": "2"}, state=state, files=files,
     )  # fmt: skip
     return [manifest.to_json().encode()]

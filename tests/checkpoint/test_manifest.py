@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from aer_megatron.checkpoint.manifest import (
     FileEntry,
-    Layout,
     Manifest,
+    TensorLayout,
     check_file,
     check_model,
     file_entry,
@@ -24,7 +24,7 @@ from aer_megatron.checkpoint.manifest import (
 )
 from tests.support.json_values import JSON
 
-LAYOUT = Layout(tp=2, pp=1, dp=1, padded_vocab=26, num_padding_groups=0, transformer_engine=False)
+LAYOUT = TensorLayout(tp=2, pp=1, dp=1, padded_vocab=26, num_padding_groups=0, transformer_engine=False)
 MODEL = {"family": "qwen3", "num_layers": 28, "rope_scaling": None, "num_padding_groups": 0}
 MANIFEST = Manifest(
     step=50,

@@ -103,6 +103,7 @@ def check_modules(decoder: Any, arch: Any) -> None:
 @pytest.mark.parametrize(("family", "tied"), FAMILIES)
 def test_weights_pass_through_te_modules_bit_for_bit(family: str, tied: bool, tmp_path: Path) -> None:
     """The modules have the parameters of the conversion tables by name and shape, and their keys in checkpoints."""
+    from aer_megatron.actor.actor import model_options
     from aer_megatron.actor.model import build_chunks, named_weights
     from aer_megatron.actor.weights import has_te_names, iter_hf_weights, load_hf_weights
 
@@ -110,7 +111,7 @@ def test_weights_pass_through_te_modules_bit_for_bit(family: str, tied: bool, tm
     config = policy_config(megatron=UNFUSED)
     topology = build_topology(config)
     with te_on_cpu.layer_specs(te=True):
-        chunks = build_chunks(arch, config, topology)
+        chunks = build_chunks(arch, model_options(config), topology)
     check_modules(chunks[0].decoder, arch)
     assert has_te_names(chunks)
     names = megatron_names(arch, range(arch.num_layers), first_stage=True, last_stage=True, te_spec=True)

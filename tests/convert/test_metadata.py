@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from aer_megatron.conversion.logits import load_distributed
 from aer_megatron.convert.megatron_folder import MegatronFolder
-from aer_megatron.convert.megatron_metadata import Chunk, Place, TensorEntry, read_tables
+from aer_megatron.convert.megatron_metadata import ByteRange, Chunk, TensorEntry, read_tables
 
 
 def entry(*chunks: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> TensorStorageMetadata:
@@ -58,10 +58,10 @@ def test_the_tables_are_those_that_were_written(protocol: int) -> None:
     tables = read_tables(pickle.dumps(metadata(), protocol=protocol))
     chunks = (Chunk((0, 0), (2, 3)), Chunk((2, 0), (2, 3)))
     assert tables.tensors == {"layer.weight": TensorEntry((4, 3), torch.bfloat16, chunks)}
-    assert tables.places == {
-        ("layer.weight", (0, 0)): Place("__0_0.distcp", 0, 100),
-        ("layer.weight", (2, 0)): Place("__0_1.distcp", 100, 50),
-        ("layer._extra_state", None): Place("__0_0.distcp", 100, 7),
+    assert tables.byte_ranges == {
+        ("layer.weight", (0, 0)): ByteRange("__0_0.distcp", 0, 100),
+        ("layer.weight", (2, 0)): ByteRange("__0_1.distcp", 100, 50),
+        ("layer._extra_state", None): ByteRange("__0_0.distcp", 100, 7),
     }
 
 

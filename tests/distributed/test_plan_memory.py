@@ -15,6 +15,7 @@ from aer_megatron.convert.hf_config import architecture_from_hf_config
 from aer_megatron.costs.memory import BatchShape, StageMemory, TrainingForm, chunk_rows, stage_memory
 from aer_megatron.costs.model_size import Layout, rank_parameters
 from aer_megatron.parallel import fused_head, vocab, vocab_shard
+from tests.support.policies import policy_config
 from tests.support.spawn import run_distributed
 from tests.support.storage_tracker import StorageTracker
 from tests.support.updates import live_tensors, textbook, uniform_batch
@@ -51,7 +52,6 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
     from aer_megatron.actor.actor import Actor
     from aer_megatron.checkpoint.buffer import HostBuffer, tensor_file
     from aer_megatron.checkpoint.tensors import own_files
-    from aer_megatron.config import Config
     from aer_megatron.convert.random_weights import random_hf_weights
     from aer_megatron.parallel import platform
     from aer_megatron.parallel.topology import initialize_topology, leave_layout
@@ -62,14 +62,10 @@ def measure(rank: int, world_size: int, names: list[str], tp: int, sequence_para
         changes, sequences, length, form, megatron = CASES[name]
         table = {**QWEN3, **changes}
         leave_layout()
-        parallel = {"micro_batch_size": sequences, "tp": tp, "sequence_parallel": sequence_parallel}
-        config = Config.from_table(
-            {
-                "model": {"path": "unused", "dtype": "fp32", "head": "fused" if form == "fused" else "logits"},
-                "data": {"train": {"task": "countdown"}},
-                "parallel": parallel,
-                "megatron": megatron,
-            }
+        config = policy_config(
+            model={"head": "fused" if form == "fused" else "logits"},
+            parallel={"micro_batch_size": sequences, "tp": tp, "sequence_parallel": sequence_parallel},
+            megatron=megatron,
         )
         actor = Actor(
             architecture_from_hf_config(table),

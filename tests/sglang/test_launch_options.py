@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from aer_megatron.compose.common import check_model
 from aer_megatron.compose.engines import _launch_options
 from aer_megatron.config import Config
+from aer_megatron.options.rollout import SglangSection
 from aer_megatron.sglang.server import command_line
+from aer_megatron.sglang.transports import TRANSPORTS
 from tests.support.policies import policy_config
-from tests.support.sglang_fixtures import model_folder
 
 KEY = "sesame-0123456789abcdef"
 
@@ -42,9 +42,7 @@ def test_what_the_run_sets_is_not_set_twice(name: str) -> None:
         _launch_options(config(launch={name: "x"}), "model", KEY)
 
 
-def test_a_transport_that_is_not_in_the_table_is_named_with_those_that_are(tmp_path: Path) -> None:
-    folder = str(model_folder(tmp_path / "model"))
-    config = policy_config(data={"max_prompt_tokens": 16}, rollout={"max_new_tokens": 16}, sglang={"transport": "ftp"})
-    with pytest.raises(ValueError, match=r"sglang\.transport='ftp' .* use one of 'disk', 'distributed', 'tensor'"):
-        check_model(config, folder)
-    check_model(config.with_options({"sglang.transport": "tensor"}), folder)
+def test_a_run_file_names_a_transport_of_the_table() -> None:
+    with pytest.raises(ValueError, match=r"sglang\.transport='ftp' .* 'disk', 'distributed' or 'tensor'"):
+        policy_config(sglang={"transport": "ftp"})
+    assert get_args(SglangSection.model_fields["transport"].annotation) == TRANSPORTS

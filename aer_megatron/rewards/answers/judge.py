@@ -257,6 +257,7 @@ def _same_item(gold: Node, answer: Node) -> bool:
         return not isinstance(gold, Chain) or not contradicts(gold, _same)
     if isinstance(gold, Chain) or isinstance(answer, Chain):
         return same_chain(gold, answer, _same)
+    # units must agree where both have one; a letter is a unit only where the gold has no variable
     gold, gold_unit = _without_unit(gold)
     answer, answer_unit = _without_unit(answer)
     if "permil" in (gold_unit, answer_unit) and gold_unit != answer_unit:
@@ -266,6 +267,7 @@ def _same_item(gold: Node, answer: Node) -> bool:
     if not gold_unit and not answer_unit and not variables(gold):
         answer = _without_letter_unit(answer)
     answer = _with_constant(gold, answer)
+    # two of one kind, piece by piece; what is left are values
     match gold, answer:
         case (Words(a), Words(b)):
             return a == b

@@ -280,6 +280,7 @@ def _integer_root(value: int, degree: int) -> int | None:
 
 
 def _call(name: str, arguments: list[Value]) -> Value:
+    # functions of exact numbers stay exact
     if name == "root":
         value, degree = arguments
         if degree == 0:
@@ -303,6 +304,7 @@ def _call(name: str, arguments: list[Value]) -> Value:
         raise ValueError(f"{name} takes one argument")
     if name in ("floor", "ceil", "abs"):
         return _rounded(name, arguments[0])
+    # what is left is computed in mpmath's precision, apart from logarithms that are exact or have no value
     if name == "log_base":
         base, value = arguments
         return mpmath.log(_float(value)) / mpmath.log(_float(base))

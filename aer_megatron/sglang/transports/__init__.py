@@ -1,6 +1,6 @@
 """The table of weight transports: every module of this folder is one, under the name that ``sglang.transport`` gives.
 
-Its class ``Transport`` is a ``BaseTransport``. A new transport is a new file here.
+Its class ``Transport`` is a ``BaseTransport``. A new transport is a new file here, and its name in options/rollout.py.
 """
 
 from __future__ import annotations
@@ -59,14 +59,7 @@ class BaseTransport:
         """Releases what the transport holds."""
 
 
-def check_transport(name: str) -> None:
-    """Raises ValueError for a name that is not in the table."""
-    if name not in TRANSPORTS:
-        raise ValueError(f"sglang.transport={name!r} is no transport; use one of {', '.join(map(repr, TRANSPORTS))}")
-
-
 def make_transport(name: str, servers: WeightServers, options: TransportOptions) -> BaseTransport:
-    """Returns the transport of that name; raises ValueError where there is none."""
-    check_transport(name)
+    """Returns the transport of that name, one of ``TRANSPORTS``."""
     made: BaseTransport = importlib.import_module(f"{__name__}.{name}").Transport(servers, options)
     return made

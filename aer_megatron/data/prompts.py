@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from aer_megatron.data.records import Conversation, Message, Record
 from aer_megatron.data.skipped import OnSkip, ignore
-from aer_megatron.data.sources import Record
 from aer_megatron.options.data import DataSection
 from aer_megatron.types import Prompt
 
@@ -24,7 +25,9 @@ _TEMPLATE_SLACK = 16  # tokens by which a text's join with its template may exce
 
 
 class PromptEncoder:
-    """Turns a problem text into the ids put to the model, by ``data.template`` and ``data.instruction``.
+    """Turns problems into the ids put to the model, by ``data.template`` and ``data.instruction``.
+
+    A conversation goes through the chat template as it is, so it takes neither an instruction nor a system message.
 
     Raises:
         ValueError: the instruction has no {problem}, or the tokenizer has no chat template.
@@ -42,43 +45,78 @@ class PromptEncoder:
             raise ValueError("data.system belongs to data.template='chat'; put the text into data.instruction")
         self._tokenizer = tokenizer
         self._data = data
-        self._num_template_tokens: int | None = None
+        self._num_template_tokens: dict[tuple[str, ...], int] = {}
 
     @property
     def is_bare(self) -> bool:
         """Whether the ids are those of the problem text and nothing else."""
         return self._data.template == "plain" and self._data.instruction == _PLACEHOLDER
 
-    def encode(self, problem: str) -> tuple[int, ...]:
+    def encode(self, problem: str | Conversation) -> tuple[int, ...]:
         """Returns the prompt's token ids, generation prompt included for a chat template."""
         return self.encode_many([problem])[0]
 
-    def encode_many(self, problems: Sequence[str]) -> list[tuple[int, ...]]:
-        """Returns the token ids of every problem's prompt; many at once cost far less than one by one."""
+    def encode_many(self, problems: Sequence[str | Conversation]) -> list[tuple[int, ...]]:
+        """Returns the token ids of every problem's prompt; many at once cost far less than one by one.
+
+        Raises:
+            ValueError: a conversation does not suit the options, or the chat template.
+        """
         if not problems:
             return []
-        # replace, not format: problems and instructions are full of LaTeX braces
-        texts = [self._data.instruction.replace(_PLACEHOLDER, problem) for problem in problems]
         if self._data.template == "plain":
+            texts = [self._text(problem) for problem in problems]
             encoded: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         else:
-            system = [] if self._data.system is None else [{"role": "system", "content": self._data.system}]
-            encoded = self._tokenizer.apply_chat_template(
-                [[*system, {"role": "user", "content": text}] for text in texts],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
+            try:
+                encoded = self._tokenizer.apply_chat_template(
+                    [self._messages(problem) for problem in problems],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                )
+            except TemplateError as error:
+                raise ValueError(f"the tokenizer's chat template refuses the conversation: {error}") from None
         return [tuple(ids) for ids in encoded]
 
-    def max_tokens(self, problem: str) -> int:
-        """Returns a bound on the prompt's tokens without tokenising: no text has more tokens than bytes."""
-        num_bytes = len(problem.encode())
+    def max_tokens(self, problem: str | Conversation) -> int:
+        """Returns a bound on the prompt's tokens without tokenising: no text has more tokens than bytes.
+
+        Raises:
+            ValueError: as ``encode_many``.
+        """
         if self._data.template == "plain":
-            return num_bytes + len(self._data.instruction.encode()) - len(_PLACEHOLDER)
-        if self._num_template_tokens is None:
-            self._num_template_tokens = len(self.encode(""))
-        return num_bytes + self._num_template_tokens + _TEMPLATE_SLACK
+            return len(self._text(problem).encode())
+        # what the template adds depends on the roles alone
+        messages = () if isinstance(problem, str) else problem
+        roles = tuple(message.role for message in messages)
+        if roles not in self._num_template_tokens:
+            skeleton = tuple(Message(role, "") for role in roles) or ""
+            self._num_template_tokens[roles] = len(self.encode(skeleton))
+        if isinstance(problem, str):
+            texts = [problem] * self._data.instruction.count(_PLACEHOLDER)
+        else:
+            texts = [message.content for message in messages]
+        return self._num_template_tokens[roles] + sum(len(text.encode()) + _TEMPLATE_SLACK for text in texts)
+
+    def _text(self, problem: str | Conversation) -> str:
+        """Returns the text of a problem under the instruction."""
+        if not isinstance(problem, str):
+            raise ValueError(f"it is a conversation of {len(problem)} messages; that needs data.template='chat'")
+        # replace, not format: problems and instructions are full of LaTeX braces
+        return self._data.instruction.replace(_PLACEHOLDER, problem)
+
+    def _messages(self, problem: str | Conversation) -> list[dict[str, str]]:
+        """Returns what the chat template takes."""
+        if isinstance(problem, str):
+            system = [] if self._data.system is None else [{"role": "system", "content": self._data.system}]
+            return [*system, {"role": "user", "content": self._text(problem)}]
+        if self._data.instruction != _PLACEHOLDER or self._data.system is not None:
+            raise ValueError(
+                f"it is a conversation of {len(problem)} messages, which goes through the chat template as it is; "
+                "leave out data.instruction and data.system"
+            )
+        return [message._asdict() for message in problem]
 
 
 class PromptSet(Sequence[Prompt]):
@@ -121,7 +159,7 @@ class PromptSet(Sequence[Prompt]):
         index = range(len(self))[index]
         if index not in self._prompts:
             record = self._records[index]
-            self._prompts[index] = self._to_prompt(record, self._encoder.encode(record.problem))
+            self._prompts[index] = self._to_prompt(record, self._encoder.encode(record.prompt))
         return self._prompts[index]
 
     @property
@@ -140,20 +178,29 @@ class PromptSet(Sequence[Prompt]):
         return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
 
     def _drop_bad(self, records: Sequence[Record], on_skip: OnSkip | None) -> tuple[Record, ...]:
-        doubtful = [
-            i for i, record in enumerate(records) if self._encoder.max_tokens(record.problem) > self._max_tokens
-        ]
-        encoded = dict(zip(doubtful, self._encoder.encode_many([records[i].problem for i in doubtful]), strict=True))
+        refused: dict[int, ValueError] = {}
+        doubtful: list[int] = []
+        for index, record in enumerate(records):
+            try:
+                if self._encoder.max_tokens(record.prompt) > self._max_tokens:
+                    doubtful.append(index)
+            except ValueError as error:
+                refused[index] = ValueError(
+                    f"the prompt of record id {record.id} cannot be made: {error}; or set data.on_bad_record='skip'"
+                )
+        encoded = dict(zip(doubtful, self._encoder.encode_many([records[i].prompt for i in doubtful]), strict=True))
         kept: list[Record] = []
         for index, record in enumerate(records):
-            if index in encoded:
-                try:
+            try:
+                if index in refused:
+                    raise refused[index]
+                if index in encoded:
                     self._prompts[len(kept)] = self._to_prompt(record, encoded[index])
-                except ValueError as error:
-                    if on_skip is None:
-                        raise
-                    on_skip(str(error))
-                    continue
+            except ValueError as error:
+                if on_skip is None:
+                    raise
+                on_skip(str(error))
+                continue
             kept.append(record)
         return tuple(kept)
 

@@ -10,20 +10,32 @@ from aer_megatron.config_section import IMPORTABLE, Section
 from aer_megatron.options.texts import SEED_LIMIT, OptionalPath, Text
 from aer_megatron.options.training import OptimizerSection
 
+_NAME = r"^\w[\w.-]{0,95}$"
+_DATASET = r"^\w[\w.-]{0,95}(/\w[\w.-]{0,95})?$"
+
 
 class SourceSection(Section):
-    """Where problems come from: exactly one of ``path`` and ``task``."""
+    """Where problems come from: exactly one of ``path``, ``task`` and ``dataset``."""
 
     path: OptionalPath = Field(None, description='JSONL or Parquet file of {"problem"|"prompt", "answer", ...}')
     task: str | None = Field(None, min_length=1, description='procedural set: "countdown" or "reasoning_gym:NAME"')
     size: int = Field(10_000, ge=1, description="items of a procedural set")
     seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="seed of a procedural set")
     options: dict[str, Any] = Field(default_factory=dict, description="options of a procedural set")
+    dataset: str | None = Field(None, pattern=_DATASET, description="set of the Hugging Face hub, read as Parquet")
+    split: str | None = Field(None, pattern=_NAME, description='split of the dataset, e.g. "train"')
+    subset: str | None = Field(None, pattern=_NAME, description="subset (configuration) of a dataset that has several")
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if (self.path is None) == (self.task is None):
-            raise ValueError("exactly one of path and task must be given: a file, or a procedural set")
+        if sum(place is not None for place in (self.path, self.task, self.dataset)) != 1:
+            raise ValueError(
+                "exactly one of path, task and dataset must be given: a file, a procedural set, or a set of the hub"
+            )
+        if (self.dataset is None) != (self.split is None):
+            raise ValueError("dataset and split belong together: give both, or neither")
+        if self.dataset is None and self.subset is not None:
+            raise ValueError("subset belongs to dataset; leave it out")
         return self
 
 

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
 from aer_megatron.config_section import describe, rules_of
-from aer_megatron.data.sources import Record, load_records
+from aer_megatron.data.records import Record
+from aer_megatron.data.sources import load_records
 from aer_megatron.options.data import SourceSection
 from benchmarks.reliability.fuzz_mutators import (
     mutate_bytes,

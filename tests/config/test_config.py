@@ -199,10 +199,10 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["algo.overlong_buffer=64", "max_new_tokens=64"],
     ),
     ({"rollout": {"group_size": 1}}, ["rollout.group_size=1", "at least 2"]),
-    ({"data": {"train": {}}}, ["data.train", "exactly one of path and task"]),
+    ({"data": {"train": {}}}, ["data.train", "exactly one of path, task and dataset"]),
     (
         {"data": {"train": {"path": "a.jsonl", "task": "countdown"}}},
-        ["data.train", "exactly one of path and task"],
+        ["data.train", "exactly one of path, task and dataset"],
     ),
 ]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aer_megatron.data import countdown
 from aer_megatron.data.prompts import PromptCursor, PromptSet, epoch_order
-from aer_megatron.data.sources import Record
+from aer_megatron.data.records import Record
 from aer_megatron.data.tokenizer import load_tokenizer
 from aer_megatron.options.data import DataSection, SourceSection
 from aer_megatron.rewards.countdown import verify_countdown

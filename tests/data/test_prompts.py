@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from aer_megatron.data.prompts import PromptCursor, PromptSet
-from aer_megatron.data.sources import Record
+from aer_megatron.data.records import Message, Record
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
 from aer_megatron.options.data import DataSection, SourceSection
 
@@ -82,6 +82,43 @@ def test_chat_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
     assert plain[0].token_ids == tuple(tokenizer.encode("(=1+2)>"))
     system = PromptSet(records(["1+2"]), tokenizer, data(template="chat", system="9"))
     assert system[0].token_ids == tuple(tokenizer.encode("(9)(1+2)>"))
+
+
+CONVERSATION = (Message("system", "9"), Message("user", "1+2"), Message("assistant", "4"), Message("user", "3"))
+
+
+def test_a_conversation_goes_through_the_chat_template_as_it_is(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    record = Record(7, "3", "1", "math", None, {}, CONVERSATION)
+    (prompt,) = PromptSet([record], tokenizer, data(template="chat"))
+    assert prompt.token_ids == tuple(tokenizer.encode("(9)(1+2)(4)(3)>"))
+    assert prompt.problem == "3"
+    long = Record(8, "3", "1", "math", None, {}, (Message("system", "9" * 90), Message("user", "3")))
+    for unusable, fields, words in [
+        (record, {"template": "plain"}, r"record id 7 .*conversation of 4 messages; that needs data\.template='chat'"),
+        (record, {"template": "chat", "system": "9"}, r"record id 7 .*leave out data\.instruction and data\.system"),
+        (record, {"template": "chat", "instruction": "{problem}="}, r"record id 7 .*leave out data\.instruction"),
+        (long, {"template": "chat", "max_prompt_tokens": 95}, r"record id 8 .*has 96 tokens"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            PromptSet([*records(["1"]), unusable], tokenizer, data(**fields))
+        kept = PromptSet([*records(["1"]), unusable], tokenizer, data(on_bad_record="skip", **fields))
+        assert ([each.id for each in kept], kept.num_skipped) == ([0], 1)
+
+
+def test_a_chat_template_that_refuses_a_conversation_makes_a_bad_record(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}9"
+    record = Record(7, "3", "1", "math", None, {}, CONVERSATION)
+    with pytest.raises(ValueError, match=r"record id 7 .*chat template refuses the conversation: no system"):
+        PromptSet([record], tokenizer, data(template="chat"))
+
+
+def test_an_instruction_that_has_the_problem_twice_counts_it_twice(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    for template in ("plain", "chat"):
+        given = data(template=template, instruction="{problem}={problem}", max_prompt_tokens=60)
+        with pytest.raises(ValueError, match=r"has 8[14] tokens"):
+            PromptSet(records(["1" * 40]), tokenizer, given)
 
 
 def test_prompt_options_that_cannot_work(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,7 +12,7 @@ from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.options import LedgerSection, SelectionSection
 from aer_megatron.algo.selection import skip_decided
 from aer_megatron.data.prompts import PromptCursor, PromptSet
-from aer_megatron.data.sources import Record
+from aer_megatron.data.records import Record
 from aer_megatron.data.tokenizer import load_tokenizer
 from aer_megatron.options.data import DataSection, SourceSection
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aer_megatron.data.sources import Record, load_records
+from aer_megatron.data.records import Record
+from aer_megatron.data.sources import load_records
 from aer_megatron.options.data import SourceSection
 from aer_megatron.rewards.pool import Job, VerifierPool
 from aer_megatron.rewards.registry import find_verifier

@@ -9,13 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aer_megatron.data.sources import (
-    LoadedRecords,
-    Record,
-    load_records,
-    load_supervised_records,
-    stable_id,
-)
+from aer_megatron.data.records import Record, stable_id
+from aer_megatron.data.sources import LoadedRecords, load_records, load_supervised_records
 from aer_megatron.options.data import SourceSection
 from aer_megatron.rewards.reasoning_gym import ReasoningGymVerifier
 from aer_megatron.rewards.registry import is_built_in
@@ -68,9 +63,8 @@ def test_ids_are_those_of_every_run_and_machine() -> None:
         (b'{"problem": "\xff", "answer": "1"}', "not valid UTF-8"),
         ('["x", "1"]', "a record must be an object, this is a list"),
         ('{"answer": "1"}', '"problem" (or "prompt") is missing'),
-        ('{"problem": "x"}', '"answer" is missing'),
+        ('{"problem": "x"}', '"answer" (or "reward_model"."ground_truth", or "label") is missing'),
         ('{"problem": "x", "prompt": "y", "answer": "1"}', "not both"),
-        ('{"prompt": [{"role": "user"}], "answer": "1"}', '"prompt" must be text, it is a list'),
         ('{"problem": "  ", "answer": "1"}', '"problem" is empty'),
         ('{"problem": "x", "answer": true}', '"answer" must be text'),
         ('{"problem": "x", "answer": "1", "id": -1}', "outside 0 .. 2^64 - 1"),

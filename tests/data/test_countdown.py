@@ -6,6 +6,8 @@ from itertools import combinations_with_replacement, permutations, product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aer_megatron.data import countdown
 from aer_megatron.data.sources import load_records
@@ -108,3 +110,14 @@ def test_fifty_thousand_records_load_fast() -> None:
     assert time.process_time() - start < 4.0  # 0.6 s alone on one core; the margin is for a shared machine
     assert len({record.id for record in records}) == 50_000
     assert {record.verifier for record in records} == {"countdown"}
+
+
+@given(seed=st.integers(0, 2**32), split=st.sampled_from(["train", "eval"]))
+@settings(max_examples=15, deadline=None)
+def test_sampled_solutions_verify(seed: int, split: str) -> None:
+    items = countdown.generate(size=64, seed=seed, options={"split": split})
+    problems, answers = items.texts()
+    draws = countdown.random_solutions(items, np.arange(64), np.random.default_rng(seed))
+    for problem, answer, row in zip(problems, answers, draws.tolist(), strict=True):
+        prompt = Prompt(1, problem, (1,), answer, "countdown")
+        assert verify_countdown(bytes(row).decode(), prompt).reason == "correct"

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from aer_megatron.data.prompts import PromptCursor, PromptSet
+from aer_megatron.data.prompts import PromptCursor, PromptSet, epoch_order
 from aer_megatron.data.records import Message, Record
 from aer_megatron.data.tokenizer import load_tokenizer, make_decoder, stop_token_ids
 from aer_megatron.options.data import DataSection, SourceSection
@@ -170,3 +173,53 @@ def test_cursor_refuses_another_data_set_or_seed(tokenizer: PreTrainedTokenizerB
         PromptCursor(same, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="out of range"):
         PromptCursor(same, seed=0).load_state_dict(state | {"position": 3})
+
+
+# Laws of the order
+
+TOKENIZER = load_tokenizer(MODEL)
+
+
+def make_cursor(size: int, seed: int) -> PromptCursor:
+    return PromptCursor(PromptSet(records([str(index) for index in range(size)]), TOKENIZER, data()), seed)
+
+
+@given(seed=st.integers(0, 2**40), epoch=st.integers(0, 10**6), size=st.integers(1, 200))
+def test_an_epoch_is_a_permutation(seed: int, epoch: int, size: int) -> None:
+    order = epoch_order(seed, epoch, size)
+    assert sorted(order.tolist()) == list(range(size))
+    assert np.array_equal(order, epoch_order(seed, epoch, size))
+
+
+@given(
+    size=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+    before=st.lists(st.integers(0, 40), max_size=5),
+    after=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+)
+@settings(deadline=None)
+def test_a_resumed_cursor_continues_as_if_never_stopped(
+    size: int, seed: int, before: list[int], after: list[int]
+) -> None:
+    straight, stopped, resumed = (make_cursor(size, seed) for _ in range(3))
+    for count in before:
+        straight.next_prompts(count)
+        stopped.next_prompts(count)
+    resumed.load_state_dict(stopped.state_dict())
+    for count in after:
+        assert resumed.next_prompts(count) == straight.next_prompts(count)
+    assert resumed.state_dict() == straight.state_dict()
+
+
+@given(
+    size=st.integers(1, 30),
+    seed=st.integers(0, 1000),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+)
+@settings(deadline=None)
+def test_every_epoch_hands_out_every_prompt_once(size: int, seed: int, counts: list[int]) -> None:
+    cursor = make_cursor(size, seed)
+    ids = [prompt.id for count in counts for prompt in cursor.next_prompts(count)]
+    assert len(ids) == sum(counts)
+    for start in range(0, len(ids) - size + 1, size):
+        assert sorted(ids[start : start + size]) == list(range(size))

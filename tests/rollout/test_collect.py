@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aer_megatron.rollout.collect import RolloutCollector, share
 from aer_megatron.rollout.engine import GenerateRequest, SamplingOptions
@@ -159,3 +161,11 @@ def test_every_rank_keeps_its_share_of_the_first_groups(world_size: int) -> None
     assert all(plain[group.prompt.id] == group for group in groups)  # the seeds are those without a race
     with pytest.raises(ValueError, match="num_groups=9 must not exceed the 8 prompts"):
         collector.collect(prompts, step=0, refill=0, num_groups=9)
+
+
+@given(num_items=st.integers(0, 500), world_size=st.integers(1, 70))
+def test_shares_partition_the_items_evenly(num_items: int, world_size: int) -> None:
+    parts = [range(num_items)[share(num_items, rank=rank, world_size=world_size)] for rank in range(world_size)]
+    assert [item for part in parts for item in part] == list(range(num_items))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1

@@ -1,9 +1,11 @@
-"""Difficulty, its normalisation and the ledger behind it against numbers derived by hand."""
+"""Difficulty, its normalisation and the ledger behind it against numbers derived by hand, and their laws."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.advantage import AdvantageResult
@@ -132,3 +134,37 @@ def test_ledger_receives_entropy_and_counts():
     row = ledger.lookup(np.array([7], dtype=np.uint64))
     assert (row.attempts[0], row.successes[0], row.token_count[0], row.last_step[0]) == (4, 1, 10, 3)
     assert row.entropy_sum[0] == 2.5
+
+
+# Laws
+
+shapes = st.sampled_from(["linear_deficit", "threshold", "complement"])
+accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30).map(np.array)
+rhos = st.floats(0.01, 1)
+
+
+@given(accuracies, shapes, rhos)
+def test_difficulty_is_in_the_unit_interval_and_falls_with_accuracy(accuracy_P, shape, rho):
+    d_P = difficulty(np.sort(accuracy_P), shape=shape, rho=rho)
+    assert np.all((d_P >= 0) & (d_P <= 1))
+    assert np.all(np.diff(d_P) <= 0)
+    assert difficulty(np.zeros(1), shape=shape, rho=rho)[0] == 1
+
+
+@given(accuracies, shapes, rhos, st.floats(1e-3, 0.5))
+def test_normalised_difficulty_keeps_proportions_within_mean_one_and_the_floors_bound(accuracy_P, shape, rho, floor):
+    d_P = difficulty(accuracy_P, shape=shape, rho=rho)
+    normalised_P = normalize_difficulty(d_P, mode="mean", floor=floor)
+    np.testing.assert_allclose(normalised_P.mean(), min(1.0, d_P.mean() / floor), rtol=1e-12)
+    np.testing.assert_allclose(normalised_P * max(d_P.mean(), floor), d_P, rtol=1e-12)
+    assert np.all(normalised_P <= 1 / floor)
+
+
+@given(accuracies, shapes, rhos)
+def test_without_a_floor_the_normalised_mean_is_one(accuracy_P, shape, rho):
+    d_P = difficulty(accuracy_P, shape=shape, rho=rho)
+    normalised_P = normalize_difficulty(d_P, mode="mean", floor=0.0)
+    if d_P.mean() > 1e-12:
+        np.testing.assert_allclose(normalised_P.mean(), 1, rtol=1e-12)
+    else:
+        np.testing.assert_array_equal(normalised_P, d_P)

@@ -17,7 +17,7 @@ from aer_megatron.algo.policy_losses.kl_cov import KlCov
 from tests.support.tokens import token_data
 
 LN2 = math.log(2)
-# The six tokens of test_algo_loss_golden.py: ratios, advantages and clipped surrogates (bounds 0.8 and 1.28).
+# The six tokens of test_loss.py: ratios, advantages and clipped surrogates (bounds 0.8 and 1.28).
 RATIOS = [1.0, 1.5, 0.5, 0.5, 1.5, 4.0]
 ADVANTAGES = [1.0, 1.0, 1.0, -1.0, -1.0, -2.0]
 NORMALIZER = 10.0

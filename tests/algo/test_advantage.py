@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aer_megatron.algo.advantage import group_advantages, overlong_penalty
 from aer_megatron.algo.advantages.dr_grpo import DrGrpo
@@ -104,3 +106,34 @@ def test_a_penalty_moves_the_advantage_and_no_verdict():
     solved = group_advantages(experience([1, 1], [0, 0], [3, 3]), DrGrpo(), penalty_B=np.array([0.0, 0.5]))
     assert solved.advantage_B.tolist() == [0.25, -0.25]
     assert solved.successes_P.tolist() == [2]
+
+
+# Laws
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=8), min_size=1, max_size=8), st.booleans())
+def test_advantages_equal_numpy_group_by_group(groups, divide):
+    sizes = [len(group) for group in groups]
+    num_sequences = sum(sizes)
+    group_index_B = np.repeat(np.arange(len(groups)), sizes)
+    zeros = np.zeros(num_sequences, dtype=np.int64)
+    batch = Experience(
+        prompt_id_B=(group_index_B + 100).astype(np.uint64),
+        group_index_B=group_index_B,
+        prompt_length_B=zeros,
+        response_length_B=zeros,
+        token_ids_L=np.zeros(0, dtype=np.int64),
+        rollout_logprob_T=np.zeros(0, dtype=np.float32),
+        reward_B=np.concatenate(groups).astype(np.float64),
+        truncated_B=zeros.astype(bool),
+        policy_version_B=zeros,
+        policy_version_sum_B=zeros,
+    )
+    result = group_advantages(batch, Grpo() if divide else DrGrpo())
+    expected = []
+    for group in groups:
+        values = np.array(group, dtype=np.float64)
+        expected.append((values - values.mean()) / (values.std(ddof=1) + 1e-6 if divide else 1.0))
+    np.testing.assert_allclose(result.advantage_B, np.concatenate(expected), rtol=1e-12, atol=1e-12)
+    assert result.successes_P.tolist() == [sum(group) for group in groups]
+    assert result.accuracy_P.tolist() == [sum(group) / len(group) for group in groups]

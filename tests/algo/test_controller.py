@@ -1,4 +1,4 @@
-"""The controller against numbers derived by hand."""
+"""The controller against numbers derived by hand, in closed loop, and the laws that it keeps for any input."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ConfigDict
 
 from aer_megatron.algo.controller import (
@@ -19,6 +21,7 @@ from aer_megatron.algo.controller import (
     step,
 )
 from aer_megatron.algo.entropy_rules.aer import Aer
+from aer_megatron.algo.entropy_rules.base import EntropyRule
 from aer_megatron.algo.entropy_rules.fixed import Fixed
 from aer_megatron.algo.entropy_rules.none import NoBonus
 from aer_megatron.algo.entropy_rules.skywork import Skywork
@@ -59,8 +62,8 @@ def state_with(alpha: float, *, initial_entropy: float | None = 0.9, integral: f
     )
 
 
-def seen(entropy: float, *, difficulty_mean: float = 0.5) -> Observation:
-    return Observation(entropy_sum=entropy * 1000, token_count=1000, difficulty_mean=difficulty_mean)
+def seen(entropy: float, *, difficulty_mean: float = 0.5, tokens: float = 1.0) -> Observation:
+    return Observation(entropy_sum=entropy * tokens, token_count=tokens, difficulty_mean=difficulty_mean)
 
 
 def test_alpha_starts_at_zero_and_fixed_at_its_constant():
@@ -276,3 +279,166 @@ def test_what_a_rule_returns_is_checked(rule, words):
 def test_a_rules_own_numbers_come_with_the_decision():
     assert step(state_with(0.1), Wild(told=3.0), seen(0.3)).reported == {"told": (3.0, 1.0)}
     assert step(state_with(0.1), Aer(), seen(0.3)).reported == {}
+
+
+# In closed loop with the simplest plant: entropy integrates the coefficient
+#
+# H_next = H + b (alpha - a). Away from the bounds the error recursion of ``proportional`` is
+#
+#     e' = (1 - b eta) e - b alpha,  alpha' = alpha + eta e      (alpha counted from a)
+#
+# with determinant 1: it circles and never settles. ``pi`` has the determinant 1 - b k_p.
+
+PLANT_GAIN = 2.0  # b, nats per step and unit of alpha
+BALANCE = 0.02  # a, the coefficient that just stops the collapse
+TARGET = 0.4
+
+
+def error_trace(config: EntropyRule, num_steps: int, *, difficulty_mean: float = 0.5) -> list[float]:
+    """Returns H* - H per step, from H = 0.5 with H_0 = 1."""
+    state = replace(initial_state(config), initial_entropy=1.0)
+    entropy = 0.5
+    errors = []
+    for _ in range(num_steps):
+        errors.append(TARGET - entropy)
+        state = step(state, config, Observation(entropy, 1.0, difficulty_mean)).state
+        entropy = max(entropy + PLANT_GAIN * (state.alpha - BALANCE), 0.0)
+    return errors
+
+
+def test_pi_settles_where_integral_action_alone_keeps_swinging():
+    gains = {"tau": TARGET, "eta": 0.01, "alpha_max": 1.0}
+    swinging = error_trace(Aer(update="proportional", **gains), 400)
+    settled = error_trace(Aer(update="pi", k_p=0.3, **gains), 400)
+    first_swing, last_swing = max(map(abs, swinging[:100])), max(map(abs, swinging[-100:]))
+    assert last_swing > 0.9 * first_swing
+    assert max(map(abs, settled[-100:])) < 0.01 * TARGET
+
+
+def test_without_authority_nothing_is_stored_up():
+    config = Aer(tau=TARGET, update="pi", eta=0.01, k_p=0.0, alpha_max=1.0)
+    collapsed = error_trace(config, 60, difficulty_mean=0.0)
+    assert collapsed[-1] == TARGET  # H fell to 0, and alpha never left 0 for want of difficulty
+
+
+# Laws that hold for any input
+
+any_float = st.floats(allow_nan=True, allow_infinity=True)
+nats = st.floats(0, 12)
+updates = st.sampled_from(["proportional", "sign", "pi"])
+
+
+limits = st.one_of(st.just(0.0), st.floats(1e-9, 0.1))
+bounds = st.floats(1e-6, 1)
+aer_rules = st.builds(
+    Aer,
+    update=updates,
+    tau=st.floats(0.05, 2),
+    eta=st.floats(1e-6, 10),
+    k_p=st.floats(0, 10),
+    alpha_max=bounds,
+    max_change=limits,
+)
+rules = st.one_of(aer_rules, st.builds(Skywork, alpha_max=bounds, max_change=limits))
+
+
+@st.composite
+def states(draw, config):
+    return ControllerState(
+        step=draw(st.integers(0, 10**6)),
+        alpha=draw(st.floats(0, config.alpha_max)),
+        integral=draw(st.floats(0, config.alpha_max)),
+        initial_entropy=draw(nats),
+        held_steps=0,
+        frozen_steps=0,
+    )
+
+
+@given(st.data(), st.lists(st.tuples(any_float, any_float, any_float), max_size=8))
+def test_alpha_stays_within_its_bounds_whatever_is_observed(data, observations):
+    config = data.draw(rules)
+    state = initial_state(config)
+    for entropy_sum, count, difficulty_mean in observations:
+        observation = Observation(entropy_sum, count, difficulty_mean)
+        before = state
+        decision = step(state, config, observation)
+        state = decision.state
+        assert 0 <= state.alpha <= config.alpha_max
+        assert 0 <= state.integral <= config.alpha_max
+        assert state.step == before.step + 1
+        assert decision.reason
+        if config.max_change:
+            assert abs(state.alpha - before.alpha) <= config.max_change * (1 + 1e-9)
+        if decision.held:
+            assert (state.alpha, state.integral) == (before.alpha, before.integral)
+            assert state.held_steps == before.held_steps + 1
+
+
+@given(st.data(), st.one_of(st.just(math.nan), st.just(math.inf), st.just(-math.inf)), st.booleans())
+def test_a_statistic_that_is_not_finite_holds_alpha(data, bad, in_count):
+    config = data.draw(rules)
+    state = data.draw(states(config))
+    decision = step(state, config, Observation(1.0, bad, 0.5) if in_count else Observation(bad, 5.0, 0.5))
+    assert decision.held
+    assert (decision.state.alpha, decision.state.integral) == (state.alpha, state.integral)
+
+
+@given(st.data(), updates)
+def test_the_target_is_a_fixed_point(data, rule):
+    config = Aer(update=rule, k_p=0.3)
+    state = data.draw(states(config))
+    if rule == "pi":  # in steady state alpha is the integral
+        state = ControllerState(state.step, state.integral, state.integral, state.initial_entropy, 0, 0)
+    decision = step(state, config, seen(config.target_entropy(state.initial_entropy)))
+    assert decision.state.alpha == state.alpha
+    assert decision.state.integral == state.integral
+
+
+@given(st.data(), nats, nats)
+def test_alpha_never_falls_when_the_gap_grows(data, one, other):
+    config = data.draw(rules)
+    state = data.draw(states(config))
+    low, high = sorted((one, other))
+    assert step(state, config, seen(low)).state.alpha >= step(state, config, seen(high)).state.alpha
+
+
+@given(st.data(), nats, updates)
+def test_alpha_moves_towards_the_target(data, entropy, rule):
+    config = Aer(update=rule, k_p=0.0)
+    state = data.draw(states(config))
+    if rule == "pi":
+        state = ControllerState(state.step, state.integral, state.integral, state.initial_entropy, 0, 0)
+    after = step(state, config, seen(entropy)).state.alpha
+    target = config.target_entropy(state.initial_entropy)
+    assert after >= state.alpha if entropy < target else after <= state.alpha
+
+
+@given(st.data(), nats, st.floats(0, 0.0199), st.integers(1, 50))
+def test_the_integrator_does_not_wind_up_without_authority(data, entropy, difficulty_mean, steps):
+    config = data.draw(aer_rules)
+    state = start = data.draw(states(config))
+    for _ in range(steps):
+        decision = step(state, config, seen(entropy, difficulty_mean=difficulty_mean))
+        assert decision.frozen
+        state = decision.state
+    assert state.integral == start.integral
+    assert state.frozen_steps == start.frozen_steps + steps
+    if config.update != "pi":
+        assert state.alpha == start.alpha
+
+
+@given(st.data(), nats)
+def test_update_is_pure(data, entropy):
+    config = data.draw(rules)
+    state = data.draw(states(config))
+    assert step(state, config, seen(entropy)) == step(state, config, seen(entropy))
+
+
+@given(st.data(), st.booleans())
+def test_state_survives_json_bit_for_bit(data, anchored):
+    state = data.draw(states(Aer()))
+    if not anchored:
+        state = ControllerState(state.step, state.alpha, state.integral, None, 3, 4)
+    back = state_from_dict(json.loads(json.dumps(state_to_dict(state))))
+    assert back == state
+    assert math.copysign(1, back.alpha) == math.copysign(1, state.alpha)

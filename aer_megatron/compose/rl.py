@@ -18,6 +18,7 @@ from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.saves import RunSaves
+from aer_megatron.compose.throughput import run_throughput
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.files.run_lock import LOCK_FILE
@@ -132,6 +133,7 @@ def _train(
             flight=flight,
             reporter=reporter,
             timer=timer,
+            throughput=run_throughput(config, platform),
             stop_requested=stops.requested,
         )
         loop = train_ahead if config.rollout.staleness else train

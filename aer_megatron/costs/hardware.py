@@ -32,6 +32,17 @@ GPUS = (
 )
 
 
+def gpu_of_device(name: str) -> Gpu | None:
+    """Returns the data sheet of a device by CUDA's name for it, such as "NVIDIA H100 80GB HBM3"; None = not known.
+
+    PCIe and NVL cards of these names are slower than the modules above, so they count as unknown.
+    """
+    words = name.lower().replace("-", " ").split()
+    if {"pcie", "nvl"} & set(words):
+        return None
+    return next((gpu for gpu in GPUS if gpu.name in words), None)
+
+
 def gpu_named(name: str) -> Gpu:
     """Returns the accelerator of that name, in any case. Raises ValueError naming the known ones."""
     for gpu in GPUS:

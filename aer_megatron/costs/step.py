@@ -110,12 +110,30 @@ class Candidate:
         return peak_bytes(self.memory, self.engine) + self.served
 
 
+def forward_flops(
+    model: ModelSizes, *, tokens: float, squared_lengths: float, scored_tokens: float, attention: str
+) -> tuple[float, float, float]:
+    """Returns the operations of a forward pass in (layers, attention, head), over all ranks.
+
+    Args:
+        squared_lengths: sum of the squares of the sequences' lengths.
+        attention: as in ``TrainingForm``: "flash" skips what is above the diagonal.
+    """
+    layers = 2.0 * active_matrix_parameters(model) * tokens
+    causal = 0.5 if attention == "flash" else 1.0
+    scores = 4.0 * causal * model.num_layers * query_width(model) * squared_lengths
+    return layers, scores, 2.0 * model.hidden_size * model.vocab_size * scored_tokens
+
+
 def step_flops(model: ModelSizes, work: Workload, layout: Layout, form: TrainingForm) -> StepFlops:
     """Returns the operations of one step. The fused head computes its logits a second time in the backward pass."""
-    layers = 2.0 * active_matrix_parameters(model) * work.tokens
-    causal = 0.5 if form.attention == "flash" else 1.0
-    attention = 4.0 * causal * model.num_layers * query_width(model) * work.sequences * work.length**2
-    head = 2.0 * model.hidden_size * model.vocab_size * work.scored_tokens
+    layers, attention, head = forward_flops(
+        model,
+        tokens=work.tokens,
+        squared_lengths=work.sequences * work.length**2,
+        scored_tokens=work.scored_tokens,
+        attention=form.attention,
+    )
     again = {"none": 0.0, "selective": attention, "full": layers + attention}[layout.recompute]
     again += head if form.head == "fused" else 0.0
     forward = layers + attention + head

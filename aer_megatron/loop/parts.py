@@ -113,6 +113,14 @@ class RolloutParts:
     weight_sync: WeightSync
 
 
+class Throughput(Protocol):
+    """The ``perf/*`` metrics of a step; every rank calls it, for the largest of what each has."""
+
+    def __call__(
+        self, times: Mapping[str, float], experience: Experience, *, num_generated: int
+    ) -> dict[str, float]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What compose/ chose for this run."""
@@ -125,4 +133,5 @@ class Parts:
     flight: FlightRecorder | None  # on one rank, where the run has a recorder
     reporter: StepReporter
     timer: PhaseTimer
+    throughput: Throughput = lambda times, experience, *, num_generated: {}
     stop_requested: Callable[[], bool] = lambda: False  # asked between steps, by all ranks together; same on each

@@ -75,6 +75,7 @@ class Collected:
     num_refills: int
     num_skipped: int
     num_aborted: int
+    num_generated: int  # sampled tokens, those of dropped groups too
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ class Phases:
             num_refills=len(rounds) - 1,
             num_skipped=sum(item.pending.num_skipped for item in begun),
             num_aborted=sum(len(item.pending.prompt_ids) - item.num_groups for item in begun),
+            num_generated=sum(part.num_sampled_tokens for part in rounds),
         )
 
     def policy_step(
@@ -188,12 +190,10 @@ class Phases:
         stats = self.train(step, experience, scores, assessed, decision.coefficient)
         self.record_flight(step, decision, assessed, stats)
         self.publish(policy_version + 1)
-        self.parts.reporter.step(
-            {Metric.STEP: step}
-            | self.metrics(collected, assessed, decision, stats)
-            | evaluation
-            | self.parts.timer.take(num_tokens=len(experience.token_ids_L))
-        )
+        metrics = self.metrics(collected, assessed, decision, stats)
+        times = self.parts.timer.take(num_tokens=len(experience.token_ids_L))
+        speeds = self.parts.throughput(times, experience, num_generated=collected.num_generated)
+        self.parts.reporter.step({Metric.STEP: step} | metrics | evaluation | times | speeds)
         return decision.state
 
     def score(self, step: int, experience: Experience) -> PolicyScores:

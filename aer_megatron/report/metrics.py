@@ -4,7 +4,7 @@ A name is an attribute of ``Metric``, which is a ``str``: ``{Metric.REWARD_MEAN:
 suffix: ``pass_at(8)`` is ``eval/pass@8``, ``reason_count("no_answer")`` is ``rewards/reason/no_answer``,
 ``user_number("gate")`` is ``user/gate`` and ``by_difficulty("reward", "hard")`` is ``difficulty/reward/hard``.
 
-Everything that depends on the machine rather than on the seed is under ``time/``: drop those keys and two
+Everything that depends on the machine rather than on the seed is under ``time/`` or ``perf/``: drop those keys and two
 runs of the same configuration are equal byte for byte.
 
 This file does NOT compute or store values. docs/metrics.md is generated from it
@@ -20,7 +20,7 @@ from enum import StrEnum
 
 from aer_megatron.algo.flight import BUCKETS
 
-MACHINE_PREFIX = "time/"
+MACHINE_PREFIXES = ("time/", "perf/")
 
 _LABEL = re.compile(r"[a-z][a-z0-9_]*")
 
@@ -205,6 +205,40 @@ class Metric(StrEnum):
         "time/peak_rss_gb",
         "GB",
         "largest resident memory of rank 0 so far (1 GB = 10^9 bytes)",
+    )
+
+    PERF_MFU = (
+        "perf/mfu",
+        "share",
+        "operations that the update of the model needs (3 forward passes, nothing computed again) over what the "
+        "trainer's GPUs could do in time/train_s by their data sheet (dense bf16); absent on CPU and unknown GPUs",
+    )
+    PERF_TOKENS_PER_S_PER_GPU = (
+        "perf/tokens_per_s_per_gpu",
+        "tokens/s",
+        "the trained batch's tokens, prompts included, over time/step_s and the trainer's ranks (a rank has one GPU)",
+    )
+    PERF_ROLLOUT_TOKENS_PER_S = (
+        "perf/rollout_tokens_per_s",
+        "tokens/s",
+        "sampled tokens, those of dropped groups too, over time/rollout_s; with rollout.staleness > 0 over "
+        "time/step_s, because generation goes on beside training",
+    )
+    PERF_IDLE_SHARE = (
+        "perf/idle_share",
+        "share",
+        "part of time/step_s in which the trainer neither scored nor trained: it waited for rollouts, verdicts, "
+        "weights, evaluation or a checkpoint",
+    )
+    PERF_PEAK_MEMORY_GB = (
+        "perf/peak_memory_gb",
+        "GB",
+        "largest device memory that PyTorch had in use on any rank so far (1 GB = 10^9 bytes); absent on CPU",
+    )
+    PERF_PEAK_MEMORY_OF_PLAN = (
+        "perf/peak_memory_of_plan",
+        "share",
+        "perf/peak_memory_gb over what aer plan gives the run file's layout on its fullest rank; absent on CPU",
     )
 
 

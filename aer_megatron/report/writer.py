@@ -1,7 +1,7 @@
 """metrics.jsonl and run.json: the record of a run that survives it.
 
-One line of metrics.jsonl is one JSON object: ``step`` first, ``time/*`` last, names in alphabetical order
-between. Floats are written in full (``repr``), so reading gives back the same bits. NaN and infinities are
+One line of metrics.jsonl is one JSON object: ``step`` first, ``perf/*`` and ``time/*`` last, names in alphabetical
+order between. Floats are written in full (``repr``), so reading gives back the same bits. NaN and infinities are
 written as null, because JSON has no word for them.
 
 This file does NOT compute metrics; names come from metrics.py.
@@ -28,7 +28,7 @@ from aer_megatron.config_loading import config_digest
 from aer_megatron.files.json_input import kind_of, parse_json
 from aer_megatron.files.whole_files import LineFile, replace_file
 from aer_megatron.report.masking import mask_arguments, mask_table
-from aer_megatron.report.metrics import MACHINE_PREFIX, Metric, unit_of
+from aer_megatron.report.metrics import MACHINE_PREFIXES, Metric, unit_of
 
 METRICS_FILE = "metrics.jsonl"
 MANIFEST_FILE = "run.json"
@@ -250,7 +250,7 @@ def source_commit(file: Path) -> dict[str, Any] | None:
 def _file_order(name: str) -> tuple[int, str]:
     if name == Metric.STEP:
         return 0, name
-    return (2 if name.startswith(MACHINE_PREFIX) else 1), name
+    return (2 if name.startswith(MACHINE_PREFIXES) else 1), name
 
 
 def _plain(name: str, value: Any) -> MetricValue:

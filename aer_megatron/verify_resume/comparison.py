@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aer_megatron.report.metrics import unit_of
-from aer_megatron.report.writer import MACHINE_PREFIX
+from aer_megatron.report.metrics import MACHINE_PREFIXES, unit_of
 
 _WIDEST_NOTE = 160
 
@@ -45,7 +44,7 @@ def compare_lines(
     worst, where = 0.0, ""
     for mine, theirs in zip(one, other, strict=True):
         for name in dict.fromkeys([*mine, *theirs]):
-            if name.startswith(MACHINE_PREFIX):
+            if name.startswith(MACHINE_PREFIXES):
                 continue
             if bound and unit_of(name) == "text":
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from aer_megatron._C import DifficultyLedger
+from aer_megatron.report.metrics import MACHINE_PREFIXES
 from benchmarks.reliability.chaos_plan import lost_seconds
 from benchmarks.reliability.records import machine, source_commit_name
 from benchmarks.reliability.tiny_run import GROUP_SIZE, PROMPTS
@@ -143,7 +144,7 @@ def _lines(path: Path) -> dict[int, dict[str, Any]]:
     texts = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = [json.loads(text) for text in texts]
     return {
-        number: {name: value for name, value in record.items() if not name.startswith("time/")}
+        number: {name: value for name, value in record.items() if not name.startswith(MACHINE_PREFIXES)}
         for number, record in enumerate(records)
     }
 

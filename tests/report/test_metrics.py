@@ -74,6 +74,12 @@ REQUIRED = (
     "time/checkpoint_s",
     "time/tokens_per_s",
     "time/peak_rss_gb",
+    "perf/mfu",
+    "perf/tokens_per_s_per_gpu",
+    "perf/rollout_tokens_per_s",
+    "perf/idle_share",
+    "perf/peak_memory_gb",
+    "perf/peak_memory_of_plan",
 )
 
 

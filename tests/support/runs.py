@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from aer_megatron.report.metrics import MACHINE_PREFIXES
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "quickstart" / "model"
 
@@ -122,4 +124,4 @@ def run_command(command: list[str], *, timeout_s: float = 300) -> subprocess.Com
 def metric_lines(folder: Path) -> list[dict[str, Any]]:
     """Returns metrics.jsonl without what depends on the machine."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(MACHINE_PREFIXES)} for line in lines]

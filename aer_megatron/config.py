@@ -16,8 +16,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from aer_megatron.algo.options import MOVED_OPTIONS, AlgoSection
+from aer_megatron.algo import options as algo_options
+from aer_megatron.algo.options import AlgoSection
 from aer_megatron.config_section import Section
+from aer_megatron.options import data as data_options
 from aer_megatron.options.data import DataSection, EvalSection, RewardSection, SftSection
 from aer_megatron.options.report import ReportSection
 from aer_megatron.options.rollout import RolloutSection, SglangSection
@@ -27,7 +29,7 @@ from aer_megatron.options.training import ModelSection, OptimizerSection, Parall
 class Config(Section):
     """A whole run."""
 
-    moved = MOVED_OPTIONS
+    moved = algo_options.MOVED_OPTIONS | data_options.MOVED_OPTIONS
 
     run: RunSection = RunSection()
     model: ModelSection
@@ -55,13 +57,6 @@ class Config(Section):
         self.sft.optimizer.check("sft.optimizer")
         self.data.check()
         self.parallel.check(self.data.max_prompt_tokens + self.rollout.max_new_tokens)
-        if max(self.eval.k) > self.eval.num_samples:
-            raise ValueError(
-                f"eval.k={list(self.eval.k)} asks for pass@{max(self.eval.k)} from eval.num_samples="
-                f"{self.eval.num_samples} samples; raise eval.num_samples or drop that k"
-            )
-        if self.run.eval_every and self.data.eval is None:
-            raise ValueError(f"run.eval_every={self.run.eval_every} needs a [data.eval] source; add one or set 0")
         self.algo.check(self.rollout.group_size, self.rollout.max_new_tokens)
         self.rollout.check(self.algo.tis_clip)
         if self.rollout.uses_servers:

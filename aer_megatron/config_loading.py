@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from aer_megatron.config import Config
-from aer_megatron.config_section import nested_section, overridden, rules_of, shown
+from aer_megatron.config_section import named_sections, nested_section, overridden, rules_of, shown
 
 _MAX_FILE_BYTES = 1 << 24
 
@@ -109,14 +109,16 @@ def parse_value(text: str, key: str) -> Any:
     return text if _is_text(key.split(".")) and not isinstance(found["value"], str) else found["value"]
 
 
-def _is_text(parts: Sequence[str]) -> bool:
-    """Returns whether the option ``parts`` is a string (or none), or one of a table of strings."""
-    section: type[BaseModel] = Config
+def _is_text(parts: Sequence[str], section: type[BaseModel] = Config) -> bool:
+    """Returns whether the option ``parts`` of ``section`` is a string (or none), or one of a table of strings."""
     for index, part in enumerate(parts):
         field = section.model_fields.get(part)
         if field is None:
             return False
         below = parts[index + 1 :]
+        named = named_sections(field.annotation)
+        if named is not None:
+            return _is_text(below[1:], named)
         rules = rules_of(field)
         nested = nested_section(field.annotation) if rules is None else rules.first_with(*below[:1])
         if nested is None:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
@@ -22,6 +22,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 MAX_DEPTH = 32  # of tables and lists in one another
 MAX_INTEGER = 2**63  # TOML's integers have 64 bits
 _MAX_SHOWN = 120
+ANY_NAME = "NAME"  # in the documentation, the name of a section that a table of sections holds
 IMPORTABLE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 # what a value of another type is told; pydantic's own words for everything else
 _RULES = {
@@ -63,7 +64,7 @@ class Section(BaseModel):
         """Returns the section with options changed, validated as a whole; errors as in ``from_table``.
 
         Args:
-            changes: by dotted name, ``{"parallel.tp": 2, "data.eval": None}``; a table replaces a whole table, and the
+            changes: by dotted name, ``{"parallel.tp": 2, "sft.source": None}``; a table replaces a whole table, and the
                 ``kind`` of another rule the options that only the former one has.
         """
         return self.from_table(overridden(type(self), self.model_dump(exclude_unset=True), changes)[0])
@@ -250,12 +251,15 @@ def describe(
 ) -> Iterator[tuple[str, str, str, str]]:
     """Yields (dotted key, type, default, description) of every option, in file order.
 
-    ``given`` holds the defaults where the parent sets its own.
+    ``given`` holds the defaults where the parent sets its own. In a table of sections ``NAME`` stands for their names.
     """
     for name, info in section.model_fields.items():
         value = getattr(given, name) if given is not None else info.get_default(call_default_factory=True)
         if (rules := rules_of(info)) is not None:
             yield from _describe_rules(rules, f"{prefix}{name}.", value, info.description or "")
+            continue
+        if (named := named_sections(info.annotation)) is not None:
+            yield from describe(named, f"{prefix}{name}.{ANY_NAME}.")
             continue
         nested = nested_section(info.annotation)
         if nested is not None:
@@ -280,11 +284,17 @@ def _describe_rules(rules: OneOf, prefix: str, given: Rule, text: str) -> Iterat
 
 
 def nested_section(annotation: Any) -> type[BaseModel] | None:
-    """Returns the section that a field of this type holds; None for an option."""
-    for candidate in (annotation, *get_args(annotation)):
+    """Returns the section that a field of this type holds; None for an option, and for a table of sections."""
+    for candidate in () if get_origin(annotation) is dict else (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def named_sections(annotation: Any) -> type[BaseModel] | None:
+    """Returns the section that a table holds under names of the user's choice; None for any other field."""
+    value = get_args(annotation)[1] if get_origin(annotation) is dict else None
+    return value if isinstance(value, type) and issubclass(value, BaseModel) else None
 
 
 def _check_value(value: Any, where: str, *, depth: int) -> None:
@@ -325,6 +335,10 @@ def _reject_unknown(table: Mapping[str, Any], section: type[BaseModel], root: ty
             _reject_unknown_of_rule(value, rules, root, f"{name}.")
         elif isinstance(value, Mapping) and (nested := nested_section(field.annotation)) is not None:
             _reject_unknown(value, nested, root, f"{name}.")
+        elif isinstance(value, Mapping) and (named := named_sections(field.annotation)) is not None:
+            for key, item in value.items():
+                if isinstance(item, Mapping):
+                    _reject_unknown(item, named, root, f"{name}.{str(key)[:_MAX_SHOWN]}.")
 
 
 def _reject_unknown_of_rule(table: Mapping[str, Any], rules: OneOf, root: type[Section], prefix: str) -> None:
@@ -367,13 +381,25 @@ def _explain(item: Mapping[str, Any], root: type[BaseModel]) -> str:
         )
     if item["type"] == "value_error" and isinstance(item["input"], Mapping | BaseModel):
         return f"{location}: {message}" if location else message
-    default = next((text for key, _, text, _ in describe(root) if key == location and text != "required"), None)
+    default = next(
+        (text for key, _, text, _ in describe(root) if _stands_for(key, location) and text != "required"), None
+    )
     remedy = f"; the default is {default}" if default is not None else ""
     return f"option {location}={shown(item['input'])} is not valid: {_RULES.get(item['type'], message)}{remedy}"
 
 
 def _first_option(section: str, root: type[BaseModel]) -> str:
-    return next((key for key, *_ in describe(root) if key.startswith(f"{section}.")), f"{section}.name")
+    parts = section.split(".")
+    below = (key.split(".") for key, *_ in describe(root))
+    first = next((key for key in below if _stands_for(".".join(key[: len(parts)]), section)), [*parts, "name"])
+    return ".".join([*parts, *first[len(parts) :]])
+
+
+def _stands_for(described: str, option: str) -> bool:
+    """Returns whether ``describe`` spells ``option`` so."""
+    return len(described.split(".")) == len(option.split(".")) and all(
+        part in (ANY_NAME, given) for part, given in zip(described.split("."), option.split("."), strict=True)
+    )
 
 
 def shown(value: Any) -> str:

@@ -89,7 +89,8 @@ def run(trial: Trial, folder: Path) -> None:
 def row(trial: Trial, folder: Path) -> str | None:
     """Returns the table row of a run, None before its first steps."""
     path = folder / trial.name / "metrics.jsonl"
-    records = read_metrics(path) if path.is_file() else []
+    found = read_metrics(path) if path.is_file() else []
+    records = [record for record in found if Metric.REWARD_MEAN in record]  # the last one is of evaluation alone
     if len(records) < 2 * WINDOW:
         return None
     entropy = np.array([record[Metric.ENTROPY_TOKEN_MEAN] for record in records], dtype=np.float64)
@@ -105,8 +106,11 @@ def row(trial: Trial, folder: Path) -> str | None:
     alarm = f"{alarms[0]} ({len(alarms)} steps)" if alarms else "-"
     if len(records) < trial.num_steps:
         alarm = f"stopped after step {len(records) - 1}; {alarm}"
-    last = records[-1]
-    scores = [f"{float(str(last[pass_at(k)])):.3f}" if pass_at(k) in last else "-" for k in (1, 8, 32)]
+    last = found[-1]
+    scores = [
+        f"{float(str(last[pass_at('countdown', k)])):.3f}" if pass_at("countdown", k) in last else "-"
+        for k in (1, 8, 32)
+    ]
     cells = [
         trial.rule,
         f"{trial.tau}",

@@ -79,9 +79,9 @@ def row(trial: Trial, folder: Path) -> str | None:
     """Returns the table row of a finished run, None of another."""
     path = folder / trial.name / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
-    if len(records) < STEPS:
+    if len(records) <= STEPS:  # the last one is of evaluation alone
         return None
-    third = records[-STEPS // 3 :]
+    third = records[:-1][-STEPS // 3 :]
 
     def series(name: str) -> Float64Array:
         return np.array([record[name] for record in third], dtype=np.float64)
@@ -100,7 +100,7 @@ def row(trial: Trial, folder: Path) -> str | None:
         f"{np.abs(smooth - 1).max():.3f}",
         f"{np.abs(ratio - 1).max():.3f}",
         f"{reward.mean():.3f} +- {reward.std() / np.sqrt(len(reward)):.3f}",
-        *(f"{float(str(records[-1][pass_at(k)])):.3f}" for k in (1, 8, 32)),
+        *(f"{float(str(records[-1][pass_at('countdown', k)])):.3f}" for k in (1, 8, 32)),
         f"{series(Metric.ROLLOUT_LOGPROB_DIFF_MEAN).mean():.4f}",
     ]
     return "| " + " | ".join(cells) + " |"

@@ -19,14 +19,17 @@ _FIXED = ("--parallel.tp=1", "--report.progress=false", "--report.tensorboard=fa
 def finish_run(name: str, folder: Path, *, seed: int, num_steps: int, overrides: tuple[str, ...]) -> None:
     """Returns when the run ``folder / name`` is finished; a finished one is left as it is."""
     records = folder / name / "metrics.jsonl"
-    if records.is_file() and len(records.read_text(encoding="utf-8").splitlines()) == num_steps:
+    if records.is_file() and len(records.read_text(encoding="utf-8").splitlines()) == num_steps + 1:
         return
     own = (
         f"--run.name={name}",
         f"--run.output_dir={folder / name}",
         f"--run.seed={seed}",
         f"--run.num_steps={num_steps}",
-        f"--run.eval_every={num_steps}",
+        "--eval.sets.countdown.source.size=200",
+        "--eval.sets.countdown.num_prompts=200",
+        f"--eval.sets.countdown.every={num_steps}",
+        "--eval.sets.countdown_cold.every=0",
     )
     command = [sys.executable, "-m", "aer_megatron.train", RUN_FILE, *_FIXED, *own, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -17,8 +17,9 @@ from aer_megatron.checkpoint.folder import CheckpointFolder
 from aer_megatron.checkpoint.manifest import MANIFEST_NAME, manifest_from_json, read_manifest_text
 from aer_megatron.checkpoint.manifest import check_model as check_manifest_model
 from aer_megatron.compose.common import architecture, checked_weights, model_checks
-from aer_megatron.compose.data import prompt_set
+from aer_megatron.compose.data import evaluation_prompts, prompt_set
 from aer_megatron.compose.engines import check_server_options
+from aer_megatron.compose.evaluation import last_evaluation_is_missing
 from aer_megatron.compose.sft import init_path, is_made, supervised_locks, supervised_source
 from aer_megatron.compose.step_plan import StepPlan, fewest_ranks
 from aer_megatron.config import Config
@@ -26,6 +27,7 @@ from aer_megatron.costs.memory import peak_bytes
 from aer_megatron.data.skipped import SkippedRecords
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from aer_megatron.files.run_lock import LOCK_FILE, held_by
+from aer_megatron.options.data import EvalSetSection
 from aer_megatron.report.masking import mask_table
 from aer_megatron.report.writer import changed_options
 from aer_megatron.rewards.pool import check_verifiers
@@ -60,6 +62,7 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
     fits = found.attempt(lambda: config.check_world_size(num_ranks))
     path = found.attempt(lambda: init_path(config)) if stage == "sft" else config.model.path
     plan: str | None = None
+    evaluation: list[str] = []
     if path is not None and _is_folder(found, path, "sft.init" if stage == "sft" else "model.path"):
         for check in found.attempt(lambda: model_checks(config, path)) or ():
             found.attempt(check)
@@ -70,12 +73,12 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
         if stage == "sft":
             _look_at_supervised_data(found, config, path, fits or 1)
         else:
-            _look_at_data(found, config)
+            evaluation = _look_at_data(found, config)
     _look_at_folders(found, config, stage)
     if stage == "rl" and config.rollout.uses_servers:
         found.attempt(lambda: check_server_options(config))
     text = json.dumps(mask_table(config.model_dump(mode="json")), indent=2, ensure_ascii=False)
-    return (f"{text}\n\n{plan}" if plan else text), found
+    return "\n".join([text, *(["", plan, *evaluation] if plan else [])]), found
 
 
 def plan_text(config: Config, path: str, num_ranks: int) -> str:
@@ -112,19 +115,36 @@ def _is_folder(found: Findings, path: str, option: str) -> bool:
     return False
 
 
-def _look_at_data(found: Findings, config: Config) -> None:
+def _look_at_data(found: Findings, config: Config) -> list[str]:
+    """Returns what the plan says of the evaluation sets."""
     tokenizer: Any = found.attempt(lambda: load_tokenizer(config.model.path))
     if tokenizer is None:
-        return  # what is left are the records, which need it
+        return []  # what is left are the records, which need it
     found.attempt(lambda: stop_token_ids(config.model.path, tokenizer))
-    for option, source in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if source is None:
-            continue
-        result = found.attempt(lambda: prompt_set(config, option, source, tokenizer))  # noqa: B023
-        if result is not None:
-            found.notes.extend(result[1])
-            for verifier in sorted(result[0].verifiers):
-                found.attempt(lambda: check_verifiers([verifier]))  # noqa: B023
+    verifiers: set[str] = set()
+    lines: list[str] = []
+    train = found.attempt(lambda: prompt_set(config.data, "data.train", config.data.train, tokenizer))
+    if train is not None:
+        found.notes.extend(train[1])
+        verifiers |= train[0].verifiers
+    for name, options in config.eval.sets.items():
+        problems = found.attempt(lambda: evaluation_prompts(config, tokenizer, [name]))  # noqa: B023
+        if problems is not None:
+            found.notes.extend(problems[1])
+            lines.append(_evaluation_line(name, options, len(problems[0][name]), config))
+            verifiers |= {prompt.verifier for prompt in problems[0][name]}
+    for verifier in sorted(verifiers):
+        found.attempt(lambda: check_verifiers([verifier]))  # noqa: B023
+    return lines
+
+
+def _evaluation_line(name: str, options: EvalSetSection, num_problems: int, config: Config) -> str:
+    times = len({*range(0, config.run.num_steps, options.every), config.run.num_steps}) if options.every else 0
+    return (
+        f"  evaluation           {name}: {num_problems} prompts x {options.num_samples} = "
+        f"{num_problems * options.num_samples} sequences of <= {options.length_limit(config.rollout.max_new_tokens):,} "
+        f"tokens at temperature {options.temperature:g}, {times} times"
+    )
 
 
 def _look_at_supervised_data(found: Findings, config: Config, init: str, dp: int) -> None:
@@ -170,6 +190,8 @@ def _look_at_checkpoints(found: Findings, config: Config, folder: Path) -> None:
         found.problems.append(f"run.resume=false, but run.output_dir={config.run.output_dir!r} holds {newest}")
     elif manifest.step < config.run.num_steps:
         found.notes.append(f"would resume at step {manifest.step} of {newest}; changed: {changes or 'nothing'}")
+    elif last_evaluation_is_missing(config):
+        found.notes.append(f"would evaluate the policy of {newest}; changed: {changes or 'nothing'}")
     elif changes:
         found.problems.append(
             f"{config.run.output_dir} is finished ({newest}) and nothing would be trained; its configuration "

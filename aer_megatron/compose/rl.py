@@ -16,6 +16,7 @@ from aer_megatron.checkpoint.store import Checkpoint, CheckpointStore
 from aer_megatron.compose.common import Process, build_policy, checked_weights, held, open_reporter
 from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
+from aer_megatron.compose.evaluation import evaluation_sets, last_evaluation_is_missing
 from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.saves import RunSaves
 from aer_megatron.compose.throughput import run_throughput
@@ -62,9 +63,11 @@ def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequ
             )
         data = load_data(config)  # also of a finished run: what is wrong is said
         if checkpoint is not None:
-            line = on_first_rank(lambda: _what_it_finds(config, checkpoint), rank=platform.rank, device=platform.device)
+            line, finished = on_first_rank(
+                lambda: _what_it_finds(config, checkpoint), rank=platform.rank, device=platform.device
+            )
             process.say(line)
-        if checkpoint is None or checkpoint.step < config.run.num_steps:
+        if checkpoint is None or not finished:
             next_step = _train(config, process, topology, arguments, data, (store, checkpoint))
             process.say_stopped(f"saved {folder}/checkpoints/step_{next_step:08d}", next_step)
             if next_step == config.run.num_steps:
@@ -79,18 +82,23 @@ def _results(config: Config) -> list[Path]:
     return [Path(config.run.output_dir) / name for name in names]
 
 
-def _what_it_finds(config: Config, checkpoint: Checkpoint) -> str:
-    """Returns the line that says where an existing run goes on, or that it is finished, and what is different."""
+def _what_it_finds(config: Config, checkpoint: Checkpoint) -> tuple[str, bool]:
+    """Returns (where an existing run goes on, or that it is finished, and what is different; whether it is)."""
     changes = ", ".join(changed_options(config.run.output_dir, config))
-    if checkpoint.step < config.run.num_steps:
-        place = f"resumed at step {checkpoint.step} of {checkpoint.folder}"
-        return f"{place}; changed: {changes}" if changes else f"{place}; same configuration"
+    trained = checkpoint.step >= config.run.num_steps
+    if not trained or last_evaluation_is_missing(config):
+        what = (
+            f"evaluates the policy of {checkpoint.folder}"
+            if trained
+            else f"resumed at step {checkpoint.step} of {checkpoint.folder}"
+        )
+        return f"{what}; changed: {changes}" if changes else f"{what}; same configuration", False
     different = f"; its configuration differs, and this one was not used: {changes}" if changes else ""
     return (
         f"{config.run.output_dir} is finished: {checkpoint.folder} is at step {checkpoint.step} of run.num_steps="
         f"{config.run.num_steps}, nothing was trained{different}; raise run.num_steps to go on, or choose another "
         "run.output_dir"
-    )
+    ), True
 
 
 def _train(
@@ -150,24 +158,22 @@ def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSta
     rewards = config.rewards
     pool = stack.enter_context(VerifierPool(rewards.num_workers, rewards.timeout_s, rewards.memory_mb))
 
-    def collector(num_samples: int, temperature: float, stream: str) -> RolloutCollector:
-        return RolloutCollector(
-            engine,
-            SamplingOptions(temperature, rollout.top_p, rollout.top_k, frozenset(data.stop_ids)),
-            num_samples=num_samples,
-            max_new_tokens=rollout.max_new_tokens,
-            stream_seed=stream_seed(config.run.seed, stream),
-            rank=platform.rank,
-            world_size=platform.world_size,
-        )
+    collector = RolloutCollector(
+        engine,
+        SamplingOptions(rollout.temperature, rollout.top_p, rollout.top_k, frozenset(data.stop_ids)),
+        num_samples=rollout.group_size,
+        max_new_tokens=rollout.max_new_tokens,
+        stream_seed=stream_seed(config.run.seed, "train"),
+        rank=platform.rank,
+        world_size=platform.world_size,
+    )
 
     def gather(scored: list[Any]) -> tuple[Any, dict[str, int]]:
         return gather_batch(scored, reason_counts(scored), device=platform.device)
 
     return RolloutParts(
-        collector=collector(rollout.group_size, rollout.temperature, "train"),
-        eval_collector=collector(config.eval.num_samples, config.eval.temperature, "eval"),
-        eval_prompts=data.evaluation,
+        collector=collector,
+        evaluation=evaluation_sets(config, engine, data, platform),
         score_groups=functools.partial(score_groups, decode=data.decode, pool=pool),
         gather=gather,
         weight_sync=weight_sync,

@@ -36,13 +36,20 @@ class StepPlan:
         return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
 
     def check_positions(self) -> None:
-        """Raises ValueError where the longest sequence has more tokens than the model has positions."""
+        """Raises ValueError where a sequence of training or evaluation may be longer than the model has positions."""
         data, rollout = self.config.data, self.config.rollout
         if self.longest > self.arch.max_positions:
             raise ValueError(
                 f"data.max_prompt_tokens={data.max_prompt_tokens} + rollout.max_new_tokens={rollout.max_new_tokens} = "
                 f"{self.longest} exceeds the model's {self.arch.max_positions} positions; lower one"
             )
+        for name, each in self.config.eval.sets.items():
+            limit = each.length_limit(rollout.max_new_tokens)
+            if data.max_prompt_tokens + limit > self.arch.max_positions:
+                raise ValueError(
+                    f"data.max_prompt_tokens={data.max_prompt_tokens} + eval.sets.{name}.max_new_tokens={limit} "
+                    f"exceeds the model's {self.arch.max_positions} positions; lower one"
+                )
 
     @property
     def work(self) -> Workload:

@@ -50,7 +50,7 @@ def _report_config(config: Config, num_steps: int) -> Config:
     return config.with_options(
         {
             "run.num_steps": num_steps,
-            "run.eval_every": 0,
+            "eval.sets": {},
             "rollout.logprob_gate": 0.0,
             # every precision drifts away from the policy whose rollouts it replays: that must not hold its controller
             "algo.entropy.mismatch_bound": 0.0,

@@ -14,12 +14,11 @@ What happens in a step, shared with the synchronous loop, is in phases.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from aer_megatron.algo.experience import staleness
-from aer_megatron.loop.parts import Progress
-from aer_megatron.loop.phases import Generate, Phases, Rollouts
+from aer_megatron.loop.parts import Begin, Progress
+from aer_megatron.loop.phases import Phases, Rollouts
 
 
 def train_ahead(phases: Phases) -> int:
@@ -35,14 +34,14 @@ def train_ahead(phases: Phases) -> int:
         worker.shutdown(wait=False, cancel_futures=True)
 
 
-def _train_ahead(phases: Phases, begin: Callable[[Generate], Generate]) -> int:
+def _train_ahead(phases: Phases, begin: Begin) -> int:
     start, num_steps, most_stale = phases.start, phases.config.run.num_steps, phases.config.rollout.staleness
     next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
     phases.publish(policy_version)
 
     ahead: deque[Rollouts] = deque()
     for step in range(start.next_step, num_steps):
-        evaluation = phases.evaluate(step)
+        evaluation = phases.begin_evaluation(step)
         while len(ahead) <= most_stale and step + len(ahead) < num_steps:
             ahead.append(phases.begin_rollouts(step + len(ahead), begin))
         collected = phases.collect(ahead.popleft())
@@ -54,9 +53,11 @@ def _train_ahead(phases: Phases, begin: Callable[[Generate], Generate]) -> int:
         if phases.end_step(Progress(next_step, policy_version, controller_state, cursor, pending)):
             break
     phases.finish()
+    if next_step == num_steps:
+        phases.evaluate_last()
     return next_step
 
 
-def _beginner(worker: ThreadPoolExecutor) -> Callable[[Generate], Generate]:
+def _beginner(worker: ThreadPoolExecutor) -> Begin:
     """Returns what begins a generation at once, behind those begun before, and gives the way to wait for it."""
     return lambda work: worker.submit(work).result

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.algo.controller import ControllerState
 from aer_megatron.algo.flight import FlightRecord
+from aer_megatron.options.data import EvalSetSection
 from aer_megatron.report.reporter import StepReporter
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.types import (
@@ -24,6 +25,8 @@ from aer_megatron.types import (
     StepStats,
     TrainBatch,
 )
+
+T = TypeVar("T")
 
 
 class PromptSource(Protocol):
@@ -101,13 +104,39 @@ class NoSaves:
         """Does nothing."""
 
 
+class Begin(Protocol):
+    """Begins a work, now or later, here or beside, and returns what waits for its result."""
+
+    def __call__(self, work: Callable[[], T], /) -> Callable[[], T]: ...
+
+
+def when_waited(work: Callable[[], T]) -> Callable[[], T]:
+    """Returns ``work`` itself: it begins when its result is waited for."""
+    return work
+
+
+def at_once(work: Callable[[], T]) -> Callable[[], T]:
+    """Does the work here and now."""
+    result = work()
+    return lambda: result
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSet:
+    """A set of ``[eval.sets]``: its options, its problems and what samples their answers."""
+
+    name: str
+    options: EvalSetSection
+    prompts: Sequence[Prompt]
+    collector: Collector
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutParts:
-    """What makes scored rollouts of prompts: the engine's two collectors, verifiers, the exchange between ranks."""
+    """What makes scored rollouts of prompts: the engine's collectors, verifiers, the exchange between ranks."""
 
     collector: Collector
-    eval_collector: Collector
-    eval_prompts: Sequence[Prompt]
+    evaluation: Sequence[EvaluationSet]
     score_groups: Callable[[list[RolloutGroup]], list[ScoredGroup]]
     gather: Callable[[list[ScoredGroup]], tuple[Experience, dict[str, int]]]
     weight_sync: WeightSync

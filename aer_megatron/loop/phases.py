@@ -26,11 +26,11 @@ from aer_megatron.algo.experience import Staleness, join_experiences, mixed_grou
 from aer_megatron.algo.flight import BatchProfile, FlightRecord, profile_batch
 from aer_megatron.algo.ledger import difficulty_accuracy, group_token_entropy, update_ledger
 from aer_megatron.algo.mismatch import Mismatch, measure_mismatch
-from aer_megatron.algo.passk import pass_at_k
 from aer_megatron.algo.selection import skip_decided
 from aer_megatron.config import Config
-from aer_megatron.loop.parts import Parts, PendingBatch, Progress
-from aer_megatron.report.metrics import Metric, pass_at, reason_count
+from aer_megatron.loop.evaluation import Finish, begin_evaluation, due_sets
+from aer_megatron.loop.parts import Begin, Parts, PendingBatch, Progress, at_once, when_waited
+from aer_megatron.report.metrics import Metric, reason_count
 from aer_megatron.report.training import (
     controller_metrics,
     difficulty_metrics,
@@ -91,11 +91,6 @@ class Assessment:
     profile: BatchProfile
 
 
-def when_waited(work: Generate) -> Generate:
-    """Returns ``work`` itself: generation begins when its result is waited for."""
-    return work
-
-
 class Phases:
     """The phases over the parts of a run; ``start.pending`` are batches that an earlier launch had drawn."""
 
@@ -105,20 +100,19 @@ class Phases:
         self.start = start
         self._resumed = {batch.step: batch for batch in start.pending}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Returns pass@k of the evaluation set at evaluation steps, nothing at others."""
-        every, last = self.config.run.eval_every, self.config.run.num_steps - 1
-        if not every or not (step % every == 0 or step == last):
-            return {}
-        parts, options = self.parts, self.config.eval
-        with parts.timer.phase("eval"):
-            groups = parts.rollouts.eval_collector.collect(parts.rollouts.eval_prompts, step=step, refill=0)
-            experience, _ = parts.rollouts.gather(parts.rollouts.score_groups(groups))
-        result = group_verdicts(experience)
-        metrics = {pass_at(k): float(pass_at_k(result.counts_P, result.successes_P, k=k).mean()) for k in options.k}
-        return metrics | {Metric.EVAL_RESPONSE_LENGTH_MEAN: float(experience.response_length_B.mean())}
+    def begin_evaluation(self, step: int, begin: Begin = at_once) -> Finish:
+        """Returns what gives the metrics of the sets that are due before ``step``; ``begin`` has them sampled."""
+        sets = due_sets(self.parts.rollouts.evaluation, step, num_steps=self.config.run.num_steps)
+        return begin_evaluation(self.parts, sets, step, begin)
 
-    def begin_rollouts(self, step: int, begin: Callable[[Generate], Generate] = when_waited) -> Rollouts:
+    def evaluate_last(self) -> None:
+        """Evaluates the policy that the run ends with; its record, of step ``num_steps``, holds nothing else."""
+        step = self.config.run.num_steps
+        metrics = self.begin_evaluation(step)()
+        if metrics:
+            self.parts.reporter.step({Metric.STEP: step} | metrics | self.parts.timer.take())
+
+    def begin_rollouts(self, step: int, begin: Begin = when_waited) -> Rollouts:
         """Returns the rollouts of a step's first round under way, as far as ``begin`` begins them.
 
         Ranks call it in the same order: it draws prompts.
@@ -174,13 +168,13 @@ class Phases:
         collected: Collected,
         controller_state: ControllerState,
         policy_version: int,
-        evaluation: dict[str, float],
+        evaluation: Finish,
     ) -> ControllerState:
         """Returns the controller's next state, after the policy learned from the batch and was published.
 
         Args:
             policy_version: that of the policy which is trained; it is published as the next one.
-            evaluation: metrics of this step that are there already.
+            evaluation: of the same policy, the one that the engine serves; waited for before another one is published.
         """
         experience = collected.experience
         scores = self.score(step, experience)
@@ -189,11 +183,12 @@ class Phases:
         decision = controller.step(controller_state, self.config.algo.entropy, assessed.observation)
         stats = self.train(step, experience, scores, assessed, decision.coefficient)
         self.record_flight(step, decision, assessed, stats)
+        evaluated = evaluation()
         self.publish(policy_version + 1)
         metrics = self.metrics(collected, assessed, decision, stats)
         times = self.parts.timer.take(num_tokens=len(experience.token_ids_L))
         speeds = self.parts.throughput(times, experience, num_generated=collected.num_generated)
-        self.parts.reporter.step({Metric.STEP: step} | metrics | evaluation | times | speeds)
+        self.parts.reporter.step({Metric.STEP: step} | metrics | evaluated | times | speeds)
         return decision.state
 
     def score(self, step: int, experience: Experience) -> PolicyScores:
@@ -342,9 +337,7 @@ class Phases:
         with self.parts.timer.phase("checkpoint"):
             self.parts.saves.save(progress)
 
-    def _begin_rollouts(
-        self, step: int, refill: int, num_groups: int, begin: Callable[[Generate], Generate]
-    ) -> Rollouts:
+    def _begin_rollouts(self, step: int, refill: int, num_groups: int, begin: Begin) -> Rollouts:
         resumed = None if refill else self._resumed.get(step)
         if resumed is not None:
             prompts, num_skipped = self.parts.prompts.prompts_of(resumed.prompt_ids), resumed.num_skipped

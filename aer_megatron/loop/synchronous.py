@@ -28,7 +28,7 @@ def train(phases: Phases) -> int:
     phases.publish(policy_version)
 
     for step in range(start.next_step, num_steps):
-        evaluation = phases.evaluate(step)
+        evaluation = phases.begin_evaluation(step)
         collected = phases.collect(phases.begin_rollouts(step))
         phases.release_memory()
         controller_state = phases.policy_step(step, collected, controller_state, policy_version, evaluation)
@@ -37,4 +37,6 @@ def train(phases: Phases) -> int:
         if phases.end_step(Progress(next_step, policy_version, controller_state, cursor)):
             break
     phases.finish()
+    if next_step == num_steps:
+        phases.evaluate_last()
     return next_step

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from aer_megatron.config_section import IMPORTABLE, Section
-from aer_megatron.options.texts import SEED_LIMIT, OptionalPath, Text
+from aer_megatron.options.texts import SEED_LIMIT, OptionalPath, OptionalText, Text
 from aer_megatron.options.training import OptimizerSection
 
 _NAME = r"^\w[\w.-]{0,95}$"
 _DATASET = r"^\w[\w.-]{0,95}(/\w[\w.-]{0,95})?$"
+_SET_NAME = re.compile(r"[a-z][a-z0-9_]*")
+TRAINING_SET = "train"  # the name of what is trained on, beside those of evaluation sets
+
+# what is told who gives an option of former versions
+MOVED_OPTIONS = {
+    "data.eval": "evaluation sets have names now: write [eval.sets.NAME.source]",
+    "run.eval_every": "it is eval.sets.NAME.every",
+    **{f"eval.{name}": f"it is eval.sets.NAME.{name}" for name in ("num_prompts", "num_samples", "k", "temperature")},
+}
 
 
 class SourceSection(Section):
@@ -41,7 +51,6 @@ class SourceSection(Section):
 
 class DataSection(Section):
     train: SourceSection
-    eval: SourceSection | None = None
     template: Literal["plain", "chat"] = Field("chat", description="plain text, or the tokenizer's chat template")
     instruction: str = Field("{problem}", description="text put to the model; {problem} is replaced")
     system: str | None = Field(None, description="system message of the chat template")
@@ -70,13 +79,73 @@ class RewardSection(Section):
     )
 
 
-class EvalSection(Section):
-    num_prompts: int = Field(64, ge=1, description="prompts of the evaluation set")
-    num_samples: int = Field(32, ge=1, description="samples per prompt, for the unbiased pass@k")
+class EvalSetSection(Section):
+    """One evaluation set: its problems, how they are put and answered, and when.
+
+    ``temperature = 0`` is greedy decoding, the most probable token of every position: one sample, pass@1.
+    """
+
+    source: SourceSection = Field(description="where its problems come from")
+    verifier: OptionalText = Field(None, description="verifier of records that name none; null = data.verifier")
+    instruction: str | None = Field(None, description="null = data.instruction")
+    system: str | None = Field(None, description="null = data.system")
+    template: Literal["plain", "chat"] | None = Field(None, description="null = data.template")
+    num_prompts: int = Field(64, ge=1, description="the set's first problems that are evaluated, at most")
+    num_samples: int = Field(32, ge=1, description="n, samples per problem; 1 where temperature = 0")
     k: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 8, 32), strict=False, min_length=1, description="pass@k reported"
+        (1, 8, 32), strict=False, min_length=1, description="pass@k and maj@k reported; [1] where temperature = 0"
     )
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0 = off")
+    max_new_tokens: int | None = Field(None, ge=1, description="null = rollout.max_new_tokens")
+    every: int = Field(
+        50, ge=0, description="evaluate before the first step, every so many steps and after the last; 0 = never"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name, value in (("num_samples", 1), ("k", (1,))) if self.temperature == 0 else ():
+            given = getattr(self, name)
+            if name in self.model_fields_set and given != value:
+                one = list(value) if isinstance(value, tuple) else value
+                raise ValueError(
+                    f"{name}={list(given) if isinstance(given, tuple) else given} with temperature=0: greedy decoding "
+                    f"has one answer; leave {name} out, or set it to {one}"
+                )
+            self.__dict__[name] = value  # the default, and still not given
+        if max(self.k) > self.num_samples:
+            raise ValueError(
+                f"k={list(self.k)} asks for pass@{max(self.k)} from num_samples={self.num_samples} samples; raise "
+                "num_samples or drop that k"
+            )
+        return self
+
+    def data_of(self, data: DataSection) -> DataSection:
+        """Returns ``[data]`` as this set has it: with its own verifier, instruction, system message and template."""
+        own = {name: getattr(self, name) for name in ("verifier", "instruction", "system", "template")}
+        changes = {name: value for name, value in own.items() if value is not None}
+        if self.template == "plain":  # which has no system message to inherit
+            changes.setdefault("system", None)
+        return data.model_copy(update=changes)
+
+    def length_limit(self, max_new_tokens: int) -> int:
+        """Returns the most tokens of an answer; ``max_new_tokens`` is that of training."""
+        return self.max_new_tokens or max_new_tokens
+
+
+class EvalSection(Section):
+    sets: dict[str, EvalSetSection] = Field(default_factory=dict, description="evaluation sets by name")
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        for name in self.sets:
+            if not _SET_NAME.fullmatch(name) or name == TRAINING_SET:
+                raise ValueError(
+                    f"sets.{name[:80]}: the name of a set must be snake_case, [a-z][a-z0-9_]*, and not "
+                    f"{TRAINING_SET!r}: it becomes part of metric names; rename it"
+                )
+        return self
 
 
 class SftSection(Section):

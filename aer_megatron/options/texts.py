@@ -33,5 +33,10 @@ def _optional_path(path: str | None) -> str | None:
     return path if path is None else _expand_home(_not_blank(path))
 
 
+def _optional_text(text: str | None) -> str | None:
+    return text if text is None else _not_blank(text)
+
+
 # the union inside: the field's type is then what the documentation prints
 OptionalPath = Annotated[str | None, AfterValidator(_optional_path)]
+OptionalText = Annotated[str | None, AfterValidator(_optional_text)]

@@ -16,7 +16,6 @@ class RunSection(Section):
     output_dir: PathText = Field("runs/run", description="folder that receives metrics, reports and checkpoints")
     seed: int = Field(0, ge=0, lt=SEED_LIMIT, description="seeds data order, rollouts and initialisation")
     num_steps: int = Field(100, ge=1, description="policy updates' rollout batches")
-    eval_every: int = Field(0, ge=0, description="evaluate every k steps (step 0 included); 0 = never")
     checkpoint_every: int = Field(0, ge=0, description="write a checkpoint every k steps; 0 = only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
     async_checkpoint: bool = Field(

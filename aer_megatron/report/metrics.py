@@ -1,8 +1,9 @@
 """Every metric name of a run, with its unit and meaning: the only file that spells one.
 
 A name is an attribute of ``Metric``, which is a ``str``: ``{Metric.REWARD_MEAN: 0.4}``. Families take a
-suffix: ``pass_at(8)`` is ``eval/pass@8``, ``reason_count("no_answer")`` is ``rewards/reason/no_answer``,
-``user_number("gate")`` is ``user/gate`` and ``by_difficulty("reward", "hard")`` is ``difficulty/reward/hard``.
+suffix: ``pass_at("aime24", 8)`` is ``eval/aime24/pass@8``, ``reason_count("no_answer")`` is
+``rewards/reason/no_answer``, ``user_number("gate")`` is ``user/gate`` and ``by_difficulty("reward", "hard")`` is
+``difficulty/reward/hard``.
 
 Everything that depends on the machine rather than on the seed is under ``time/`` or ``perf/``: drop those keys and two
 runs of the same configuration are equal byte for byte.
@@ -182,12 +183,6 @@ class Metric(StrEnum):
         "checkpoints that this launch could not write so far; it warns and tries again with the next",
     )
 
-    EVAL_RESPONSE_LENGTH_MEAN = (
-        "eval/response_length_mean",
-        "tokens",
-        "mean response length of the evaluation",
-    )
-
     TIME_STEP = "time/step_s", "s", "wall time since the previous line"
     TIME_ROLLOUT = "time/rollout_s", "s", "generation; with rollout.staleness > 0 what training waited for it"
     TIME_REWARD = "time/reward_s", "s", "verification"
@@ -256,13 +251,30 @@ class Family:
         return name.startswith(self.prefix) and bool(self.suffix.fullmatch(name.removeprefix(self.prefix)))
 
 
-PASS_AT = Family(
-    "eval/pass@",
-    re.compile(r"[1-9]\d*"),
-    "K",
-    "share",
-    "unbiased pass@k of the evaluation set, at evaluation steps",
-)
+# NAME is the name of a set of [eval.sets]; absent at steps without its evaluation
+_OF_SET = {
+    "pass@K": ("share", "unbiased pass@k of an evaluation set: right at least once in k samples, mean over problems"),
+    "pass@K_low": ("share", "lower end of its 95 % interval over problems"),
+    "pass@K_high": ("share", "upper end of its 95 % interval over problems"),
+    "avg@K": ("reward", "mean reward of the set's K samples per problem"),
+    "maj@K": (
+        "share",
+        "the most frequent answer of k samples is right, mean over problems; where the verifier tells answers apart",
+    ),
+    "response_length_mean": ("tokens", "mean response length of the set's samples"),
+    "truncated": ("share", "samples of the set that were cut at max_new_tokens"),
+}
+EVALUATION = {
+    measure: Family(
+        "eval/",
+        re.compile(rf"{_LABEL.pattern}/{measure.replace('K', r'[1-9][0-9]*')}"),
+        f"NAME/{measure}",
+        unit,
+        meaning,
+    )
+    for measure, (unit, meaning) in _OF_SET.items()
+}
+_PASS = re.compile(rf"eval/({_LABEL.pattern})/pass@([1-9][0-9]*)")
 REASON = Family("rewards/reason/", _LABEL, "LABEL", "rollouts", "rollouts whose verdict carries this reason")
 
 # BUCKET is one of algo.flight.BUCKETS, by g, the share of a prompt's own rollouts that are right in this step
@@ -283,18 +295,25 @@ DIFFICULTY = {
     for measure, (unit, meaning) in _BY_DIFFICULTY.items()
 }
 USER = Family("user/", _LABEL, "NAME", "1", "mean of a number that a rule of the run's own reports under this name")
-FAMILIES = (PASS_AT, REASON, USER, *DIFFICULTY.values())
+FAMILIES = (*EVALUATION.values(), REASON, USER, *DIFFICULTY.values())
 
 
-def pass_at(k: int) -> str:
-    """Returns the name of pass@k, for example ``eval/pass@8``.
+def of_set(name: str, measure: str, k: int | None = None) -> str:
+    """Returns the name of a measure of evaluation set ``name``, ``K`` in it being ``k``.
+
+    Example: ``of_set("aime24", "pass@K_low", 8) == "eval/aime24/pass@8_low"``
 
     Raises:
-        ValueError: ``k`` is below 1.
+        ValueError: there is no such measure, or ``k`` is below 1.
     """
-    if k < 1:
-        raise ValueError(f"pass@{k} is not defined; k must be at least 1")
-    return f"{PASS_AT.prefix}{k}"
+    if measure not in EVALUATION or (k is None) == ("K" in measure) or (k is not None and k < 1):
+        raise ValueError(f"measure {measure!r} with k={k} is none of an evaluation set; use {', '.join(EVALUATION)}")
+    return f"eval/{name}/{measure.replace('K', str(k))}"
+
+
+def pass_at(name: str, k: int) -> str:
+    """Returns the name of pass@k of evaluation set ``name``, for example ``eval/aime24/pass@8``."""
+    return of_set(name, "pass@K", k)
 
 
 def reason_count(label: str) -> str:
@@ -327,9 +346,10 @@ def by_difficulty(measure: str, bucket: str) -> str:
     return f"{DIFFICULTY[measure].prefix}{bucket}"
 
 
-def pass_k(name: str) -> int | None:
-    """Returns k of the metric ``eval/pass@k``, None for any other name."""
-    return int(name.removeprefix(PASS_AT.prefix)) if PASS_AT.matches(name) else None
+def pass_k(name: str) -> tuple[str, int] | None:
+    """Returns (set, k) of the metric ``eval/NAME/pass@k``, None for any other name."""
+    found = _PASS.fullmatch(name)
+    return (found[1], int(found[2])) if found else None
 
 
 def unit_of(name: str) -> str:

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from aer_megatron.report.metrics import Metric, pass_k
+from aer_megatron.report.metrics import Metric, of_set, pass_at, pass_k
 from aer_megatron.report.writer import METRICS_FILE, MetricValue, read_metrics, read_run_manifest
 from aer_megatron.types import Float64Array
 
@@ -50,10 +50,9 @@ class RunCurves:
         return columns[:, 0], columns[:, 1]
 
     @property
-    def passes(self) -> list[str]:
-        """Returns the pass@k names of the run, by k."""
-        names = {name for record in self.records for name in record if pass_k(name)}
-        return sorted(names, key=lambda name: pass_k(name) or 0)
+    def passes(self) -> list[tuple[str, int]]:
+        """Returns (set, k) of every pass@k of the run, by set and k."""
+        return sorted({place for record in self.records for name in record if (place := pass_k(name))})
 
 
 def draw_report(run_folder: str | Path) -> Path:
@@ -78,7 +77,8 @@ def draw_comparison(run_folders: Sequence[str | Path], output: str | Path) -> Pa
     _title(figure, runs)
     grid = figure.add_gridspec(2, 2)
     _draw_reward(_panel(figure, grid[0, 0], "Mean reward"), runs)
-    _draw_pass(_panel(figure, grid[0, 1], "Evaluation, pass@k"), runs)
+    drawn = next((name for run in runs for name, _ in run.passes), None)
+    _draw_pass(_panel(figure, grid[0, 1], f"Evaluation of {drawn}, pass@k" if drawn else "Evaluation"), runs, drawn)
     _draw_entropy(_panel(figure, grid[1, 0], "Token entropy (nats)"), runs)
     _draw_coefficient(figure, grid[1, 1], runs)
     last_step = max(float(run.records[-1][Metric.STEP] or 0) for run in runs)
@@ -177,16 +177,20 @@ def _draw_reward(axes: Axes, runs: Sequence[RunCurves]) -> None:
     _finish(axes)
 
 
-def _draw_pass(axes: Axes, runs: Sequence[RunCurves]) -> None:
+def _draw_pass(axes: Axes, runs: Sequence[RunCurves], drawn: str | None) -> None:
+    """Draws pass@k of one set, of a run on its own with its intervals."""
+    single = len(runs) == 1
     for color, run in zip(_colors(runs), runs, strict=True):
-        for index, name in enumerate(run.passes):
-            steps, values = run.series(name)
-            if len(runs) == 1:
-                shade, style = _PASS_COLORS[index % len(_PASS_COLORS)], "-"
-            else:
-                shade, style = color, _PASS_STYLES[index % len(_PASS_STYLES)]
-            label = f"pass@{pass_k(name)}"
-            axes.plot(steps, values, style, color=shade, marker="o", markersize=3.5, linewidth=1.8, label=label)
+        for index, k in enumerate(k for name, k in run.passes if name == drawn):
+            steps, values = run.series(pass_at(str(drawn), k))
+            shade = _PASS_COLORS[index % len(_PASS_COLORS)] if single else color
+            style = "-" if single else _PASS_STYLES[index % len(_PASS_STYLES)]
+            axes.plot(steps, values, style, color=shade, marker="o", markersize=3.5, linewidth=1.8, label=f"pass@{k}")
+            (low_steps, low), (_, high) = (
+                run.series(of_set(str(drawn), f"pass@K_{end}", k)) for end in ("low", "high")
+            )
+            if single and low.size:
+                axes.fill_between(low_steps, low, high, color=shade, alpha=0.12, linewidth=0)
     if axes.lines:
         axes.set_ylim(0, 1.02)
     _finish(axes, absent="no evaluation in this run")

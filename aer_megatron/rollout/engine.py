@@ -4,7 +4,8 @@
 What every engine owes the trainer:
 
 * one completion per request, in the order of the requests;
-* ``logprobs`` of softmax(logits / temperature) before top-p/top-k truncation, in fp32, natural logarithm;
+* ``logprobs`` of softmax(logits / temperature), of softmax(logits) where the temperature is 0, before top-p/top-k
+  truncation, in fp32, natural logarithm;
 * the policy version of every token;
 * randomness that is a function of the request's own seed, so that a request does not depend on its
   neighbours.
@@ -47,6 +48,8 @@ class GenerateRequest:
 class SamplingOptions:
     """How tokens are drawn, the same for all requests of a call.
 
+    ``temperature = 0`` is greedy: the token of the largest logit, of equal ones that with the lowest id.
+
     Top-k and top-p are applied jointly to softmax(logits / temperature): a token is kept if it is among the
     ``top_k`` most probable ones (0 = all) and the tokens before it hold less than ``top_p`` of the mass.
     Generation ends after a token of ``stop_token_ids``, which stays part of the completion.
@@ -61,10 +64,8 @@ class SamplingOptions:
     stop_token_ids: frozenset[int]
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature} must be greater than 0; for nearly greedy sampling use 0.01"
-            )
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative; use 0 for greedy decoding")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; use 1 to switch it off")
         if self.top_k < 0:

@@ -13,6 +13,7 @@ from aer_megatron.rollout.engine import SamplingOptions
 # Rows are sampled in slices of about this many probabilities: the fp64 CDF of a large batch and a large
 # vocabulary would otherwise be the engine's largest tensor. Results do not depend on it.
 _SLICE_ELEMENTS = 1 << 22
+_NOT_FINITE = "the model's logits are not finite: the policy has diverged or its weights are damaged"
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, options: SamplingOptions
     Args:
         logits_BV: any floating dtype [B, V].
         uniform_B: fp64 [B] in [0, 1), same device.
-        options: temperature and truncation; the log-probability is taken before the truncation.
+        options: temperature (0: the most probable token) and truncation; the log-probability is taken before it.
 
     Raises:
         RuntimeError: a row of logits is not finite.
@@ -56,6 +57,8 @@ def truncate(prob_BV: Tensor, *, top_p: float, top_k: int) -> Tensor:
 
 
 def _sample_slice(logits_BV: Tensor, uniform_B: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]:
+    if options.temperature == 0:
+        return _most_probable(logits_BV.float())
     logprob_BV = torch.log_softmax(logits_BV.float() / options.temperature, dim=-1)
     prob_BV = logprob_BV.exp()
     if options.top_p < 1 or 0 < options.top_k < prob_BV.shape[1]:
@@ -63,8 +66,16 @@ def _sample_slice(logits_BV: Tensor, uniform_B: Tensor, options: SamplingOptions
     cdf_BV = prob_BV.cumsum(dim=-1, dtype=torch.float64)
     total_B1 = cdf_BV[:, -1:].contiguous()
     if not bool(torch.isfinite(total_B1).all()):
-        raise RuntimeError("the model's logits are not finite: the policy has diverged or its weights are damaged")
+        raise RuntimeError(_NOT_FINITE)
     # Rounding may lift uniform * total up to the total itself, beyond the last token.
     target_B1 = torch.minimum(uniform_B.unsqueeze(1) * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     token_B1 = torch.searchsorted(cdf_BV, target_B1, right=True)
+    return token_B1.squeeze(1), logprob_BV.gather(1, token_B1).squeeze(1)
+
+
+def _most_probable(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    token_B1 = logits_BV.argmax(dim=-1, keepdim=True)  # of equal ones the first
+    logprob_BV = torch.log_softmax(logits_BV, dim=-1)
+    if not bool(torch.isfinite(logprob_BV.amax(dim=-1)).all()):
+        raise RuntimeError(_NOT_FINITE)
     return token_B1.squeeze(1), logprob_BV.gather(1, token_B1).squeeze(1)

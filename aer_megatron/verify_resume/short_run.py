@@ -85,10 +85,11 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
     prompts = next(p for p in range(PROMPTS, PROMPTS + multiple) if p * group_size % multiple == 0)
     max_new_tokens = min(rollout.max_new_tokens, MAX_NEW_TOKENS)
     run = {
-        "num_steps": 2 * k, "checkpoint_every": k, "keep_checkpoints": 2, "eval_every": 0, "resume": "true",
+        "num_steps": 2 * k, "checkpoint_every": k, "keep_checkpoints": 2, "resume": "true",
         "record_batch": -1, "max_hours": 0,
     }  # fmt: skip
     options = {f"run.{name}": value for name, value in run.items() if name in RunSection.model_fields} | {
+        "eval.sets": "{}",
         "rollout.prompts_per_step": prompts,
         "rollout.group_size": group_size,
         "rollout.max_new_tokens": max_new_tokens,

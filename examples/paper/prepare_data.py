@@ -1,11 +1,10 @@
-"""Writes runs/data/train.jsonl and eval.jsonl: DAPO-Math-17k without the benchmarks' problems, and the benchmarks.
+"""Writes runs/data/: train.jsonl, DAPO-Math-17k without the benchmarks' problems, and one file for each benchmark.
 
     python examples/paper/prepare_data.py --source FOLDER [--output runs/data]
 
 FOLDER holds the sets as JSONL of {"problem", "answer"} (README.md says where they come from): dapo_math_17k_dedup,
 aime24, aime25, amc23 and math500, each .jsonl. A training problem is left out where a benchmark has it, too, or where
-it occurs with two different answers. eval.jsonl has AIME24, AIME25 and AMC23 (100 problems); math500.jsonl is written
-beside it. Each record of them names its benchmark.
+it occurs with two different answers.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = "dapo_math_17k_dedup"
-SMALL = ("aime24", "aime25", "amc23")
-LARGE = "math500"
+BENCHMARKS = ("aime24", "aime25", "amc23", "math500")
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -73,19 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/data"), help="default %(default)s")
     options = parser.parse_args(arguments)
     try:
-        benchmarks = {name: read(options.source, name) for name in (*SMALL, LARGE)}
+        benchmarks = {name: read(options.source, name) for name in BENCHMARKS}
         train = read(options.source, TRAIN)
     except ValueError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
     held_out = {essence(record["problem"]) for records in benchmarks.values() for record in records}
     kept, leaked, ambiguous = clean(train, held_out)
-    named = {name: [record | {"benchmark": name} for record in records] for name, records in benchmarks.items()}
     write(options.output / "train.jsonl", kept)
-    write(options.output / "eval.jsonl", [record for name in SMALL for record in named[name]])
-    write(options.output / "math500.jsonl", named[LARGE])
+    for name, records in benchmarks.items():
+        write(options.output / f"{name}.jsonl", records)
     print(f"train {len(kept):,} of {len(train):,} (left out: {leaked} in a benchmark, {ambiguous} with two answers); "
-          f"eval {sum(len(named[name]) for name in SMALL)}; math500 {len(named[LARGE])}")  # fmt: skip
+          + ", ".join(f"{name} {len(records)}" for name, records in benchmarks.items()))  # fmt: skip
     return 0
 
 

@@ -34,6 +34,9 @@ def test_a_good_run_has_no_problem(folder: Path) -> None:
     assert found == Findings()
     for line in ("8 prompts x 4 = 32 sequences", "2 = tp 2 x pp 1 x dp 1", "1 per optimizer step and rank, of <= 16"):
         assert line in text
+    assert text.splitlines()[-1] == (
+        "  evaluation           countdown: 8 prompts x 4 = 32 sequences of <= 10 tokens at temperature 1, 3 times"
+    )
 
 
 def test_context_parallel_ranks_count_and_packed_batches_are_packed(folder: Path) -> None:
@@ -58,7 +61,7 @@ def test_every_fault_is_listed_at_once(folder: Path, tmp_path: Path) -> None:
     text, found = look(
         folder,
         f'--data.train={{path = "{data}"}}',
-        "--data.eval.task=reasoning_gym:no_such_task",
+        "--eval.sets.other.source.task=reasoning_gym:no_such_task",
         f"--run.output_dir={tmp_path}/file/out",
         "--parallel.tp=3",
         "--rollout.max_new_tokens=500",

@@ -69,7 +69,7 @@ def test_a_run_file_sets_values_and_keeps_the_other_defaults(tmp_path: Path) -> 
         ("--algo.entropy.kind=none", ("algo", "entropy"), "kind", "none"),
         ("algo.entropy.tau=0.7", ("algo", "entropy"), "tau", 0.7),
         ("--run.resume=false", ("run",), "resume", False),
-        ("--eval.k=[1, 4]", ("eval",), "k", (1, 4)),
+        ("--rollout.top_k=4", ("rollout",), "top_k", 4),
         ("--model.path=/some/where=odd", ("model",), "path", "/some/where=odd"),
         ('--run.name="2024"', ("run",), "name", "2024"),
         ("--megatron.num_layers=3", (), "megatron", {"num_layers": 3}),
@@ -186,8 +186,6 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["algo.num_minibatches=4", "must divide", "= 30", "[1, 2, 3, 5, 6, 10, 15, 30]"],
     ),
     ({"parallel": {"sequence_parallel": True}}, ["parallel.sequence_parallel=true", "parallel.tp > 1"]),
-    ({"eval": {"k": [1, 64], "num_samples": 32}}, ["eval.k=[1, 64]", "pass@64", "eval.num_samples=32"]),
-    ({"run": {"eval_every": 5}}, ["run.eval_every=5", "[data.eval]"]),
     ({"algo": {"policy_loss": {"dual_clip": 0.5}}}, ["algo.policy_loss", "dual_clip=0.5", "greater than 1"]),
     (
         {"algo": {"policy_loss": {"kind": "clip_cov", "covariance_low": 5.0}}},
@@ -257,8 +255,8 @@ def test_a_rule_keeps_its_kind_where_defaults_are_left_out() -> None:
 def test_an_option_of_former_versions_is_told_where_it_went(option: str) -> None:
     with pytest.raises(ValueError, match=rf"option {re.escape(option)}=.* is no longer there: ") as caught:
         load_config(None, ["--model.path=base", "--data.train.task=countdown", f"--{option}=0.5"])
-    named = re.findall(r"algo\.[a-z_.]+", Config.moved[option])
-    known = {key for key, *_ in describe(Config)}
+    named = re.findall(r"(?:algo|eval)\.(?:[a-z_.]|NAME)+", Config.moved[option])
+    known = {key for key, *_ in describe(Config)} | {"eval.sets.NAME.source"}
     assert named and set(named) <= known, caught.value
 
 
@@ -275,8 +273,6 @@ def test_options_that_do_not_fit_together_are_an_error(sections: dict[str, dict[
     [
         {"rollout": {"prompts_per_step": 10, "group_size": 3}, "algo": {"num_minibatches": 5}},
         {"parallel": {"sequence_parallel": True, "tp": 2}},
-        {"eval": {"k": [1, 32], "num_samples": 32}},
-        {"run": {"eval_every": 5}, "data": {"train": {"task": "countdown"}, "eval": {"path": "eval.jsonl"}}},
         {"algo": {"policy_loss": {"dual_clip": 3.0}}},
         {"algo": {"policy_loss": {"kind": "clip_cov", "dual_clip": 3.0}}},
         {"algo": {"tis_clip": 1.0}},
@@ -340,8 +336,9 @@ def test_the_digest_changes_with_any_value_and_not_with_the_process() -> None:
 
 def test_every_option_is_described_by_the_default_that_a_run_gets() -> None:
     source = {"task": "countdown"}
-    resolved = build(data={"train": source, "eval": source}, sft={"source": source}).model_dump(mode="json")
-    given = {"model.path", "data.train.task", "data.eval.task", "sft.source.task"}
+    sets = {"held_out": {"source": source}}
+    resolved = build(data={"train": source}, sft={"source": source}, eval={"sets": sets}).model_dump(mode="json")
+    given = {"model.path", "data.train.task", "eval.sets.held_out.source.task", "sft.source.task"}
     described = [(key, default) for key, _, default, needed in described_options() if not needed]
     assert ("model.path", "required") in described
     for key, default in described:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
-from tests.support.config_options import described_options
+from tests.support.config_options import SET, described_options
 
-BASE = ["--model.path=base", "--data.train.task=countdown"]
+BASE = ["--model.path=base", "--data.train.task=countdown", SET]
 MINIMAL: dict[str, Any] = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}}
 
 
@@ -84,7 +84,7 @@ def test_the_largest_seed_is_taken_and_the_next_one_is_not() -> None:
 
 @pytest.mark.parametrize("value", ["[]", "[0, 4]", "[-1]", "[true]", '["1"]', "[1.0]", "8", '"8"', "[[1]]"])
 def test_pass_at_k_needs_positive_integers(value: str) -> None:
-    assert "eval.k" in refused(f"--eval.k={value}")
+    assert "option eval.sets.held_out.k" in refused(f"--eval.sets.held_out.k={value}")
 
 
 @pytest.mark.parametrize("section", ["optimizer", "sft.optimizer"])
@@ -122,17 +122,24 @@ def test_a_text_option_of_a_file_must_be_quoted(tmp_path: Path, text: str) -> No
         load_config(path, BASE)
 
 
-PATHS = ["run.output_dir", "model.path", "data.train.path", "data.eval.path", "sft.init", "sft.source.path"]
+PATHS = [
+    "run.output_dir",
+    "model.path",
+    "data.train.path",
+    "eval.sets.held_out.source.path",
+    "sft.init",
+    "sft.source.path",
+]
 
 
 def value_of(config: Any, key: str) -> Any:
     for part in key.split("."):
-        config = getattr(config, part)
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
     return config
 
 
 def with_path(key: str, value: str) -> list[str]:
-    others = [item for item in BASE if not item.startswith("--data.train") or key != "data.train.path"]
+    others = [item for item in BASE if not item.startswith(f"--{key.removesuffix('path')}task")]
     return [*others, f"--{key}={value}"]
 
 

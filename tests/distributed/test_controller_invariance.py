@@ -180,9 +180,8 @@ def run_layout(layout: Layout, phases_class: type[WatchedPhases]) -> list[Step]:
     parts: Any = Parts(
         prompts=fixed,
         rollouts=RolloutParts(
-            eval_prompts=(),
             collector=fixed,
-            eval_collector=fixed,
+            evaluation=(),
             score_groups=lambda groups: groups,
             gather=lambda groups: (rollouts(groups[0]), {}),
             weight_sync=fixed,

@@ -296,7 +296,7 @@ def test_a_dry_run_of_the_readers_own_run(own_run: Path, tmp_path: Path, capsys:
     AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "model")
     code = cli.main([
         "train", str(own_run), "--dry-run", f"--model.path={tmp_path}/model",
-        f"--data.train.path={tmp_path}/train.jsonl", f"--data.eval.path={tmp_path}/eval.jsonl",
+        f"--data.train.path={tmp_path}/train.jsonl", f"--eval.sets.held_out.source.path={tmp_path}/eval.jsonl",
         "--data.template=plain", "--data.instruction={problem}", "--data.max_prompt_tokens=16",
         "--rollout.max_new_tokens=16", f"--run.output_dir={tmp_path}/run",
         "--parallel.tp=1", "--parallel.sequence_parallel=false",

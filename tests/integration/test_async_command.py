@@ -48,7 +48,6 @@ def options(output: Path, servers: list[SGLangDouble]) -> list[str]:
     """Returns the options of a run whose tokens are made up: neither gate nor controller can like them."""
     return [
         f"--run.output_dir={output}",
-        "--run.eval_every=3",
         "--rollout.engine=sglang",
         f"--sglang.urls={json.dumps([server.url for server in servers])}",
         "--rollout.logprob_gate=0",
@@ -126,7 +125,7 @@ def test_over_sampling_aborts_stragglers_and_counts_whole_groups_alone(
     base: Path, servers: list[SGLangDouble], tmp_path: Path
 ) -> None:
     # two ranks: each has its share of the race and of what a publication interrupts
-    raced = ("--rollout.staleness=1", "--rollout.oversample=1.5", "--run.num_steps=3", "--run.eval_every=0")
+    raced = ("--rollout.staleness=1", "--rollout.oversample=1.5", "--run.num_steps=3", "--eval.sets={}")
     lines = run(base, tmp_path / "out", servers, "--parallel.tp=2", *raced, ranks=2)
     assert [line["rollout/groups_aborted"] for line in lines] == [4, 4, 4]  # 12 launched, 8 trained on
     assert max(line["rollout/staleness_max"] for line in lines) <= 1

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.integration
 def straight(tmp_path_factory: pytest.TempPathFactory, warm_policy: Path) -> Path:
     """A folder with a run file and a run of 6 steps in ``out``."""
     folder = tmp_path_factory.mktemp("flight")
-    done = train(write_run_file(folder, base=warm_policy), "--run.eval_every=0")
+    done = train(write_run_file(folder, base=warm_policy), "--eval.sets={}")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -84,7 +84,7 @@ def test_a_resumed_run_records_and_replays_the_same(straight: Path, tmp_path: Pa
     shutil.rmtree(max((resumed / "checkpoints").iterdir()))
     with (resumed / "flight.jsonl").open("a") as file:
         file.write('{"step":6,"format":1,"obs')
-    done = train(straight / "run.toml", f"--run.output_dir={resumed}", "--run.eval_every=0")
+    done = train(straight / "run.toml", f"--run.output_dir={resumed}", "--eval.sets={}")
     assert done.returncode == 0, done.stderr
     assert (resumed / "flight.jsonl").read_bytes() == (straight / "out" / "flight.jsonl").read_bytes()
     assert "steps 0-5: alpha reproduced exactly" in replay(resumed).stdout
@@ -103,7 +103,7 @@ def test_another_controller_differs_and_a_run_without_recorder_says_so(straight:
         straight / "run.toml",
         f"--run.output_dir={folder}",
         "--run.num_steps=1",
-        "--run.eval_every=0",
+        "--eval.sets={}",
         "--report.flight_recorder=false",
     )
     assert done.returncode == 0, done.stderr

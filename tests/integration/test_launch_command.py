@@ -157,7 +157,7 @@ while not os.path.exists(folder + '/go'):
 def test_a_run_that_is_stopped_goes_on_where_it_stopped(tmp_path: Path) -> None:
     """Ctrl-C reaches the launcher alone; a scheduler's SIGTERM reaches launcher and ranks, and counts once."""
     random_base(tmp_path / "base")
-    options = ["--run.num_steps=12", "--run.checkpoint_every=0", "--run.eval_every=0", "--parallel.tp=2"]
+    options = ["--run.num_steps=12", "--run.checkpoint_every=0", "--eval.sets={}", "--parallel.tp=2"]
     command = [*LAUNCH, "--nproc", "2", str(write_run_file(tmp_path)), *options]
     metrics = tmp_path / "out" / "metrics.jsonl"
     done = 0

@@ -11,7 +11,7 @@ from tests.support.runs import metric_lines, train, write_run_file
 pytestmark = pytest.mark.integration
 
 RULES = (
-    "--run.eval_every=0",
+    "--eval.sets={}",
     "--algo.policy_loss.kind=kl_cov",
     "--algo.policy_loss.fraction=0.05",
     "--algo.normalizer=constant",

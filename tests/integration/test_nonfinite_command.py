@@ -30,7 +30,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     text = text.replace('[data.train]\ntask = "countdown"\nsize = 50\noptions = { split = "train" }',
                         f'[data.train]\npath = "{data}"')  # fmt: skip
-    text = text.replace("eval_every = 3", "eval_every = 0")
+    text = text.replace("every = 3", "every = 0")
     path.write_text(text, encoding="utf-8")
     return path
 

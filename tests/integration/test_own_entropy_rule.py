@@ -19,7 +19,7 @@ BAND = tuple(f"--algo.entropy.{text}" for text in ("low=20", "high=21", "gain=0.
 
 def test_a_rule_of_ones_own_trains_resumes_and_is_replayed(tmp_path: Path, warm_policy: Path) -> None:
     run_file = write_run_file(tmp_path, base=warm_policy)
-    arguments = (f"--algo.entropy.kind={KIND}", *BAND, "--run.eval_every=0")
+    arguments = (f"--algo.entropy.kind={KIND}", *BAND, "--eval.sets={}")
     done = train(run_file, *arguments, "--run.num_steps=2")
     assert done.returncode == 0, done.stderr
     # the options of the file's own rule are left out, and this is said once

@@ -11,7 +11,7 @@ from tests.support.runs import metric_lines, train, write_run_file
 pytestmark = pytest.mark.integration
 
 SELECTION = (
-    "--run.eval_every=0",
+    "--eval.sets={}",
     "--data.train.size=16",
     "--algo.ledger.decay=1.0",
     "--algo.selection.kind=skip_decided",

@@ -75,7 +75,7 @@ def test_servers_killed_behind_a_router_cost_no_sample(
             f"--sglang.router_url={url}",
             "--sglang.max_restarts=20",
             f"--run.num_steps={NUM_STEPS}",
-            "--run.eval_every=0",
+            "--eval.sets={}",
             "--run.checkpoint_every=0",
             "--report.tensorboard=false",
             f"--run.output_dir={output}",

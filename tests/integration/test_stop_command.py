@@ -77,7 +77,7 @@ def test_a_second_ctrl_c_ends_the_run_inside_a_step(run_file: Path, tmp_path: Pa
     text = run_file.read_text()
     text = text[: text.index("[data.train]")] + table + text[text.index("[rollout]") :]
     slow = tmp_path / "slow.toml"
-    slow.write_text(text.replace("eval_every = 3", "eval_every = 0"))
+    slow.write_text(text.replace("every = 3", "every = 0"))
     out = tmp_path / "out"
     with started(
         tmp_path, slow, *OPTIONS, f"--run.output_dir={out}", "--data.verifier=tests.support.bad_verifiers:slow"

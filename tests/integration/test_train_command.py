@@ -40,7 +40,7 @@ def test_the_supervised_stage_lowers_the_loss_and_is_cached(base: Path) -> None:
 
 def test_metrics_hold_what_the_run_promises(base: Path) -> None:
     lines = metric_lines(base / "out")
-    assert [line["step"] for line in lines] == list(range(6))
+    assert [line["step"] for line in lines] == list(range(7))
     required = {
         "reward/mean",
         "entropy/token_mean",
@@ -50,12 +50,14 @@ def test_metrics_hold_what_the_run_promises(base: Path) -> None:
         "aer/difficulty_mean",
         "rollout/logprob_diff_max",
     }
-    for line in lines:
+    for line in lines[:-1]:
         assert required <= line.keys()
         assert line["rollout/logprob_diff_max"] < 1e-3  # fp32: the engine holds the trainer's weights at every step
         assert line["entropy/target"] == pytest.approx(1.1 * lines[0]["entropy/token_mean"])
-    assert {"eval/pass@1", "eval/pass@4"} <= lines[0].keys()
-    assert any(line["aer/coefficient"] > 0 for line in lines)
+    evaluated = [line["step"] for line in lines if {"eval/countdown/pass@1", "eval/countdown/pass@4"} <= line.keys()]
+    assert evaluated == [0, 3, 6]
+    assert all(name == "step" or name.startswith("eval/countdown/") for name in lines[-1])  # of the last policy
+    assert any(line["aer/coefficient"] > 0 for line in lines[:-1])
     assert all("time/step_s" in json.loads(text) for text in (base / "out" / "metrics.jsonl").read_text().splitlines())
     manifest = json.loads((base / "out" / "run.json").read_text())
     assert manifest["config"]["algo"]["entropy"]["tau"] == 1.1
@@ -85,6 +87,29 @@ def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> N
     resumed = train(run_file, *arguments, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert metric_lines(folder) == metric_lines(base / "out")
+
+
+def test_training_is_the_same_without_evaluation(base: Path, tmp_path: Path) -> None:
+    done = train(base / "run.toml", f"--run.output_dir={tmp_path}/out", "--eval.sets={}", "--parallel.tp=2", ranks=2)
+    assert done.returncode == 0, done.stderr
+    trained = [
+        {name: line[name] for name in line if not name.startswith("eval/")} for line in metric_lines(base / "out")
+    ]
+    assert metric_lines(tmp_path / "out") == trained[:-1]
+
+
+def test_a_run_killed_before_its_last_evaluation_makes_up_for_it(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(base / "out", folder)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    arguments = (base / "run.toml", f"--run.output_dir={folder}", "--parallel.tp=2")
+    assert "would evaluate the policy of" in train(*arguments, "--dry-run").stdout
+    done = train(*arguments, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"evaluates the policy of {folder}" in done.stdout
+    assert metric_lines(folder) == metric_lines(base / "out")
+    assert "is finished" in train(*arguments, "--dry-run").stdout
 
 
 def test_layouts_follow_the_same_run(base: Path, tmp_path: Path) -> None:
@@ -176,7 +201,7 @@ def test_bad_data_names_file_and_line(base: Path, tmp_path: Path, content: str, 
     file = tmp_path / "problems.jsonl"
     file.write_text(content)
     text = (base / "run.toml").read_text()
-    start, stop = text.index("[data.train]"), text.index("[data.eval]")
+    start, stop = text.index("[data.train]"), text.index("[rollout]")
     run_file = tmp_path / "run.toml"
     run_file.write_text(text[:start] + f'[data.train]\npath = "{file}"\n' + text[stop:])
     done = train(run_file, f"--run.output_dir={tmp_path}/out")

@@ -41,7 +41,7 @@ def test_a_verifier_that_fails_in_every_way_does_not_end_the_run(tmp_path: Path)
     done = train(
         run_file,
         "--run.num_steps=2",
-        "--run.eval_every=0",
+        "--eval.sets={}",
         "--run.checkpoint_every=0",
         f"--data.verifier={VERIFIER}",
         "--rollout.prompts_per_step=16",

@@ -11,6 +11,7 @@ from aer_megatron.report.metrics import (
     FAMILIES,
     Metric,
     by_difficulty,
+    of_set,
     pass_at,
     pass_k,
     reason_count,
@@ -51,10 +52,14 @@ REQUIRED = (
     "train/clip_low",
     "train/clip_high",
     "train/approx_kl",
-    "eval/pass@1",
-    "eval/pass@8",
-    "eval/pass@32",
-    "eval/response_length_mean",
+    "eval/aime24/pass@1",
+    "eval/aime24/pass@32",
+    "eval/aime24/pass@32_low",
+    "eval/aime24/pass@32_high",
+    "eval/aime24/avg@64",
+    "eval/aime24/maj@8",
+    "eval/aime24/response_length_mean",
+    "eval/aime24/truncated",
     "aer/reason",
     "difficulty/prompts/unsolved",
     "difficulty/token_entropy/hard",
@@ -93,8 +98,8 @@ def test_the_names_that_users_rely_on_exist(name: str) -> None:
     [
         ("reward/maen", "reward/mean"),
         ("entropy/tokenmean", "entropy/token_mean"),
-        ("eval/pass@0", "eval/pass@K"),
-        ("eval/pass@", "eval/pass@K"),
+        ("eval/math500/pass@0", "eval/NAME/pass@K"),
+        ("eval/NAME/pass@8", "eval/NAME/pass@K"),
         ("rewards/reason/No Answer", "rewards/reason/LABEL"),
     ],
 )
@@ -105,15 +110,18 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(name: str, nearest: 
 
 
 def test_families_spell_and_read_their_names() -> None:
-    assert pass_at(8) == "eval/pass@8"
-    assert pass_k("eval/pass@32") == 32
-    assert pass_k(Metric.EVAL_RESPONSE_LENGTH_MEAN) is None
+    assert pass_at("aime24", 8) == "eval/aime24/pass@8"
+    assert pass_k("eval/aime24/pass@32") == ("aime24", 32)
+    assert pass_k("eval/aime24/pass@32_low") is None
+    assert of_set("aime24", "pass@K_low", 8) == "eval/aime24/pass@8_low"
+    assert of_set("aime24", "truncated") == "eval/aime24/truncated"
     assert reason_count("no_answer") == "rewards/reason/no_answer"
 
 
 def test_a_family_refuses_what_it_could_not_read_back() -> None:
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        pass_at(0)
+    for measure, k in (("pass@K", 0), ("pass@K", None), ("truncated", 1), ("pass@8", None)):
+        with pytest.raises(ValueError, match="is none of an evaluation set"):
+            of_set("aime24", measure, k)
     with pytest.raises(ValueError, match="snake_case"):
         reason_count("No answer")
     for measure, bucket in (("reward", "impossible"), ("rewards", "hard")):

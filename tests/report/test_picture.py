@@ -37,7 +37,7 @@ def make_run(folder: Path, num_steps: int, *, eval_every: int = 0, name: str = "
             "aer/alarm": "collapse" if step == 1 else None,
         }
         if eval_every and step % eval_every == 0:
-            metrics |= {"eval/pass@1": 0.2, "eval/pass@8": 0.7}
+            metrics |= {"eval/a/pass@1": 0.2, "eval/a/pass@8": 0.7, "eval/a/pass@8_low": 0.6, "eval/a/pass@8_high": 0.8}
         writer.write(metrics)
     return folder
 
@@ -75,10 +75,10 @@ def test_runs_are_read_with_label_facts_and_curves(tmp_path: Path) -> None:
     assert (first.label, second.label) == ("demo", "demo (b)")
     assert first.facts == r"AER, pi update, $\tau$ = 0.7, $\eta$ = 0.003, $k_p$ = 0.3"
     assert second.facts == "no entropy bonus"
-    assert first.passes == ["eval/pass@1", "eval/pass@8"]
-    steps, values = first.series("eval/pass@8")
+    assert first.passes == [("a", 1), ("a", 8)]
+    steps, values = first.series("eval/a/pass@8")
     assert (steps.tolist(), values.tolist()) == ([0.0, 5.0], [0.7, 0.7])
-    assert second.series("eval/pass@8")[0].size == 0
+    assert second.series("eval/a/pass@8")[0].size == 0
 
 
 def test_several_runs_share_one_picture(tmp_path: Path) -> None:

@@ -61,17 +61,17 @@ def live(records: list[dict[str, Any]], num_steps: int) -> str:
 
 
 def test_a_log_line_shows_everything_on_one_line() -> None:
-    out = plain([record(0, **{"eval/pass@8": 0.74, "eval/pass@1": 0.2})], 300)
+    out = plain([record(0, **{"eval/a/pass@8": 0.74, "eval/a/pass@1": 0.2, "eval/b/pass@16": 0.5})], 300)
     assert out == [
         "step 0 | 1/300 steps · 9m 58s left | reward 0.412 | H/H* 0.310/0.360 | alpha 0.00340 | "
-        "mean d 0.62 | tokens/s 5123 | step s 2.00 | pass@1 0.200  pass@8 0.740 | rollout 1.50s | "
+        "mean d 0.62 | tokens/s 5123 | step s 2.00 | a pass@1 0.200 pass@8 0.740; b pass@16 0.500 | rollout 1.50s | "
         "train 0.50s",
         "    controller: alpha 0.0031 -> 0.0034: H 0.31 below target 0.36",
     ]
 
 
 def test_a_log_has_a_line_every_few_steps_and_at_every_event() -> None:
-    extras: dict[int, dict[str, Any]] = {33: {"eval/pass@1": 0.2}, 44: {"aer/alarm": "collapse at step 44"}}
+    extras: dict[int, dict[str, Any]] = {33: {"eval/a/pass@1": 0.2}, 44: {"aer/alarm": "collapse at step 44"}}
     out = plain([record(step, **extras.get(step, {})) for step in range(399)], 399)
     shown = [int(line.split()[1]) for line in out if line.startswith("step ")]
     assert shown == sorted({*range(0, 399, 10), 33, 44, 398})
@@ -92,7 +92,7 @@ def test_the_interval_is_a_round_number_that_keeps_a_log_short(num_steps: int, i
 
 
 def test_the_live_panel_shows_state_phases_reason_and_alarm() -> None:
-    records = [record(0, **{"eval/pass@1": 0.2, "eval/pass@32": 0.96})]
+    records = [record(0, **{"eval/a/pass@1": 0.2, "eval/a/pass@32": 0.96})]
     records += [record(step) for step in range(1, 5)]
     records += [record(5, **{"aer/alarm": "entropy collapse at step 5"})]
     frame = live(records, 300)
@@ -103,7 +103,7 @@ def test_the_live_panel_shows_state_phases_reason_and_alarm() -> None:
         "5123",
         "rollout 1.50s",
         "train 0.50s",
-        "last evaluation  pass@1 0.200  pass@32 0.960",
+        "last evaluation  a pass@1 0.200 pass@32 0.960",
         "controller  alpha 0.0031 -> 0.0034: H 0.31 below target 0.36",
         "ALARM  entropy collapse at step 5",
     ):

@@ -156,6 +156,16 @@ def test_first_token_frequencies_follow_the_models_probabilities() -> None:
     assert flat > 10 * degrees  # the test can tell this distribution from a uniform one
 
 
+def test_greedy_completions_are_the_argmax_of_every_position() -> None:
+    model, engine = loaded("qwen3")
+    greedy = SamplingOptions(temperature=0.0, top_p=1.0, top_k=0, stop_token_ids=frozenset())
+    requests = random_requests(20, seed=3)
+    for request, completion in zip(requests, engine.generate(requests, greedy), strict=True):
+        best = reference_logits(model, request.prompt_ids, completion.token_ids).argmax(-1)
+        assert list(completion.token_ids) == best.tolist()
+        assert_logprobs_match(model, request, completion, 1.0)
+
+
 def test_truncation_keeps_the_untruncated_logprob() -> None:
     model, engine = loaded("llama")
     requests = random_requests(30, seed=5)

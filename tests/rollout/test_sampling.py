@@ -54,6 +54,19 @@ def test_the_logprob_is_that_of_the_tempered_untruncated_distribution() -> None:
     assert logprobs.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_greedy_takes_the_largest_logit_whatever_the_uniform_number_and_the_first_of_equal_ones() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [0.5, -1.0, 0.0, 0.25]])
+    for uniform in (0.0, 0.5, LAST_UNIFORM):
+        drawn = torch.full((2,), uniform, dtype=torch.float64)
+        tokens, logprobs = sample_tokens(logits, drawn, options(temperature=0.0, top_p=0.1, top_k=1))
+        assert tokens.tolist() == [1, 0]
+        # of the policy itself, at temperature 1
+        first = -math.log(2 + math.exp(-2) + math.exp(-3))
+        assert logprobs[0].item() == pytest.approx(first, abs=1e-6)
+    with pytest.raises(RuntimeError, match="not finite"):
+        sample_tokens(torch.tensor([[1.0, float("nan")]]), torch.zeros(1, dtype=torch.float64), options(0.0))
+
+
 @pytest.mark.parametrize(
     ("top_p", "top_k", "kept"),
     [
@@ -102,7 +115,7 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),

@@ -46,6 +46,8 @@ def test_a_request_carries_the_sampling_options() -> None:
     params = body["sampling_params"]
     assert (params["temperature"], params["top_p"], params["top_k"]) == (0.7, 0.9, -1)
     assert (params["max_new_tokens"], params["stop_token_ids"]) == (4, [1, 2])
+    greedy = generate_body(REQUEST, SamplingOptions(0.0, 1.0, 0, frozenset()), rid="r")["sampling_params"]
+    assert (greedy["temperature"], greedy["top_p"], greedy["top_k"]) == (0.0, 1.0, -1)  # below 1e-6 the server's argmax
     assert params["sampling_seed"] == (1 << 63) - 1  # the server takes signed 64-bit numbers
 
 

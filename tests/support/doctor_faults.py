@@ -61,7 +61,7 @@ def examine(config: Config, rank: int, world_size: int, *, reference: Any = "aut
 
 def run_config(run_file: Path, *overrides: str) -> Config:
     """Returns the configuration of ``write_policy``'s run file."""
-    return load_config(run_file, ["--run.eval_every=0", *overrides])
+    return load_config(run_file, ["--eval.sets={}", *overrides])
 
 
 @contextmanager

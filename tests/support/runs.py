@@ -20,7 +20,6 @@ RUN_FILE = """
 name = "mini"
 output_dir = "{folder}/out"
 num_steps = 6
-eval_every = 3
 checkpoint_every = 2
 
 [model]
@@ -37,10 +36,6 @@ max_prompt_tokens = 12
 task = "countdown"
 size = 50
 options = {{ split = "train" }}
-[data.eval]
-task = "countdown"
-size = 8
-options = {{ split = "eval" }}
 
 [rollout]
 prompts_per_step = 8
@@ -60,10 +55,11 @@ tau = 1.1
 normalize = "mean"
 difficulty = "complement"
 
-[eval]
-num_prompts = 8
+[eval.sets.countdown]
+source = {{ task = "countdown", size = 8, options = {{ split = "eval" }} }}
 num_samples = 4
 k = [1, 4]
+every = 3
 
 [sft]
 init = "{model}"

@@ -97,7 +97,7 @@ def test_other_layouts_fit_ranks_and_model(
 def test_the_run_is_shortened_and_has_a_gradient(run_file: Path) -> None:
     short = shorten(ShortRunRequest(str(run_file), ("--run.num_steps=900", "--rollout.prompts_per_step=64"), steps=3))
     config = short.config
-    assert (config.run.num_steps, config.run.checkpoint_every, config.run.eval_every) == (6, 3, 0)
+    assert (config.run.num_steps, config.run.checkpoint_every, config.eval.sets) == (6, 3, {})
     assert config.rollout.prompts_per_step * config.rollout.group_size <= 32
     assert config.algo.entropy.tau > 1
 

@@ -17,7 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from aer_megatron.config import Config
-from aer_megatron.config_section import named_sections, nested_section, overridden, rules_of, shown
+from aer_megatron.config_section import named_sections, nested_section, overridden, rules_of
+from aer_megatron.config_values import shown
 
 _MAX_FILE_BYTES = 1 << 24
 

@@ -5,12 +5,10 @@ This file does NOT hold options (options/, algo/options.py) or read files (confi
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import importlib
 import inspect
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, get_args, get_origin
@@ -19,9 +17,8 @@ from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationErro
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-MAX_DEPTH = 32  # of tables and lists in one another
-MAX_INTEGER = 2**63  # TOML's integers have 64 bits
-_MAX_SHOWN = 120
+from aer_megatron.config_values import MAX_DEPTH, MAX_SHOWN, check_value, shown
+
 ANY_NAME = "NAME"  # in the documentation, the name of a section that a table of sections holds
 IMPORTABLE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 # what a value of another type is told; pydantic's own words for everything else
@@ -54,7 +51,7 @@ class Section(BaseModel):
                 the message starts with the dotted option.
         """
         _reject_unknown(table, cls, cls, prefix="")
-        _check_value(table, "", depth=0)
+        check_value(table, "", depth=0)
         try:
             return cls.model_validate(dict(table))
         except ValidationError as error:
@@ -297,36 +294,9 @@ def named_sections(annotation: Any) -> type[BaseModel] | None:
     return value if isinstance(value, type) and issubclass(value, BaseModel) else None
 
 
-def _check_value(value: Any, where: str, *, depth: int) -> None:
-    """Raises ValueError for what no option takes, also inside tables that are passed on as they are."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"option {where[:_MAX_SHOWN]} is nested more than {MAX_DEPTH} deep; write it flat")
-    problem = ""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_value(key, where or "a key", depth=depth + 1)
-            _check_value(item, f"{where}.{key}" if where else key, depth=depth + 1)
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_value(item, f"{where}[{index}]", depth=depth + 1)
-    elif isinstance(value, str):
-        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            problem = "must be UTF-8 text without a NUL character; write it anew"
-    elif isinstance(value, int):
-        if not -MAX_INTEGER <= value < MAX_INTEGER:
-            problem = "is beyond 64 bits; use a number from -2^63 to 2^63 - 1"
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            problem = "must be a finite number; write one"
-    elif isinstance(value, datetime.date | datetime.time):
-        problem = "is a date or time, which no option takes; put it in quotes for text"
-    if problem:
-        raise ValueError(f"option {where}={shown(value)} is not valid: it {problem}")
-
-
 def _reject_unknown(table: Mapping[str, Any], section: type[BaseModel], root: type[Section], prefix: str) -> None:
     for key, value in table.items():
-        field, name = section.model_fields.get(key), f"{prefix}{str(key)[:_MAX_SHOWN]}"
+        field, name = section.model_fields.get(key), f"{prefix}{str(key)[:MAX_SHOWN]}"
         if name in root.moved and not (field and isinstance(value, Mapping)):
             raise ValueError(f"option {name}={shown(value)} is no longer there: {root.moved[name]}")
         if field is None:
@@ -338,7 +308,7 @@ def _reject_unknown(table: Mapping[str, Any], section: type[BaseModel], root: ty
         elif isinstance(value, Mapping) and (named := named_sections(field.annotation)) is not None:
             for key, item in value.items():
                 if isinstance(item, Mapping):
-                    _reject_unknown(item, named, root, f"{name}.{str(key)[:_MAX_SHOWN]}.")
+                    _reject_unknown(item, named, root, f"{name}.{str(key)[:MAX_SHOWN]}.")
 
 
 def _reject_unknown_of_rule(table: Mapping[str, Any], rules: OneOf, root: type[Section], prefix: str) -> None:
@@ -400,16 +370,3 @@ def _stands_for(described: str, option: str) -> bool:
     return len(described.split(".")) == len(option.split(".")) and all(
         part in (ANY_NAME, given) for part, given in zip(described.split("."), option.split("."), strict=True)
     )
-
-
-def shown(value: Any) -> str:
-    """Returns a value as a run file spells it, cut where it is long."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int) and abs(value) >= MAX_INTEGER:
-        return f"an integer of {value.bit_length()} bits"  # repr refuses 4,300 digits
-    try:
-        text = repr(value)
-    except ValueError:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"

@@ -19,7 +19,7 @@ A run is one TOML file in UTF-8. Any option can be overridden on the command lin
 TOML literal, what does not parse as one is a string, and an option that is a string takes it as it stands
 (`--run.name=2024`):
 
-    aer launch --nproc 2 run.toml --algo.entropy.kind=none --eval.sets.aime24.k='[1, 8]'
+    aer launch --nproc 2 my_run.toml --algo.entropy.kind=none --eval.sets.held_out.k='[1, 8]'
 
 An unknown option is an error that names the nearest known one; so is a value out of its range or of another type
 (`true` is no number, `"1"` neither). A leading `~` of a path is the home folder. Defaults live in

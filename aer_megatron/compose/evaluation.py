@@ -25,7 +25,7 @@ def evaluation_sets(config: Config, engine: RolloutEngine, data: Data, platform:
             SamplingOptions(options.temperature, options.top_p, options.top_k, frozenset(data.stop_ids)),
             num_samples=options.num_samples,
             max_new_tokens=options.length_limit(config.rollout.max_new_tokens),
-            stream_seed=stream_seed(config.run.seed, f"eval/{name}"),
+            stream_seed=stream_seed(config.run.seed, f"eval.{name}"),
             rank=platform.rank,
             world_size=platform.world_size,
         )

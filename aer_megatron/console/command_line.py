@@ -25,7 +25,8 @@ from typing import Any
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
-from aer_megatron.config_section import describe, shown
+from aer_megatron.config_section import describe
+from aer_megatron.config_values import shown
 from aer_megatron.console.failures import Edge, run_command
 from aer_megatron.console.standard_streams import say
 

@@ -47,13 +47,14 @@ LAYERS = {
     "options": 0,
     "algo": 0,
     "config_section": -1,
+    "config_values": -2,
     "console": 3,
     "files": 1,
     "types": -1,
     "_C": -1,
     "__init__": -2,
 }
-MODULES = {"cli", "train", "config_loading", "config_section", "config", "types", "_C", "__init__"}
+MODULES = {"cli", "train", "config_loading", "config_section", "config_values", "config", "types", "_C", "__init__"}
 PACKAGES = set(LAYERS) - MODULES
 
 # Third-party imports of the layers that must stay light; a layer that is not named here is free.

@@ -19,6 +19,7 @@ from aer_megatron.console.failures import print_message
 # what a user wants -> command -> (module, what it does)
 COMMANDS = {
     "before a run": {
+        "data": ("aer_megatron.prepare_data.command", "take known sets, check and decontaminate problems"),
         "plan": ("aer_megatron.plan.command", "memory per GPU, work of a step and the layouts that fit"),
         "doctor": ("aer_megatron.doctor.command", "do every layout, transformers and the engine agree?"),
         "verify-resume": ("aer_megatron.verify_resume.command", "is nothing lost when it is stopped and goes on?"),

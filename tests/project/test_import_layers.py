@@ -27,6 +27,7 @@ LAYERS = {
     "fp8_parity": FEATURE,
     "launch": FEATURE,
     "plan": FEATURE,
+    "prepare_data": FEATURE,
     "replay": FEATURE,
     "verify_resume": FEATURE,
     "train": 11,

@@ -12,6 +12,7 @@ weights go.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,11 +32,18 @@ from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_di
 from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.updates import POLICY_STATISTICS, LossFunction, Report, Update, Updates, stop
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
-from aer_megatron.algo.loss import LossOutput, TokenData, policy_loss, sequence_weights, supervised_loss
+from aer_megatron.algo.loss import (
+    LossOutput,
+    TokenData,
+    policy_loss,
+    sequence_log_ratios,
+    sequence_weights,
+    supervised_loss,
+)
 from aer_megatron.config import Config
 from aer_megatron.convert.architecture import ModelArchitecture
 from aer_megatron.options.training import OptimizerSection
-from aer_megatron.parallel.exchange import all_sum_disjoint
+from aer_megatron.parallel.exchange import all_sum_disjoint, all_sum_within
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.types import (
     BoolArray,
@@ -229,10 +237,13 @@ class Actor:
         )
 
         def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
+            tokens = self._token_data(batch, micro, weight_B, selected_T)
+            if algo.policy_loss.of_sequences:
+                tokens = self._with_sequence_ratios(tokens, logprob_t, micro, batch.experience)
             return policy_loss(
                 logprob_t,
                 entropy_t if entropy_gradient else entropy_t.detach(),
-                tokens=self._token_data(batch, micro, weight_B, selected_T),
+                tokens=tokens,
                 normalizer=float(length_b.sum()),
                 config=algo,
             )
@@ -257,6 +268,20 @@ class Actor:
             selected_T=None if selected_T is None else of_tokens(selected_T) > 0,
             ref_logprob_T=None if batch.ref_logprob_T is None else of_tokens(batch.ref_logprob_T),
         )
+
+    def _with_sequence_ratios(
+        self, tokens: TokenData, logprob_t: Tensor, micro: MicroBatch, sequences: PackedSequences
+    ) -> TokenData:
+        """Adds the ratios of whole sequences, which context-parallel ranks hold in parts; they call it together."""
+        group = self.topology.cp_group if micro.is_whole else None
+        ratio_t = sequence_log_ratios(
+            logprob_t,
+            tokens.old_logprob_T,
+            sequence_T=torch.from_numpy(micro.sequence_t).to(self.device),
+            length_B=torch.from_numpy(sequences.sampled_length_B).to(self.device),
+            add=functools.partial(all_sum_within, group=group),
+        )
+        return dataclasses.replace(tokens, sequence_log_ratio_T=ratio_t)
 
     def _micro_batches(self, sequences: PackedSequences, indices_b: Int64Array) -> list[MicroBatch]:
         return self._runner.cut(sequences, indices_b)

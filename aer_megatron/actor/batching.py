@@ -38,6 +38,7 @@ class MicroBatch:
     packed_t: Int64Array
     sequence_t: Int64Array  # index 0..B-1 of the sequence that each sampled token belongs to
     packed_length_n: Int64Array | None = None  # over all context-parallel ranks; None: a rectangle
+    is_whole: bool = True  # False: some of its sampled tokens alone, looked at by one rank
 
     @property
     def sequence_length(self) -> int:
@@ -51,6 +52,7 @@ class MicroBatch:
             label_t=self.label_t[mask_t],
             packed_t=self.packed_t[mask_t],
             sequence_t=self.sequence_t[mask_t],
+            is_whole=False,
         )
 
 

@@ -12,6 +12,7 @@ This file does NOT reduce over ranks, compute entropies, select tokens or choose
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aer_megatron.algo.options import AlgoSection
-from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.policy_losses.base import PolicyLoss, PolicyTokens
 from aer_megatron.algo.statistics import CLIP_STATISTICS, TokenSums, token_sum
 from aer_megatron.types import Float64Array, Int64Array
 
@@ -38,6 +39,8 @@ class TokenData:
     mean_weight_T: Tensor  # weight in the mean over tokens, see sequence_weights; 1 for the token mean
     selected_T: Tensor | None  # bool [T]: picked by the policy loss; None where it selects nothing
     ref_logprob_T: Tensor | None  # log pi(token) under the reference policy; None where kl_coefficient is 0
+    # mean of logprob - old_logprob over the token's whole sequence; None unless the policy loss is ``of_sequences``
+    sequence_log_ratio_T: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,9 @@ def policy_loss(
             returns another shape or reports what it did not declare.
     """
     _check(normalizer, logprob_T, entropy_T, *_present(tokens, config))
-    log_ratio_T = (logprob_T - tokens.old_logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    log_ratio_T = _limited(logprob_T - tokens.old_logprob_T)
     # the policy's term, corrected for what the rollout engine computed in another way
-    policy_T, sums = _policy_terms(log_ratio_T, tokens, config.policy_loss)
+    policy_T, sums = _policy_terms(logprob_T, log_ratio_T, tokens, config.policy_loss)
     weight_T = tokens.mean_weight_T
     if config.tis_clip:
         importance_T, correction = _importance(tokens, config.tis_clip)
@@ -94,8 +97,11 @@ def policy_loss(
     sums["token_entropy"] = token_sum(entropy_T)
     # the distance from the reference policy
     if config.kl_coefficient and tokens.ref_logprob_T is not None:
-        gap_T = (tokens.ref_logprob_T - logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        kl_T = config.kl_estimator.estimate(gap_T)
+        estimator = config.kl_estimator
+        kl_T = estimator.estimate(_limited(tokens.ref_logprob_T - logprob_T))
+        if estimator.ratio != "none":
+            ratio_T = log_ratio_T.exp()
+            kl_T = kl_T * (ratio_T if estimator.ratio == "live" else ratio_T.detach())
         total_T = total_T + config.kl_coefficient * kl_T
         sums["reference_kl"] = token_sum(weight_T * kl_T)
     return LossOutput((weight_T * total_T).sum() / normalizer, sums)
@@ -120,19 +126,50 @@ def sequence_weights(sampled_length_b: Int64Array, *, rule: str, max_new_tokens:
 
     N is the mini-batch's count of sampled tokens. ``tokens``: that mean itself, w = 1. ``sequences``: the mean over
     sequences of their token means, w_i = N / (b length_i). ``constant``: the sum over b * max_new_tokens, which no
-    response's length enters (Dr.GRPO, arXiv 2503.20783), w = N / (b max_new_tokens).
+    response's length enters (Dr.GRPO, arXiv 2503.20783), w = N / (b max_new_tokens). b
+    counts sequences without a sampled token, too.
     """
     length_b = sampled_length_b.astype(np.float64)
     if rule == "tokens":
         return np.ones_like(length_b)
-    divisor_b = length_b if rule == "sequences" else np.full_like(length_b, max_new_tokens)
+    divisor_b = np.maximum(length_b, 1.0) if rule == "sequences" else np.full_like(length_b, max_new_tokens)
     weight_b: Float64Array = length_b.sum() / (len(length_b) * divisor_b)
     return weight_b
 
 
-def _policy_terms(log_ratio_T: Tensor, tokens: TokenData, rule: PolicyLoss) -> tuple[Tensor, TokenSums]:
+def sequence_log_ratios(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    *,
+    sequence_T: Tensor,
+    length_B: Tensor,
+    add: Callable[[Tensor], Tensor] = lambda sum_B: sum_B,
+) -> Tensor:
+    """Returns the mean log ratio over the sampled tokens of each token's sequence, fp32 [T], without a graph.
+
+    Args:
+        logprob_T, old_logprob_T: as in ``policy_loss``.
+        sequence_T: index 0..B-1 of the token's sequence, int64 [T].
+        length_B: sampled tokens of each whole sequence.
+        add: adds a tensor [B] over the ranks that hold parts of the same sequences.
+    """
+    sum_B = torch.zeros(len(length_B), dtype=torch.float64, device=logprob_T.device)
+    log_ratio_T = _limited(logprob_T.detach() - old_logprob_T)
+    mean_B = add(sum_B.index_add(0, sequence_T, log_ratio_T.double())) / length_B.clamp(min=1)
+    return mean_B[sequence_T].to(logprob_T.dtype)
+
+
+def _limited(log_ratio_T: Tensor) -> Tensor:
+    return log_ratio_T.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def _policy_terms(
+    logprob_T: Tensor, log_ratio_T: Tensor, tokens: TokenData, rule: PolicyLoss
+) -> tuple[Tensor, TokenSums]:
     """Returns (the rule's loss per token, its statistics and those that every rule has)."""
-    policy_T, reported = rule.token_loss(log_ratio_T, tokens.advantage_T, tokens.selected_T)
+    policy_T, reported = rule.token_loss(
+        PolicyTokens(logprob_T, log_ratio_T, tokens.advantage_T, tokens.selected_T, tokens.sequence_log_ratio_T)
+    )
     if policy_T.shape != log_ratio_T.shape or not reported.keys() <= {*CLIP_STATISTICS, *rule.reports}:
         raise ValueError(
             f"algo.policy_loss.kind={rule.kind!r} must return one loss per token, {tuple(log_ratio_T.shape)}, and "
@@ -150,8 +187,7 @@ def _policy_terms(log_ratio_T: Tensor, tokens: TokenData, rule: PolicyLoss) -> t
 
 
 def _importance(tokens: TokenData, bound: float) -> tuple[Tensor, TokenSums]:
-    gap_T = (tokens.old_logprob_T - tokens.rollout_logprob_T).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    ratio_T = gap_T.detach().exp()
+    ratio_T = _limited(tokens.old_logprob_T - tokens.rollout_logprob_T).detach().exp()
     weight_T = ratio_T.clamp(max=bound)
     return weight_T, {
         "tis_weight": token_sum(weight_T),
@@ -165,13 +201,18 @@ def _present(tokens: TokenData, config: AlgoSection) -> list[Tensor]:
     rule = config.policy_loss
     if (tokens.selected_T is not None) != rule.selects:
         raise ValueError(f"algo.policy_loss.kind={rule.kind!r}: selected_T belongs to rules that select alone")
-    # the distance from the reference policy
+    if rule.of_sequences and tokens.sequence_log_ratio_T is None:
+        raise ValueError(f"algo.policy_loss.kind={rule.kind!r} needs the ratio of whole sequences")
     if config.kl_coefficient and tokens.ref_logprob_T is None:
         raise ValueError(
             f"algo.kl_coefficient={config.kl_coefficient} needs log-probabilities of the reference policy: "
             "score it first, or set 0"
         )
-    optional = [tensor for tensor in (tokens.selected_T, tokens.ref_logprob_T) if tensor is not None]
+    optional = [
+        tensor
+        for tensor in (tokens.selected_T, tokens.ref_logprob_T, tokens.sequence_log_ratio_T)
+        if tensor is not None
+    ]
     return [
         tokens.old_logprob_T,
         tokens.rollout_logprob_T,

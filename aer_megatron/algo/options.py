@@ -13,18 +13,24 @@ from pydantic import Field
 from aer_megatron.algo.advantages.base import Advantage
 from aer_megatron.algo.advantages.dr_grpo import DrGrpo
 from aer_megatron.algo.advantages.grpo import Grpo
+from aer_megatron.algo.advantages.max_at_k import MaxAtK, PassAtK
+from aer_megatron.algo.advantages.rloo import Rloo
 from aer_megatron.algo.entropy_rules.aer import Aer
 from aer_megatron.algo.entropy_rules.base import EntropyRule
 from aer_megatron.algo.entropy_rules.fixed import Fixed
 from aer_megatron.algo.entropy_rules.none import NoBonus
 from aer_megatron.algo.entropy_rules.skywork import Skywork
 from aer_megatron.algo.kl_estimators.base import KlEstimator
+from aer_megatron.algo.kl_estimators.k1 import K1
 from aer_megatron.algo.kl_estimators.k2 import K2
 from aer_megatron.algo.kl_estimators.k3 import K3
 from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.policy_losses.cispo import Cispo
 from aer_megatron.algo.policy_losses.clip import Clip
 from aer_megatron.algo.policy_losses.clip_cov import ClipCov
+from aer_megatron.algo.policy_losses.gspo import Gspo
 from aer_megatron.algo.policy_losses.kl_cov import KlCov
+from aer_megatron.algo.policy_losses.reinforce import Reinforce
 from aer_megatron.algo.statistics import LOSS_STATISTICS
 from aer_megatron.config_section import OneOf, Section
 
@@ -77,13 +83,13 @@ class AlgoSection(Section):
     tis_clip: float = Field(0.0, ge=0, description="bound of the train/rollout importance weight (usual: 2); 0 = off")
     overlong_buffer: int = Field(0, ge=0, description="last tokens before max_new_tokens that cost reward; 0 = off")
     overlong_penalty: float = Field(1.0, gt=0, description="reward taken from a response of max_new_tokens tokens")
-    policy_loss: Annotated[PolicyLoss, OneOf(PolicyLoss, Clip, ClipCov, KlCov)] = Field(
+    policy_loss: Annotated[PolicyLoss, OneOf(PolicyLoss, Clip, Gspo, Cispo, Reinforce, ClipCov, KlCov)] = Field(
         Clip(), description="what a token costs; docs/aer.md"
     )
-    advantage: Annotated[Advantage, OneOf(Advantage, Grpo, DrGrpo)] = Field(
+    advantage: Annotated[Advantage, OneOf(Advantage, Grpo, DrGrpo, Rloo, MaxAtK, PassAtK)] = Field(
         Grpo(), description="how a reward is compared with those of its group"
     )
-    kl_estimator: Annotated[KlEstimator, OneOf(KlEstimator, K3, K2)] = Field(
+    kl_estimator: Annotated[KlEstimator, OneOf(KlEstimator, K3, K2, K1)] = Field(
         K3(), description="how that KL is estimated from two log-probabilities"
     )
     entropy: Annotated[EntropyRule, OneOf(EntropyRule, Aer, Fixed, Skywork, NoBonus)] = Field(
@@ -110,6 +116,12 @@ class AlgoSection(Section):
                     f"the rules of [algo] report {self.reports}: {name!r} must be a snake_case name that no other "
                     "number of the loss has; rename it"
                 )
+        estimator = self.kl_estimator
+        if self.kl_coefficient and estimator.kind == "k1" and estimator.ratio != "live":
+            raise ValueError(
+                f"algo.kl_estimator.ratio={estimator.ratio!r} under kind='k1' penalises nothing: its expected "
+                "gradient is zero on policy; set ratio='live', or kind='k2' or 'k3'"
+            )
         if 0 < self.tis_clip < 1:
             raise ValueError(f"algo.tis_clip={self.tis_clip} would cut equal policies; use at least 1 (usual: 2), or 0")
         if self.overlong_buffer >= max_new_tokens:

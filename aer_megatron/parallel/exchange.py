@@ -85,6 +85,13 @@ def all_sum_disjoint(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def all_sum_within(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Returns ``tensor`` itself, added in place over the ranks of ``group``; None: this rank alone."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
 def barrier() -> None:
     """Waits until every rank has arrived."""
     if dist.get_world_size() > 1:

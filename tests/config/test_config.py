@@ -208,7 +208,7 @@ CROSS_CHECKS: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
 RULE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     (
         {"policy_loss": {"kind": "kl_cov", "clip_low": 0.1}},
-        "algo.policy_loss.clip_low is not one of kind='kl_cov'; kinds that have it: clip, clip_cov",
+        "algo.policy_loss.clip_low is not one of kind='kl_cov'; kinds that have it: clip, gspo, cispo, clip_cov",
     ),
     (
         {"advantage": {"kind": "dr_grpo", "std_epsilon": 0.1}},
@@ -220,7 +220,8 @@ RULE_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"policy_loss": {"kind": "ppo"}},
-        "algo.policy_loss.kind='ppo' is not valid: must be 'clip', 'clip_cov', 'kl_cov' or 'package.module:name'",
+        "algo.policy_loss.kind='ppo' is not valid: must be 'clip', 'gspo', 'cispo', 'reinforce', 'clip_cov', 'kl_cov' "
+        "or 'package.module:name'",
     ),
     (
         {"entropy": {"kind": "fixed", "tau": 0.3}},

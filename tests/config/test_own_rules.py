@@ -31,9 +31,10 @@ MODULE = """
         reports: ClassVar = ("steps", "rises")
         scale: float = Field(1.0, gt=0)
 
-        def token_loss(self, log_ratio_T, advantage_T, selected_T):
-            up = log_ratio_T.detach() > 0
-            return -self.scale * log_ratio_T.exp() * advantage_T, {"rises": (up.double().sum(), float(len(up)))}
+        def token_loss(self, tokens):
+            up = tokens.log_ratio_T.detach() > 0
+            loss_T = -self.scale * tokens.log_ratio_T.exp() * tokens.advantage_T
+            return loss_T, {"rises": (up.double().sum(), float(len(up)))}
 
     class LeaveOneOut(Advantage):
         min_group_size: ClassVar = 2
@@ -45,19 +46,19 @@ MODULE = """
             return reward_B - baseline_B, {"baseline": (float(baseline_B.sum()), float(size))}
 
     class Short(PolicyLoss):
-        def token_loss(self, log_ratio_T, advantage_T, selected_T):
-            return log_ratio_T.sum(), {}
+        def token_loss(self, tokens):
+            return tokens.log_ratio_T.sum(), {}
 
     class Talker(Short):
-        def token_loss(self, log_ratio_T, advantage_T, selected_T):
-            return log_ratio_T, {"surprise": (log_ratio_T.sum(), 1.0)}
+        def token_loss(self, tokens):
+            return tokens.log_ratio_T, {"surprise": (tokens.log_ratio_T.sum(), 1.0)}
 
     class Empty(PolicyLoss):
         pass
 
     class FewArguments(PolicyLoss):
-        def token_loss(self, log_ratio_T):
-            return log_ratio_T, {}
+        def token_loss(self):
+            return None, {}
 
     class ManyArguments(Short):
         def select(self, advantage_T, logprob_T, old_logprob_T, seed, *, key):

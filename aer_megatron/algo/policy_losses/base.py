@@ -9,6 +9,7 @@ Shape suffix: T packed sampled tokens of one part of the batch (T = 0 is a legal
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyTokens:
+    """What a policy loss knows of each token: fp32 [T], without a graph where not said otherwise."""
+
+    logprob_T: Tensor  # log pi(token) in nats under the policy being trained, with graph
+    log_ratio_T: Tensor  # log pi(token) - log pi_old(token), limited to +-20, with graph
+    advantage_T: Tensor  # A of the token's sequence
+    selected_T: Tensor | None = None  # bool: what ``select`` picked; None for a rule that selects nothing
+    # mean of log_ratio over the sampled tokens of the token's whole sequence; None unless ``of_sequences``
+    sequence_log_ratio_T: Tensor | None = None
+
+
 class PolicyLoss(Rule):
     """The policy loss of a token, with the options of ``[algo.policy_loss]`` as fields.
 
@@ -30,6 +43,7 @@ class PolicyLoss(Rule):
     """
 
     reports: ClassVar[tuple[str, ...]] = ()
+    of_sequences: ClassVar[bool] = False  # whether ``token_loss`` needs the ratio of whole sequences
 
     @property
     def selects(self) -> bool:
@@ -37,17 +51,10 @@ class PolicyLoss(Rule):
         return type(self).select is not PolicyLoss.select
 
     @abstractmethod
-    def token_loss(
-        self, log_ratio_T: Tensor, advantage_T: Tensor, selected_T: Tensor | None
-    ) -> tuple[Tensor, TokenSums]:
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Tensor, TokenSums]:
         """Returns (the loss of each token, what is reported of them).
 
         A token's loss may depend on its own numbers alone: how the batch is cut into parts is the layout's business.
-
-        Args:
-            log_ratio_T: log pi(token) - log pi_old(token) in nats, limited to +-20, fp32 [T], with graph.
-            advantage_T: A of the token's sequence, fp32 [T].
-            selected_T: bool [T], what ``select`` picked; None for a rule that selects nothing.
 
         Returns:
             The loss fp32 [T], to be minimised, and (sum, count) by name: ``CLIP_STATISTICS`` (tokens whose gradient

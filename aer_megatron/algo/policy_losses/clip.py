@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
-from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.policy_losses.base import PolicyLoss, PolicyTokens
 from aer_megatron.algo.statistics import TokenSums, token_sum
 
 if TYPE_CHECKING:
@@ -29,10 +29,9 @@ class ClippedRatio(PolicyLoss):
             raise ValueError(f"dual_clip={self.dual_clip} must be greater than 1 (usual: 3), or 0 for off")
         return self
 
-    def token_loss(
-        self, log_ratio_T: Tensor, advantage_T: Tensor, selected_T: Tensor | None
-    ) -> tuple[Tensor, TokenSums]:
-        ratio_T, negative_T = log_ratio_T.exp(), advantage_T < 0
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Tensor, TokenSums]:
+        advantage_T = tokens.advantage_T
+        ratio_T, negative_T = tokens.log_ratio_T.exp(), advantage_T < 0
         clipped_T = ratio_T.clamp(1.0 - self.clip_low, 1.0 + self.clip_high)
         surrogate_T = (ratio_T * advantage_T).minimum(clipped_T * advantage_T)
         ratio = ratio_T.detach()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from aer_megatron.algo.covariance import random_subset, token_covariance
+from aer_megatron.algo.policy_losses.base import PolicyTokens
 from aer_megatron.algo.policy_losses.clip import ClippedRatio
 from aer_megatron.algo.statistics import TokenSums
 from aer_megatron.types import BoolArray
@@ -50,9 +51,7 @@ class ClipCov(ClippedRatio):
         between_T = (covariance_T > self.covariance_low) & (covariance_T < self.covariance_high)
         return random_subset(between_T & ~clipped_T, fraction=self.fraction, key=key)
 
-    def token_loss(
-        self, log_ratio_T: Tensor, advantage_T: Tensor, selected_T: Tensor | None
-    ) -> tuple[Tensor, TokenSums]:
-        assert selected_T is not None
-        loss_T, statistics = super().token_loss(log_ratio_T, advantage_T, selected_T)
-        return loss_T.masked_fill(selected_T, 0.0), statistics
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Tensor, TokenSums]:
+        assert tokens.selected_T is not None
+        loss_T, statistics = super().token_loss(tokens)
+        return loss_T.masked_fill(tokens.selected_T, 0.0), statistics

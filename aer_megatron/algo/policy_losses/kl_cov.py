@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from aer_megatron.algo.covariance import highest_covariance, token_covariance
-from aer_megatron.algo.policy_losses.base import PolicyLoss
+from aer_megatron.algo.policy_losses.base import PolicyLoss, PolicyTokens
 from aer_megatron.algo.statistics import TokenSums
 from aer_megatron.types import BoolArray
 
@@ -41,10 +41,9 @@ class KlCov(PolicyLoss):
         """Returns bool [T], the tokens of the highest covariance; arguments as in ``PolicyLoss``."""
         return highest_covariance(token_covariance(advantage_T, logprob_T), fraction=self.fraction)
 
-    def token_loss(
-        self, log_ratio_T: Tensor, advantage_T: Tensor, selected_T: Tensor | None
-    ) -> tuple[Tensor, TokenSums]:
+    def token_loss(self, tokens: PolicyTokens) -> tuple[Tensor, TokenSums]:
+        log_ratio_T, selected_T = tokens.log_ratio_T, tokens.selected_T
         assert selected_T is not None
         moved_T = log_ratio_T.detach().where(log_ratio_T.abs() < _ROUNDING, log_ratio_T)
         penalty_T = (self.coefficient * moved_T.abs()).masked_fill(~selected_T, 0.0)
-        return penalty_T - log_ratio_T.exp() * advantage_T, {}
+        return penalty_T - log_ratio_T.exp() * tokens.advantage_T, {}

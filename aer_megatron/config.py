@@ -53,6 +53,7 @@ class Config(Section):
                 f"algo.num_minibatches={self.algo.num_minibatches} must divide rollout.prompts_per_step * "
                 f"rollout.group_size = {sequences}; use one of {_divisors(sequences)}"
             )
+        self.run.check()
         self.optimizer.check("optimizer")
         self.sft.optimizer.check("sft.optimizer")
         self.data.check()

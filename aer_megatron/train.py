@@ -70,18 +70,27 @@ def _end_at_once(code: int) -> None:
 def run_stage(stage: str, config: Config, arguments: Sequence[str], edge: Edge, stops: StopRequests) -> None:
     """Runs the stage to its end, or until it is stopped; every rank calls it."""
     from aer_megatron.compose.common import Process, build_topology, check_model, collective_timeout_s, open_watchdog
+    from aer_megatron.compose.out_of_memory import MemoryGuard
     from aer_megatron.parallel import platform as platforms
     from aer_megatron.parallel.exchange import all_max
     from aer_megatron.parallel.topology import destroy_topology
     from aer_megatron.parallel.watchdog import distributed_store
+    from aer_megatron.report.profiler import StepProfiler
 
     platform = platforms.install_platform()
     config.check_world_size(platform.world_size)
     platforms.initialize_process_group(platform, timeout_s=collective_timeout_s(config))
     try:
         agree = functools.partial(all_max, device=platform.device)
-        with edge.noting(), stops.shared(distributed_store(), agree), open_watchdog(config, platform) as watchdog:
-            process = Process(platform, watchdog, stops)
+        profiled = config.run.profile_steps if stage == "rl" else ()
+        with (
+            edge.noting(),
+            stops.shared(distributed_store(), agree),
+            open_watchdog(config, platform) as watchdog,
+            MemoryGuard(config, platform) as guard,
+            StepProfiler(config.run.output_dir, profiled, rank=platform.rank) as profiler,
+        ):
+            process = Process(platform, watchdog, stops, (guard.enter_phase, profiler.enter_phase))
             if stage == "sft":
                 from aer_megatron.compose.sft import init_path, is_made, run_sft
 

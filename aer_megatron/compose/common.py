@@ -53,11 +53,12 @@ class Process:
     platform: Platform
     watchdog: Watchdog
     stops: StopRequests
+    listeners: tuple[Callable[[str, int | None], None], ...] = ()  # to phases, beside these two
 
     def enter_phase(self, phase: str, step: int | None) -> None:
-        """Tells watchdog and stop requests where the rank is."""
-        self.watchdog.enter_phase(phase, step)
-        self.stops.enter_phase(phase, step)
+        """Tells watchdog, stop requests and listeners where the rank is."""
+        for listener in (self.watchdog.enter_phase, self.stops.enter_phase, *self.listeners):
+            listener(phase, step)
 
     def say(self, text: str) -> None:
         """Writes one line for the user, on rank 0."""

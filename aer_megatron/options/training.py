@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,15 @@ class RunSection(Section):
         20.0, ge=0, description="weights of a kept update up to this size are kept with it, GB (10^9 bytes)"
     )
     record_batch: int = Field(-1, ge=-1, description="keep this step's batch in output_dir/recorded too; -1 = none")
+    profile_steps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), strict=False, description="[first, last] step of a torch profile of every rank, in output_dir/profile"
+    )
+
+    def check(self) -> None:
+        """Raises ValueError where ``profile_steps`` is no range."""
+        steps = self.profile_steps
+        if steps and (len(steps) != 2 or steps[0] > steps[1]):
+            raise ValueError(f"run.profile_steps={list(steps)} must be a first and a last step, such as [5, 7]")
 
 
 class ModelSection(Section):
@@ -73,15 +82,19 @@ class ParallelSection(Section):
             raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1; set it to false")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError(f"parallel.vpp={self.vpp} needs parallel.pp > 1, stages to interleave; set it to 1")
-        shards = self.cp * (self.tp if self.sequence_parallel else 1)
-        multiple = math.lcm(2 * self.cp if self.cp > 1 else 1, shards)
-        needed = -(-longest // multiple) * multiple
+        needed = self.padded(longest)
         if 0 < self.tokens_per_micro_batch < needed:
             raise ValueError(
                 f"parallel.tokens_per_micro_batch={self.tokens_per_micro_batch} must hold the longest sequence: "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} (padded: {needed}); set at least "
                 f"{needed}, or 0 for padded micro-batches"
             )
+
+    def padded(self, length: int) -> int:
+        """Returns a sequence's length as it is cut: whole pieces for every context- and sequence-parallel rank."""
+        shards = self.cp * (self.tp if self.sequence_parallel else 1)
+        multiple = math.lcm(2 * self.cp if self.cp > 1 else 1, shards)
+        return -(-length // multiple) * multiple
 
 
 class OptimizerSection(Section):

@@ -84,9 +84,11 @@ def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> N
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)  # the launcher and both ranks: a new session is a group of its own
     process.wait()
-    resumed = train(run_file, *arguments, ranks=2)
+    resumed = train(run_file, *arguments, "--run.profile_steps=[4, 5]", ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert metric_lines(folder) == metric_lines(base / "out")
+    profiles = {path.name for path in (folder / "profile").iterdir()}
+    assert profiles == {f"steps_4-5.rank{rank}.{form}" for rank in (0, 1) for form in ("json.gz", "txt")}
 
 
 def test_training_is_the_same_without_evaluation(base: Path, tmp_path: Path) -> None:

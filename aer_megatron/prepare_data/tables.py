@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -40,7 +41,7 @@ def fetched_table(fetched: Mapping[str, tuple[Fetched, int | None]]) -> Table:
 
 def checked_table(checked: Mapping[Path, Findings]) -> Table:
     """Returns one row per file: how much of it is at fault."""
-    table = _table("file", "records", "bad rows", "duplicates", "several answers", "not judged", "without fault")
+    table = _table("file", "records", "bad rows", "duplicates", "several answers", "not judged", "kept")
     for path, found in checked.items():
         counts = (
             found.num_records,
@@ -63,7 +64,7 @@ def fault_tables(found: Findings) -> Iterable[Table]:
         yield _listing("one problem, several answers", ("row", "answer", "problem"), rows)
     if found.unjudged:
         shown = [(item.problem.where, item.reason, item.problem.record.answer) for item in found.unjudged]
-        yield _listing("gold answers that their verifier does not judge correct", ("row", "reason", "answer"), shown)
+        yield _listing("gold answers not judged correct", ("row", "reason", "answer"), shown)
 
 
 def hit_tables(hits: Sequence[Hit]) -> Iterable[Table]:
@@ -124,7 +125,7 @@ def _listing(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", min_width=4)
     return table

@@ -10,11 +10,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aer_megatron.data import rows
 from aer_megatron.data.records import Message, Record, Rules, parse_record, stable_id
 from aer_megatron.data.sources import load_records
 from aer_megatron.options.data import SourceSection
+from aer_megatron.rewards.messages import encode_prompt
+from aer_megatron.types import Prompt
+from tests.support.json_values import JSON
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "data"
 RULES = Rules("answer", "math", lambda name: False)
@@ -126,6 +131,25 @@ def test_parquet_whose_rows_unpack_to_too_much_is_not_read(tmp_path: Path, monke
     assert path.stat().st_size < 10_000
     with pytest.raises(ValueError, match=r"row 1: this row and those behind it are too large"):
         load(path, "skip")
+
+
+FIELDS = ["problem", "prompt", "answer", "label", "reward_model", "verifier", "id", "response", "extra"]
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "x"]), "content": JSON}), max_size=3
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON | MESSAGES | st.just({"ground_truth": "2"}), max_size=6) | JSON)
+def test_any_row_is_a_record_or_a_value_error(row: Any) -> None:
+    try:
+        record = parse_record(row, RULES)
+    except ValueError as error:
+        assert str(error)
+        return
+    prompt = Prompt(record.id, record.problem, (1,), record.answer, record.verifier, record.metadata)
+    assert encode_prompt(prompt)  # it reaches a verifier process
+    assert 0 <= record.id < 2**64 and record.problem.strip() and record.answer.strip()
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="no ../shared/cases beside the project")

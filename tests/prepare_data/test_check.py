@@ -54,7 +54,7 @@ def test_planted_faults(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [record.problem for record in kept] == ["What is $1+1$?", "Half of one?", "Why?", "Talk."]
     assert (kept[0].metadata, len(kept[3].conversation)) == ({"level": 3}, 2)
     shown = capsys.readouterr().out
-    assert "one problem, several answers" in shown and "not judge correct" in shown
+    assert "one problem, several answers" in shown and "gold answers" in shown
 
 
 @pytest.mark.processes

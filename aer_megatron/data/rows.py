@@ -76,7 +76,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                 for load in _loaders(batch):
                     number += 1
                     yield Row(f"row {number}", load)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"path={str(path)!r} is not a readable Parquet file: {reason}; write it again") from None
 

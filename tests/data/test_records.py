@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aer_megatron.data import rows
@@ -122,6 +122,29 @@ def test_a_value_of_parquet_that_python_cannot_hold_costs_its_row(tmp_path: Path
     with pytest.raises(ValueError, match=r"set\.parquet, row 2: it holds a value that cannot be read: 'utf-8'"):
         load(path)
     assert [record.answer for record in load(path, "skip")] == ["1", "3"]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(edits=st.lists(st.tuples(st.integers(0, 1499), st.integers(0, 255)), min_size=1, max_size=8))
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
+    path = tmp_path / "set.parquet"
+    pq.write_table(pa.Table.from_pylist([VERL, VERL | {"reward_model": {"style": "rule", "ground_truth": "3"}}]), path)
+    raw = bytearray(path.read_bytes())
+    for from_the_end, value in edits:
+        raw[-1 - from_the_end] = value
+    path.write_bytes(bytes(raw))
+    try:
+        load(path, "skip")
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_parquet_whose_columns_have_no_name_in_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "set.parquet"
+    pq.write_table(pa.table({"problem": ["x"], "answer": ["1"], "extra": ["y"]}), path)
+    path.write_bytes(path.read_bytes().replace(b"extra", b"extr\xff"))
+    with pytest.raises(ValueError, match=r"set\.parquet' is not a readable Parquet file"):
+        load(path, "skip")
 
 
 def test_parquet_whose_rows_unpack_to_too_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

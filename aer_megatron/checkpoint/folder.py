@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,23 @@ _SMALL_FILES_BYTES = 1 << 16  # manifest, headers and pages that are not full
 _STEP = re.compile(r"step_(\d{8,18})")
 _LEFTOVER = re.compile(r"step_\d{8,18}\.tmp-(new|old)(-[0-9a-f]{8})?")
 
+ChooseBest = Callable[[Collection[int]], int | None]
+
+
+def no_best(steps: Collection[int]) -> None:
+    """Chooses none of the steps."""
+
 
 class CheckpointFolder:
-    """The checkpoints in the folder ``path``, of which pruning leaves the newest ``keep``."""
+    """The checkpoints in the folder ``path``, of which pruning leaves the newest ``keep`` and what ``best`` chooses.
 
-    def __init__(self, path: Path, keep: int) -> None:
+    ``best`` is given the steps that are there and returns one, or None; OSError or ValueError puts pruning off.
+    """
+
+    def __init__(self, path: Path, keep: int, best: ChooseBest = no_best) -> None:
         self.path = path
         self._keep = keep
+        self._best = best
         self._told: set[str] = set()
 
     def finished(self) -> dict[int, Path]:
@@ -86,7 +97,7 @@ class CheckpointFolder:
         flush_to_disk(self.path)
         try:
             self._prune()
-        except OSError as error:  # the checkpoint is written, whatever becomes of the older ones
+        except (OSError, ValueError) as error:  # the checkpoint is written, whatever becomes of the older ones
             self._tell(self.path, error)
         return final
 
@@ -103,7 +114,8 @@ class CheckpointFolder:
 
     def _prune(self) -> None:
         finished = self.finished()
-        for step in sorted(finished)[: -self._keep]:
+        kept = {*sorted(finished)[-self._keep :], self._best(finished)}
+        for step in sorted(finished.keys() - kept):
             try:
                 self._retire(finished[step])
             except OSError as error:
@@ -133,7 +145,7 @@ class CheckpointFolder:
         if failures:
             self._tell(path, failures[0])
 
-    def _tell(self, path: Path, error: OSError) -> None:
+    def _tell(self, path: Path, error: Exception) -> None:
         if path.name not in self._told:
             self._told.add(path.name)
             _LOG.warning("%s cannot be removed now: %s; it is tried again with every later checkpoint", path, error)

@@ -28,7 +28,7 @@ import torch
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.checkpoint.buffer import HostBuffer, TensorFile, tensor_file
-from aer_megatron.checkpoint.folder import CheckpointFolder
+from aer_megatron.checkpoint.folder import CheckpointFolder, ChooseBest, no_best
 from aer_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -89,11 +89,16 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints in one folder. Every method is called on every rank with the same arguments."""
 
-    def __init__(self, folder: Path, *, topology: Topology, device: torch.device, keep: int) -> None:
-        """``device`` carries the ranks' agreement (that of the default process group); ``keep`` >= 1."""
+    def __init__(
+        self, folder: Path, *, topology: Topology, device: torch.device, keep: int, best: ChooseBest = no_best
+    ) -> None:
+        """``device`` carries the ranks' agreement (that of the default process group); ``keep`` >= 1.
+
+        ``best`` chooses one checkpoint more that is kept; it is called on rank 0, perhaps beside training.
+        """
         if keep < 1:
             raise ValueError(f"keep_checkpoints={keep} must be at least 1: the newest checkpoint is always kept")
-        self._folder = CheckpointFolder(folder, keep)
+        self._folder = CheckpointFolder(folder, keep, best)
         self._topology = topology
         self._on_all_ranks = functools.partial(on_all_ranks, device=device, failures=SAVE_FAILURES)
         self._buffer = HostBuffer(device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aer_megatron.actor.actor import Actor
 from aer_megatron.compose.quantization import check_quantization
+from aer_megatron.compose.saves import check_best
 from aer_megatron.compose.step_plan import StepPlan
 from aer_megatron.config import Config
 from aer_megatron.console.standard_streams import say
@@ -123,7 +124,7 @@ def architecture(path: str, tp: int = 1) -> ModelArchitecture:
 
 
 def check_model(config: Config, path: str) -> None:
-    """Raises ValueError unless layout and rollout engine fit the model and the longest sequence its positions."""
+    """Raises ValueError unless layout and engine fit the model, sequences its positions and options one another."""
     for check in model_checks(config, path):
         check()
 
@@ -136,6 +137,7 @@ def model_checks(config: Config, path: str) -> list[Callable[[], None]]:
         functools.partial(check_parallel, arch, parallel.tp, parallel.pp, vpp=parallel.vpp, ep=parallel.ep),
         functools.partial(check_quantization, config, arch),
         StepPlan(config, arch).check_positions,
+        functools.partial(check_best, config),
     ]
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from aer_megatron._C import DifficultyLedger
 from aer_megatron.actor.actor import Actor
 from aer_megatron.algo import controller
+from aer_megatron.checkpoint.folder import no_best
 from aer_megatron.checkpoint.store import Checkpoint, CheckpointStore
 from aer_megatron.compose.common import Process, build_policy, checked_weights, held, open_reporter
 from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.evaluation import evaluation_sets, last_evaluation_is_missing
 from aer_megatron.compose.incidents import GuardedPolicy
-from aer_megatron.compose.saves import RunSaves
+from aer_megatron.compose.saves import RunSaves, best_step
 from aer_megatron.compose.throughput import run_throughput
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor
@@ -50,7 +51,11 @@ def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequ
     folder = Path(config.run.output_dir)
     with held({folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r}"}, platform):
         store = CheckpointStore(
-            folder / "checkpoints", topology=topology, device=platform.device, keep=config.run.keep_checkpoints
+            folder / "checkpoints",
+            topology=topology,
+            device=platform.device,
+            keep=config.run.keep_checkpoints,
+            best=best_step(folder / METRICS_FILE, config.run.keep_best) if config.run.keep_best else no_best,
         )
         checkpoint = store.latest()
         lost = 0 if checkpoint is not None else sum(1 for _ in split_lines(folder / METRICS_FILE))

@@ -7,17 +7,51 @@ Only the last one must be there: without it the run ends in an error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from aer_megatron.actor.actor import Actor
+from aer_megatron.checkpoint.folder import ChooseBest
 from aer_megatron.checkpoint.save import Writer
 from aer_megatron.checkpoint.store import CheckpointStore, SaveError
+from aer_megatron.config import Config
 from aer_megatron.loop.parts import Progress
+from aer_megatron.report.metrics import Metric, of_set
+from aer_megatron.report.writer import read_metrics
 
 _LOG = logging.getLogger(__name__)
 _LAST_CHANCE_S = 60.0  # for a save that is under way when the run ends in an error
+
+
+def check_best(config: Config) -> None:
+    """Raises ValueError unless ``run.keep_best`` is a score of a set that the run evaluates: higher is better."""
+    scores = [
+        of_set(name, measure, k)
+        for name, each in config.eval.sets.items()
+        if each.every
+        for measure, ks in (("pass@K", each.k), ("maj@K", each.k), ("avg@K", (each.num_samples,)))
+        for k in ks
+    ]
+    if config.run.keep_best and config.run.keep_best not in scores:
+        known = f"use one of {', '.join(scores)}" if scores else "add a set to [eval.sets]"
+        raise ValueError(f"run.keep_best={config.run.keep_best!r} is no score of an evaluation set; {known}")
+
+
+def best_step(metrics_file: Path, metric: str) -> ChooseBest:
+    """Returns what chooses the step whose record has the highest ``metric``, the latest of equals.
+
+    The record of a step evaluates the policy of the checkpoint with that number. Raises ValueError when it is called
+    and metrics.jsonl is damaged.
+    """
+
+    def choose(steps: Collection[int]) -> int | None:
+        found = {record[Metric.STEP]: record.get(metric) for record in read_metrics(metrics_file)}
+        scores = [(score, step) for step in steps if isinstance(score := found.get(step), float)]
+        return max(scores)[1] if scores else None
+
+    return choose
 
 
 class RunSaves:

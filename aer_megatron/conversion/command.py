@@ -29,8 +29,9 @@ aer convert hf-to-megatron MODEL OUTPUT [--tp N] [--dtype D] [--verify]
   Writes a folder that GPTModel loads through megatron.core.dist_checkpointing under any pipeline and expert layout,
   and any tensor-parallel size that divides the heads; --tp pads the heads for another one.
 aer convert megatron-to-hf CHECKPOINT OUTPUT [--hf MODEL] [--dtype D] [--verify]
-  CHECKPOINT is what megatron.core.dist_checkpointing or hf-to-megatron wrote, or a step_* folder of a run, in any
-  layout. config.json, generation_config.json and tokenizer files come from --hf.
+  CHECKPOINT is what megatron.core.dist_checkpointing or hf-to-megatron wrote, the folder of a run (its newest
+  checkpoint) or a step_* folder of one, in any layout. config.json, generation_config.json and tokenizer files come
+  from --hf, or from the model.path that the run recorded.
 aer convert hf-to-fp8 MODEL OUTPUT [--dtype D]
   What SGLang servers of rollout.quantization = "fp8" are started from: projections in float8_e4m3fn with one scale per
   block of 128 x 128. A run that launches its servers does this itself; those of sglang.urls need it.
@@ -95,7 +96,7 @@ COMMAND = CommandLine(
     options=(
         Option("dtype", "D", "of the output [as stored; of what is not FP8 bfloat16]", choices=_DTYPES),
         Option("tp", "N", "tensor-parallel size that the heads must split into [1]", whole(1)),
-        Option("hf", "MODEL", "folder of config.json, tokenizer, ... [the checkpoint's]"),
+        Option("hf", "MODEL", "folder of config.json, tokenizer, ... [the checkpoint's, or its run's model.path]"),
         Option("verify", "", "read the output back: names, shapes, bits, logits"),
         Option("max-file-gb", "GB", "size of one output file [4, of Hugging Face folders 5]", _gigabytes),
         Option("layouts", "LIST", "what check runs [1x1,2x1,1x2,2x2]", lambda text: text.split(",")),

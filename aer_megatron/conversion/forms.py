@@ -8,7 +8,7 @@ import torch
 
 from aer_megatron.console.command_line import Given
 from aer_megatron.console.standard_streams import say
-from aer_megatron.conversion.checkpoint import open_checkpoint
+from aer_megatron.conversion.checkpoint import locate, open_checkpoint
 from aer_megatron.conversion.progress import progress_bar
 from aer_megatron.convert import folders
 from aer_megatron.convert.fp8_weights import fp8_specs
@@ -36,9 +36,9 @@ def hf_to_megatron(given: Given, model: Path, output: Path) -> None:
             say(line, error=True)
 
 
-def megatron_to_hf(given: Given, checkpoint: Path, output: Path) -> None:
-    """Writes the Hugging Face folder ``output`` from a distributed checkpoint or a run's step_* folder."""
-    like = Path(given["hf"] or checkpoint)
+def megatron_to_hf(given: Given, place: Path, output: Path) -> None:
+    """Writes the Hugging Face folder ``output`` from a distributed checkpoint, a run or a run's step_* folder."""
+    checkpoint, like = locate(place, given["hf"])
     source = open_checkpoint(checkpoint, like)
     dtype = _torch_dtype(given)
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes

@@ -51,6 +51,7 @@ def _report_config(config: Config, num_steps: int) -> Config:
         {
             "run.num_steps": num_steps,
             "eval.sets": {},
+            "run.keep_best": "",
             "rollout.logprob_gate": 0.0,
             # every precision drifts away from the policy whose rollouts it replays: that must not hold its controller
             "algo.entropy.mismatch_bound": 0.0,

@@ -18,6 +18,11 @@ class RunSection(Section):
     num_steps: int = Field(100, ge=1, description="policy updates' rollout batches")
     checkpoint_every: int = Field(0, ge=0, description="write a checkpoint every k steps; 0 = only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: str = Field(
+        "",
+        description='metric of an evaluation set, such as "eval/aime24/pass@1": the checkpoint with its highest value '
+        "is kept beside the newest; empty = none",
+    )
     async_checkpoint: bool = Field(
         True, description="write checkpoints beside training, from a copy in host memory; false = training waits"
     )
@@ -44,10 +49,15 @@ class RunSection(Section):
     )
 
     def check(self) -> None:
-        """Raises ValueError where ``profile_steps`` is no range."""
+        """Raises ValueError where ``profile_steps`` is no range, or ``keep_best`` has nothing to choose among."""
         steps = self.profile_steps
         if steps and (len(steps) != 2 or steps[0] > steps[1]):
             raise ValueError(f"run.profile_steps={list(steps)} must be a first and a last step, such as [5, 7]")
+        if self.keep_best and not self.checkpoint_every:
+            raise ValueError(
+                f"run.keep_best={self.keep_best!r} chooses among checkpoints, and run.checkpoint_every=0 writes the "
+                "last one alone; set it, best to a multiple of the set's 'every'"
+            )
 
 
 class ModelSection(Section):

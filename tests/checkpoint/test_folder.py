@@ -31,6 +31,28 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(folder.path) == ["step_00000002", "step_00000003"]
 
 
+def test_the_best_is_kept_beside_the_newest_until_another_is_better(tmp_path: Path) -> None:
+    best = [1]
+    folder = CheckpointFolder(tmp_path / "checkpoints", 1, lambda steps: best[0] if best[0] in steps else None)
+    for step in (1, 2, 3):
+        write(folder, step)
+    assert names(folder.path) == ["step_00000001", "step_00000003"]
+    best[0] = 3
+    write(folder, 4)
+    assert names(folder.path) == ["step_00000003", "step_00000004"]
+
+
+def test_a_best_that_cannot_be_found_removes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def damaged(steps: Any) -> int:
+        raise ValueError("metrics.jsonl, line 3 is not the record of a step")
+
+    folder = CheckpointFolder(tmp_path / "checkpoints", 1, damaged)
+    for step in (1, 2, 3):
+        write(folder, step)
+    assert names(folder.path) == ["step_00000001", "step_00000002", "step_00000003"]
+    assert "line 3 is not the record" in caplog.text
+
+
 def undeletable(monkeypatch: pytest.MonkeyPatch, word: str) -> list[str]:
     """Deleting what has ``word`` in its name fails as on NFS, until the list that is returned is cleared."""
     stuck = [word]

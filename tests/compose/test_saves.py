@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aer_megatron.checkpoint.store import SaveError
-from aer_megatron.compose.saves import RunSaves
+from aer_megatron.compose.saves import RunSaves, best_step, check_best
+from aer_megatron.config import Config
 from aer_megatron.loop.parts import Progress
+from tests.support.policies import policy_config
 
 
 class Store:
@@ -92,3 +96,36 @@ def test_a_run_that_ends_in_an_error_gives_the_save_a_bounded_time() -> None:
         run.save(progress(1))
         raise KeyError
     assert store.given_up == [60.0]
+
+
+def test_the_best_step_is_that_of_the_highest_score_and_of_equals_the_latest(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    scores = {0: 0.9, 2: 0.1, 4: 0.5, 6: 0.5, 8: None}
+    lines = [{"step": step, **({"eval/a/pass@1": scores[step]} if step in scores else {})} for step in range(10)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    choose = best_step(file, "eval/a/pass@1")
+    assert choose([2, 4, 6, 8, 9]) == 6
+    assert choose([2]) == 2
+    assert choose([3, 8]) is None
+    file.write_text(json.dumps({"step": 2, "eval/a/pass@1": 1.0}) + "\n")  # it is read anew: a run goes on
+    assert choose([2, 6]) == 2
+
+
+def with_set(keep_best: str, **options: Any) -> Config:
+    sets = {"a": {"source": {"task": "countdown"}, "num_samples": 16, "k": [1, 4], **options}}
+    return policy_config(run={"keep_best": keep_best, "checkpoint_every": 50}, eval={"sets": sets})
+
+
+def test_what_is_kept_must_be_a_score_of_a_set() -> None:
+    for name in ("eval/a/pass@1", "eval/a/maj@4", "eval/a/avg@16", ""):
+        check_best(with_set(name))
+    for name in ("eval/a/pass@2", "eval/b/pass@1", "eval/a/truncated", "reward/mean"):
+        with pytest.raises(ValueError, match=f"'{name}' is no score of an evaluation set; use one of eval/a/pass@1, "):
+            check_best(with_set(name))
+    with pytest.raises(ValueError, match=r"is no score of an evaluation set; add a set to \[eval.sets\]"):
+        check_best(with_set("eval/a/pass@1", every=0))
+
+
+def test_the_best_is_chosen_among_several() -> None:
+    with pytest.raises(ValueError, match=r"run\.checkpoint_every=0 writes the last one alone; set it"):
+        policy_config(run={"keep_best": "eval/a/pass@1"})

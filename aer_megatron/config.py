@@ -60,6 +60,7 @@ class Config(Section):
         self.parallel.check(self.data.max_prompt_tokens + self.rollout.max_new_tokens)
         self.algo.check(self.rollout.group_size, self.rollout.max_new_tokens)
         self.rollout.check(self.algo.tis_clip)
+        self.eval.check(self.rollout.engine, release_memory=self.sglang.release_memory)
         if self.rollout.uses_servers:
             self.sglang.check()
         return self

@@ -178,7 +178,7 @@ def rollout_parts(config: Config, platform: Platform, data: Data, stack: ExitSta
 
     return RolloutParts(
         collector=collector,
-        evaluation=evaluation_sets(config, engine, data, platform),
+        evaluation=evaluation_sets(config, engine, data, platform, pool),
         score_groups=functools.partial(score_groups, decode=data.decode, pool=pool),
         gather=gather,
         weight_sync=weight_sync,

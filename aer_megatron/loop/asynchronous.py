@@ -14,34 +14,27 @@ What happens in a step, shared with the synchronous loop, is in phases.py.
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 from aer_megatron.algo.experience import staleness
+from aer_megatron.loop.beside import beside
 from aer_megatron.loop.parts import Begin, Progress
 from aer_megatron.loop.phases import Phases, Rollouts
 
 
 def train_ahead(phases: Phases) -> int:
-    """Runs the steps as ``synchronous.train`` does, generating ahead; returns the next step, with everything saved.
-
-    Rollouts that are under way at the end, or at an error, are left to the engine's ``close``.
-    """
-    worker = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-    try:
-        return _train_ahead(phases, _beginner(worker))
-    finally:
-        # not waited for: it may be in the middle of a generation, which ends when the engine is closed
-        worker.shutdown(wait=False, cancel_futures=True)
+    """Runs the steps as ``synchronous.train`` does, generating ahead; returns the next step, with everything saved."""
+    with beside("rollouts") as begin, phases.evaluating() as begin_evaluation:
+        return _train_ahead(phases, begin, begin_evaluation)
 
 
-def _train_ahead(phases: Phases, begin: Begin) -> int:
+def _train_ahead(phases: Phases, begin: Begin, begin_evaluation: Begin) -> int:
     start, num_steps, most_stale = phases.start, phases.config.run.num_steps, phases.config.rollout.staleness
     next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
     phases.publish(policy_version)
 
     ahead: deque[Rollouts] = deque()
     for step in range(start.next_step, num_steps):
-        evaluation = phases.begin_evaluation(step)
+        evaluation = phases.begin_evaluation(step, begin_evaluation)
         while len(ahead) <= most_stale and step + len(ahead) < num_steps:
             ahead.append(phases.begin_rollouts(step + len(ahead), begin))
         collected = phases.collect(ahead.popleft())
@@ -56,8 +49,3 @@ def _train_ahead(phases: Phases, begin: Begin) -> int:
     if next_step == num_steps:
         phases.evaluate_last()
     return next_step
-
-
-def _beginner(worker: ThreadPoolExecutor) -> Begin:
-    """Returns what begins a generation at once, behind those begun before, and gives the way to wait for it."""
-    return lambda work: worker.submit(work).result

@@ -41,6 +41,8 @@ def _finish(
     metrics: dict[str, float] = {}
     with parts.timer.phase("eval"):
         for each, groups in zip(sets, wait(), strict=True):
-            experience, _ = parts.rollouts.gather(parts.rollouts.score_groups(groups))
-            metrics |= evaluation_metrics(each.name, each.options, experience)
+            scored = parts.rollouts.score_groups(groups)
+            experience, _ = parts.rollouts.gather(scored)
+            majority_P = each.votes(scored, [k for k in each.options.k if k > 1]) if each.votes else {}
+            metrics |= evaluation_metrics(each.name, each.options, experience, majority_P)
     return metrics

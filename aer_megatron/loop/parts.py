@@ -18,6 +18,7 @@ from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.types import (
     Experience,
     Float32Array,
+    Float64Array,
     PolicyScores,
     Prompt,
     RolloutGroup,
@@ -104,6 +105,12 @@ class NoSaves:
         """Does nothing."""
 
 
+class Votes(Protocol):
+    """Returns the probability that the most frequent answer of k samples is right, per problem of all ranks, by k."""
+
+    def __call__(self, scored: Sequence[ScoredGroup], ks: Sequence[int], /) -> Mapping[int, Float64Array]: ...
+
+
 class Begin(Protocol):
     """Begins a work, now or later, here or beside, and returns what waits for its result."""
 
@@ -129,6 +136,7 @@ class EvaluationSet:
     options: EvalSetSection
     prompts: Sequence[Prompt]
     collector: Collector
+    votes: Votes | None = None  # where the verifiers tell answers apart
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from aer_megatron.algo.ledger import difficulty_accuracy, group_token_entropy, u
 from aer_megatron.algo.mismatch import Mismatch, measure_mismatch
 from aer_megatron.algo.selection import skip_decided
 from aer_megatron.config import Config
+from aer_megatron.loop.beside import beside
 from aer_megatron.loop.evaluation import Finish, begin_evaluation, due_sets
 from aer_megatron.loop.parts import Begin, Parts, PendingBatch, Progress, at_once, when_waited
 from aer_megatron.report.metrics import Metric, reason_count
@@ -100,15 +102,19 @@ class Phases:
         self.start = start
         self._resumed = {batch.step: batch for batch in start.pending}
 
-    def begin_evaluation(self, step: int, begin: Begin = at_once) -> Finish:
-        """Returns what gives the metrics of the sets that are due before ``step``; ``begin`` has them sampled."""
+    def evaluating(self) -> AbstractContextManager[Begin]:
+        """Gives how evaluations begin: at once, or (``eval.overlap``) beside what follows."""
+        return beside("evaluation") if self.config.eval.overlap else nullcontext(at_once)
+
+    def begin_evaluation(self, step: int, begin: Begin) -> Finish:
+        """Returns what gives the metrics of the sets that are due before ``step``, of the policy that is served now."""
         sets = due_sets(self.parts.rollouts.evaluation, step, num_steps=self.config.run.num_steps)
         return begin_evaluation(self.parts, sets, step, begin)
 
     def evaluate_last(self) -> None:
         """Evaluates the policy that the run ends with; its record, of step ``num_steps``, holds nothing else."""
         step = self.config.run.num_steps
-        metrics = self.begin_evaluation(step)()
+        metrics = self.begin_evaluation(step, at_once)()
         if metrics:
             self.parts.reporter.step({Metric.STEP: step} | metrics | self.parts.timer.take())
 

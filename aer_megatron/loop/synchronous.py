@@ -14,7 +14,7 @@ know torch, ranks, files or how any part works.
 
 from __future__ import annotations
 
-from aer_megatron.loop.parts import Progress
+from aer_megatron.loop.parts import Begin, Progress
 from aer_megatron.loop.phases import Phases
 
 
@@ -23,13 +23,18 @@ def train(phases: Phases) -> int:
 
     That is ``num_steps``, or less where the run was asked to stop.
     """
+    with phases.evaluating() as begin_evaluation:
+        return _train(phases, begin_evaluation)
+
+
+def _train(phases: Phases, begin_evaluation: Begin) -> int:
     start, num_steps = phases.start, phases.config.run.num_steps
     next_step, controller_state, policy_version = start.next_step, start.controller_state, start.policy_version
     phases.publish(policy_version)
 
     for step in range(start.next_step, num_steps):
-        evaluation = phases.begin_evaluation(step)
         collected = phases.collect(phases.begin_rollouts(step))
+        evaluation = phases.begin_evaluation(step, begin_evaluation)  # servers are idle from here on
         phases.release_memory()
         controller_state = phases.policy_step(step, collected, controller_state, policy_version, evaluation)
         next_step, policy_version = step + 1, policy_version + 1

@@ -136,6 +136,9 @@ class EvalSetSection(Section):
 
 class EvalSection(Section):
     sets: dict[str, EvalSetSection] = Field(default_factory=dict, description="evaluation sets by name")
+    overlap: bool = Field(
+        False, description="servers answer evaluation sets while the policy trains; new weights wait for it"
+    )
 
     @model_validator(mode="after")
     def _names(self) -> Self:
@@ -146,6 +149,21 @@ class EvalSection(Section):
                     f"{TRAINING_SET!r}: it becomes part of metric names; rename it"
                 )
         return self
+
+    def check(self, engine: str, *, release_memory: bool) -> None:
+        """Raises ValueError where nothing can answer evaluation sets beside training."""
+        if not self.overlap:
+            return
+        if engine != "sglang":
+            raise ValueError(
+                "eval.overlap=true needs rollout.engine='sglang', servers that answer by themselves; the embedded "
+                "engine works in turn with the trainer: set eval.overlap=false"
+            )
+        if release_memory:
+            raise ValueError(
+                "eval.overlap=true has servers answer while the policy trains, and sglang.release_memory=true takes "
+                "their memory then; set one of them to false"
+            )
 
 
 class SftSection(Section):

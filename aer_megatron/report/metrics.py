@@ -189,7 +189,7 @@ class Metric(StrEnum):
     TIME_SCORE = "time/score_s", "s", "forward pass for log-probabilities and entropies"
     TIME_TRAIN = "time/train_s", "s", "forward-backward passes and optimizer steps"
     TIME_SYNC = "time/sync_s", "s", "weights from trainer to rollout engine"
-    TIME_EVAL = "time/eval_s", "s", "evaluation"
+    TIME_EVAL = "time/eval_s", "s", "evaluation; with eval.overlap what training waited for it"
     TIME_CHECKPOINT = "time/checkpoint_s", "s", "what training waited for a checkpoint since the previous line"
     TIME_TOKENS_PER_S = (
         "time/tokens_per_s",

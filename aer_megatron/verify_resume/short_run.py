@@ -106,6 +106,7 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
             "rollout.staleness": 0,
             "rollout.oversample": 1.0,
             "sglang.release_memory": "false",
+            "eval.overlap": "false",
         }
     return [f"--{name}={value}" for name, value in options.items()]
 

@@ -63,7 +63,7 @@ def run(
     assert done.returncode == 0, done.stderr
     lines = metric_lines(output)
     assert [line["step"] for line in lines] == list(range(len(lines)))
-    for line in lines:  # every sample is judged, and once
+    for line in lines[:-1]:  # every sample is judged, and once; the last line is of evaluation alone
         assert sum(count for name, count in line.items() if name.startswith("rewards/reason/")) == NUM_SEQUENCES
     return lines
 
@@ -79,6 +79,7 @@ def test_stale_rollouts_stay_within_the_bound_and_a_resume_counts_nothing_twice(
 ) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     lines = run(base, straight, servers, "--rollout.staleness=2", "--rollout.max_new_tokens=30")
+    evaluated = lines.pop()
     staleness = [line["rollout/staleness_max"] for line in lines]
     assert staleness[0] == 0 and 1 <= max(staleness) <= 2
     assert all(0 <= line["rollout/staleness_mean"] <= line["rollout/staleness_max"] for line in lines)
@@ -96,7 +97,17 @@ def test_stale_rollouts_stay_within_the_bound_and_a_resume_counts_nothing_twice(
     assert [batch["step"] for batch in waiting] == [4, 5]
     again = run(base, resumed, servers, "--rollout.staleness=2", "--rollout.max_new_tokens=30")
     assert again[:4] == lines[:4]
+    assert evaluated.keys() == again[-1].keys()
     assert attempts(resumed) == attempts(straight)  # prompt by prompt
+
+
+def test_servers_answer_evaluation_beside_training_and_change_no_number(
+    base: Path, servers: list[SGLangDouble], tmp_path: Path
+) -> None:
+    in_turn = run(base, tmp_path / "in_turn", servers, "--run.num_steps=4", ranks=2)
+    beside = run(base, tmp_path / "beside", servers, "--run.num_steps=4", "--eval.overlap=true", ranks=2)
+    assert [line["step"] for line in beside if "eval/countdown/pass@4" in line] == [0, 3, 4]
+    assert beside == in_turn
 
 
 def test_a_stopped_run_leaves_no_request_behind_and_goes_on_with_what_it_had_drawn(
@@ -117,7 +128,7 @@ def test_a_stopped_run_leaves_no_request_behind_and_goes_on_with_what_it_had_dra
         time.sleep(0.05)
     assert [server.running for server in servers] == [{}, {}]
     lines = run(base, out, servers, *stale)
-    assert len(lines) == NUM_STEPS
+    assert len(lines) == NUM_STEPS + 1
     assert sum(attempts(out).values()) == NUM_STEPS * NUM_SEQUENCES
 
 

@@ -14,7 +14,7 @@ from aer_megatron.algo.controller import initial_state
 from aer_megatron.algo.experience import pack_groups
 from aer_megatron.config import Config
 from aer_megatron.loop.asynchronous import train_ahead
-from aer_megatron.loop.parts import Parts, Progress, RolloutParts
+from aer_megatron.loop.parts import EvaluationSet, Parts, Progress, RolloutParts
 from aer_megatron.loop.phases import Phases
 from aer_megatron.loop.synchronous import train
 from aer_megatron.report.timer import PhaseTimer
@@ -64,6 +64,9 @@ class World:
         self.begun = {step: threading.Event() for step in range(NUM_STEPS + 1)}
         self.wait_for: Callable[[int], int | None] = lambda step: None  # generation that a training waits for
         self.fails_at: int | None = None
+        self.evaluation_fails_at: int | None = None
+        self.evaluating = {step: threading.Event() for step in range(NUM_STEPS + 1)}
+        self.training: dict[int, threading.Event] = {}
         self.lines: list[dict[str, Any]] = []
         self.stops_behind: int | None = None
 
@@ -96,6 +99,7 @@ class World:
 
     def publish(self, named_tensors: Iterator[Any], version: int) -> None:
         self.version = version
+        self.diary.append(("publish", version))
 
     # verifiers: one of three prompts has an advantage
     def score_groups(self, groups: list[RolloutGroup]) -> list[ScoredGroup]:
@@ -113,6 +117,8 @@ class World:
         step = len(self.trained)
         self.diary.append(("train", step))
         self.trained.append(batch.experience.prompt_id_B[::GROUP_SIZE].tolist())
+        if step in self.training:
+            self.training[step].set()
         awaited = self.wait_for(step)
         if awaited is not None:
             assert self.begun[awaited].wait(TIMEOUT_S), f"batch {awaited} is not generated while {step} trains"
@@ -128,15 +134,34 @@ class World:
         self.lines.append(metrics)
 
 
+class Answers:
+    """The collector of an evaluation set: its problems have ids that training has not."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def collect(self, prompts: Sequence[Prompt], *, step: int, refill: int) -> list[RolloutGroup]:
+        self.world.evaluating[step].set()
+        if step == self.world.evaluation_fails_at:
+            raise RuntimeError("no rollout server came into service")
+        if step in self.world.training:  # what this evaluation must not end before
+            assert self.world.training[step].wait(TIMEOUT_S), f"step {step} does not train while it is evaluated"
+        self.world.diary.append(("evaluate", self.world.version))
+        spans = (VersionSpan(self.world.version, 0, 3),)
+        return [RolloutGroup(prompt, (Completion((3, 4, 5), (-0.5,) * 3, "stop", spans),) * 2) for prompt in prompts]
+
+
 def run(world: World, config: Config, start: Progress | None = None) -> list[Progress]:
     """Returns what was saved after every step."""
     saved: list[Progress] = []
     anything: Any = world
+    problems = [Prompt(101 + number, "", (1, 2), "", "countdown") for number in range(2)]
+    evaluation = [EvaluationSet(name, each, problems, Answers(world)) for name, each in config.eval.sets.items()]
     parts = Parts(
         prompts=anything,
         rollouts=RolloutParts(
             collector=anything,
-            evaluation=(),
+            evaluation=evaluation,
             score_groups=world.score_groups,
             gather=lambda groups: (pack_groups(groups), {}),
             weight_sync=world,
@@ -171,7 +196,7 @@ def test_without_staleness_generation_and_training_take_turns() -> None:
     world = World()
     run(world, run_config(0))
     expected = [(what, step) for step in range(NUM_STEPS) for what in ("generate", "train", "trained")]
-    assert world.diary == expected
+    assert [event for event in world.diary if event[0] != "publish"] == expected
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2, 4])
@@ -233,6 +258,15 @@ def test_over_sampling_launches_more_and_counts_what_it_gives_up() -> None:
             {"rollout": {"staleness": 1, "engine": "sglang"}, "sglang": {"urls": ["http://a"]}},
             r"set algo.tis_clip \(usual: 2\)",
         ),
+        ({"eval": {"overlap": True}}, "eval.overlap=true needs rollout.engine='sglang'"),
+        (
+            {
+                "eval": {"overlap": True},
+                "rollout": {"engine": "sglang"},
+                "sglang": {"urls": ["http://a"], "release_memory": True},
+            },
+            "eval.overlap=true has servers answer .* sglang.release_memory=true",
+        ),
     ],
 )
 def test_what_the_configuration_refuses(table: dict[str, Any], message: str) -> None:
@@ -255,3 +289,81 @@ def test_a_run_that_is_asked_to_stop_is_saved_once_and_goes_on_the_same(stalenes
     resumed = World()
     run(resumed, config, saved[-1])
     assert world.trained + resumed.trained[3:] == straight.trained
+
+
+# --- evaluation
+
+
+def with_sets(staleness: int, *, overlap: bool, **every: int) -> Config:
+    sets = {
+        name: {"source": {"task": "countdown"}, "num_samples": 2, "k": [1, 2], "every": steps}
+        for name, steps in every.items()
+    }
+    return run_config(staleness).with_options({"eval.sets": sets, "eval.overlap": overlap})
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_sets_are_evaluated_when_they_are_due_and_at_the_end_and_change_no_number(
+    staleness: int, overlap: bool
+) -> None:
+    plain, world = World(), World()
+    for each in (plain, world):
+        each.wait_for = lambda step: min(step + staleness, NUM_STEPS - 1)  # as stale as the bound lets it be
+    run(plain, run_config(staleness))
+    run(world, with_sets(staleness, overlap=overlap, often=2, rarely=5, never=0))
+    measured = {
+        name: [line["step"] for line in world.lines if f"eval/{name}/pass@1" in line]
+        for name in ("often", "rarely", "never")
+    }
+    assert measured == {"often": [0, 2, 4, 6], "rarely": [0, 5, 6], "never": []}
+    assert [version for what, version in world.diary if what == "evaluate"] == [0, 0, 2, 4, 5, 6, 6]
+    last = world.lines.pop()
+    assert all(name == "step" or name.startswith(("eval/", "time/")) for name in last)
+    assert (last["eval/often/pass@1"], last["eval/often/pass@2"], last["eval/often/avg@2"]) == (0.75, 1.0, 0.75)
+    assert 0 < last["eval/often/pass@1_low"] < 0.75 < last["eval/often/pass@1_high"] <= 1
+    assert (last["eval/often/response_length_mean"], last["eval/often/truncated"]) == (3.0, 0.0)
+
+    def trained(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if not k.startswith(("eval/", "time/"))} for line in lines]
+
+    assert trained(world.lines) == trained(plain.lines)
+
+
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_an_evaluation_beside_training_is_of_the_policy_before_it(staleness: int) -> None:
+    world = World()
+    world.training = {step: threading.Event() for step in range(NUM_STEPS)}  # it ends after the training has begun
+    run(world, with_sets(staleness, overlap=True, often=1))
+    for step in range(NUM_STEPS):
+        begun, done = world.diary.index(("train", step)), world.diary.index(("evaluate", step))
+        assert begun < done < world.diary.index(("publish", step + 1))
+    assert [line["step"] for line in world.lines] == list(range(NUM_STEPS + 1))
+    assert all("eval/often/pass@2" in line for line in world.lines)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_evaluation_that_fails_ends_the_run(overlap: bool) -> None:
+    world = World()
+    world.evaluation_fails_at = 2
+    with pytest.raises(RuntimeError, match="no rollout server"):
+        run(world, with_sets(0, overlap=overlap, often=1))
+    assert ("publish", 2) in world.diary and ("publish", 3) not in world.diary
+
+
+def test_a_run_that_is_stopped_is_not_at_its_end() -> None:
+    world = World()
+    world.stops_behind = 2
+    run(world, with_sets(0, overlap=False, rarely=5))
+    assert [line["step"] for line in world.lines if "eval/rarely/pass@1" in line] == [0]
+
+
+def test_a_run_that_was_trained_and_not_evaluated_is_evaluated_alone() -> None:
+    straight, resumed = World(), World()
+    config = with_sets(0, overlap=False, rarely=5)
+    saved = run(straight, config)
+    run(resumed, config, saved[-1])
+    [line] = resumed.lines
+    assert {k: v for k, v in line.items() if not k.startswith("time/")} == {
+        k: v for k, v in straight.lines[-1].items() if not k.startswith("time/")
+    }

@@ -191,7 +191,7 @@ class SGLangDouble(HttpDouble):
                 break
             if self._args[2]:
                 await _until(running.aborted, self._args[2])
-            text = f"{body['rid']} {params.get('sampling_seed')} {len(output)}".encode()
+            text = f"{body['input_ids']} {params.get('sampling_seed')} {len(output)}".encode()
             output.append(hashlib.sha256(text).digest()[0] % self._args[4])
             if output[-1] in params["stop_token_ids"]:
                 reason = {"type": "stop", "matched": output[-1]}

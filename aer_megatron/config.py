@@ -17,7 +17,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from aer_megatron.algo import options as algo_options
-from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.options import AlgoSection, CorrectionSection
 from aer_megatron.config_section import Section
 from aer_megatron.options import data as data_options
 from aer_megatron.options.data import DataSection, EvalSection, RewardSection, SftSection
@@ -59,11 +59,20 @@ class Config(Section):
         self.data.check()
         self.parallel.check(self.data.max_prompt_tokens + self.rollout.max_new_tokens)
         self.algo.check(self.rollout.group_size, self.rollout.max_new_tokens)
-        self.rollout.check(self.algo.tis_clip)
+        self.rollout.check()
         self.eval.check(self.rollout.engine, release_memory=self.sglang.release_memory)
         if self.rollout.uses_servers:
             self.sglang.check()
         return self
+
+    @property
+    def correction(self) -> CorrectionSection:
+        """``[algo.correction]``, what ``weight = "auto"`` means decided."""
+        options = self.algo.correction
+        if options.weight != "auto":
+            return options
+        differs = self.rollout.staleness > 0 or self.rollout.quantization != "none"
+        return options.model_copy(update={"weight": "token" if differs else "none"})
 
     def check_world_size(self, world_size: int) -> int:
         """Returns the data-parallel size of ``world_size`` ranks.

@@ -57,7 +57,7 @@ max_new_tokens = {new_tokens}
 [sglang]
 max_concurrency = 512
 [algo]
-tis_clip = 2.0
+correction = {{ weight = "token" }}
 [report]
 picture = false
 progress = false

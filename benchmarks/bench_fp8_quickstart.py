@@ -43,7 +43,7 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "delayed": (*DELAYED, "--megatron.fp8_amax_history_len=1024"),
     "delayed, history 16": (*DELAYED, "--megatron.fp8_amax_history_len=16"),
 }
-CORRECTION = ("--algo.policy_loss.dual_clip=3", "--algo.tis_clip=2")
+CORRECTION = ("--algo.policy_loss.dual_clip=3", "--algo.correction.weight=token")
 # an update after the first of a batch has ratios of two roundings of the weights, so that FP8 makes them noise
 UPDATES: dict[str, tuple[str, ...]] = {
     "1": ("--algo.num_minibatches=1",),

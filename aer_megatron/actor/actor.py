@@ -32,6 +32,7 @@ from aer_megatron.actor.optimizer import build_optimizer, learning_rate, wrap_di
 from aer_megatron.actor.reference import ReferenceWeights
 from aer_megatron.actor.updates import POLICY_STATISTICS, LossFunction, Report, Update, Updates, stop
 from aer_megatron.actor.weights import iter_hf_weights, load_hf_weights
+from aer_megatron.algo.correction import Correction, correction
 from aer_megatron.algo.loss import (
     LossOutput,
     TokenData,
@@ -198,10 +199,14 @@ class Actor:
     def _all_updates(self, batch: TrainBatch, *, seed: int, entropy_gradient: bool) -> Iterator[Update]:
         """Yields the updates of a batch one by one: the selection of tokens sees the updates before its own."""
         parts = minibatch_indices(batch.experience.num_sequences, self._config.algo.num_minibatches, seed)
+        experience = batch.experience
+        corrected = correction(
+            batch.old_logprob_T, experience.rollout_logprob_T, experience.sampled_length_B, self._config.correction
+        )
         for index, indices in enumerate(parts):
             bad = tuple(nonfinite_inputs(batch, indices))
             selected_T = None if bad else self._select_tokens(batch, indices, seed=seed, moved=index > 0)
-            micros, loss = self._policy_update(batch, indices, selected_T, entropy_gradient=entropy_gradient)
+            micros, loss = self._policy_update(batch, indices, selected_T, corrected, entropy_gradient=entropy_gradient)
             yield Update(index, micros, loss, bad, self._config.algo.policy_loss.reports)
 
     def _select_tokens(self, batch: TrainBatch, indices_b: Int64Array, *, seed: int, moved: bool) -> BoolArray | None:
@@ -227,31 +232,43 @@ class Actor:
         return selected_T
 
     def _policy_update(
-        self, batch: TrainBatch, indices_b: Int64Array, selected_T: BoolArray | None, *, entropy_gradient: bool
+        self,
+        batch: TrainBatch,
+        indices_b: Int64Array,
+        selected_T: BoolArray | None,
+        corrected: Correction | None,
+        *,
+        entropy_gradient: bool,
     ) -> tuple[list[MicroBatch], LossFunction]:
         algo = self._config.algo
-        length_b = batch.experience.sampled_length_B[indices_b]
+        length_b = (corrected.counted_length_B if corrected else batch.experience.sampled_length_B)[indices_b]
         weight_B = np.zeros(batch.experience.num_sequences)
-        weight_B[indices_b] = sequence_weights(
-            length_b, rule=algo.normalizer, max_new_tokens=self._config.rollout.max_new_tokens
+        counted_b = length_b > 0  # a sequence that a correction left no token is none
+        weight_B[indices_b[counted_b]] = sequence_weights(
+            length_b[counted_b], rule=algo.normalizer, max_new_tokens=self._config.rollout.max_new_tokens
         )
 
         def loss(logprob_t: Tensor, entropy_t: Tensor, micro: MicroBatch) -> LossOutput:
-            tokens = self._token_data(batch, micro, weight_B, selected_T)
+            tokens = self._token_data(batch, micro, weight_B, selected_T, corrected)
             if algo.policy_loss.of_sequences:
                 tokens = self._with_sequence_ratios(tokens, logprob_t, micro, batch.experience)
             return policy_loss(
                 logprob_t,
                 entropy_t if entropy_gradient else entropy_t.detach(),
                 tokens=tokens,
-                normalizer=float(length_b.sum()),
+                normalizer=max(float(length_b.sum()), 1.0),  # a correction may reject every token
                 config=algo,
             )
 
         return self._micro_batches(batch.experience, indices_b), loss
 
     def _token_data(
-        self, batch: TrainBatch, micro: MicroBatch, weight_B: NDArray[Any], selected_T: BoolArray | None
+        self,
+        batch: TrainBatch,
+        micro: MicroBatch,
+        weight_B: NDArray[Any],
+        selected_T: BoolArray | None,
+        corrected: Correction | None,
     ) -> TokenData:
         def of_tokens(values_T: NDArray[Any]) -> Tensor:
             return self._float_tensor(values_T[micro.packed_t])
@@ -261,10 +278,10 @@ class Actor:
 
         return TokenData(
             old_logprob_T=of_tokens(batch.old_logprob_T),
-            rollout_logprob_T=of_tokens(batch.experience.rollout_logprob_T),
             advantage_T=of_sequences(batch.advantage_B),
             entropy_weight_T=of_sequences(batch.entropy_weight_B),
-            mean_weight_T=of_sequences(weight_B),
+            mean_weight_T=of_sequences(weight_B) * (of_tokens(corrected.counted_T) if corrected else 1.0),
+            importance_T=of_tokens(corrected.weight_T) if corrected else None,
             selected_T=None if selected_T is None else of_tokens(selected_T) > 0,
             ref_logprob_T=None if batch.ref_logprob_T is None else of_tokens(batch.ref_logprob_T),
         )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aer_megatron.algo.options import AlgoSection
+from aer_megatron.algo.options import AlgoSection, CorrectionSection
 from aer_megatron.algo.policy_losses.base import PolicyLoss, PolicyTokens
 from aer_megatron.algo.statistics import CLIP_STATISTICS, TokenSums, token_sum
 from aer_megatron.types import Float64Array, Int64Array
@@ -33,7 +33,6 @@ class TokenData:
     """What the loss knows of each token beside the scores: data without a graph, fp32 [T] where not said otherwise."""
 
     old_logprob_T: Tensor  # log pi(token) at the start of the step, by the trainer
-    rollout_logprob_T: Tensor  # log pi(token) as the rollout engine reported it
     advantage_T: Tensor  # A of the token's sequence
     entropy_weight_T: Tensor  # coefficient * d(q)
     mean_weight_T: Tensor  # weight in the mean over tokens, see sequence_weights; 1 for the token mean
@@ -41,6 +40,7 @@ class TokenData:
     ref_logprob_T: Tensor | None  # log pi(token) under the reference policy; None where kl_coefficient is 0
     # mean of logprob - old_logprob over the token's whole sequence; None unless the policy loss is ``of_sequences``
     sequence_log_ratio_T: Tensor | None = None
+    importance_T: Tensor | None = None  # multiplies the policy's term (algo/correction.py); None: nothing is corrected
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +60,21 @@ def policy_loss(
 ) -> LossOutput:
     """Returns L = (1/N) sum_t w_t (p_t - e_t H_t + k kl_t), r = exp(logprob - old_logprob).
 
-    p_t is the loss of ``config.policy_loss``. ``tis_clip`` = c > 0 multiplies it by
-    min(exp(old_logprob - rollout_logprob), c), truncated importance sampling of the difference between rollout engine
-    and trainer. kl_t is the estimate of ``config.kl_estimator``, its gradient through logprob. e_t H_t is the bonus of
+    p_t is the loss of ``config.policy_loss``, times ``tokens.importance_T`` where rollouts are corrected. kl_t is the
+    estimate of ``config.kl_estimator`` times its ratio, with the gradient through logprob. e_t H_t is the bonus of
     docs/aer.md. Log-ratios are limited to +-20 so that they cannot overflow.
 
     Args:
         logprob_T: log pi(token) under the policy being trained, fp32 [T], with graph.
         entropy_T: exact full-vocabulary entropy in nats, fp32 [T]; its gradient flows if it carries one.
         tokens: everything that is data.
-        normalizer: N, sampled tokens of the global batch, not of this part.
+        normalizer: N, the global batch's sampled tokens that the loss is a mean over, not those of this part.
 
     ``sums``, each over the T tokens: policy_loss (w p), entropy_bonus (w e H), token_entropy, ratio, clip_low,
     clip_high and dual_clip (tokens whose gradient that bound removes), approx_kl (r - 1 - log r >= 0, whose mean under
     tokens of the old policy is KL(old || new)); where they are in force: reference_kl (w kl), selected (tokens), and
-    tis_weight, tis_weight_squared, tis_cut (tokens above the bound). Then what the rule reports of its own.
+    importance_weight, importance_weight_squared, importance_cut (tokens at a bound), importance_rejected (of weight 0).
+    Then what the rule reports of its own.
 
     Raises:
         ValueError: shapes differ, ``normalizer`` is not positive, data of a rule in force is missing, or the rule
@@ -85,10 +85,9 @@ def policy_loss(
     # the policy's term, corrected for what the rollout engine computed in another way
     policy_T, sums = _policy_terms(logprob_T, log_ratio_T, tokens, config.policy_loss)
     weight_T = tokens.mean_weight_T
-    if config.tis_clip:
-        importance_T, correction = _importance(tokens, config.tis_clip)
-        policy_T = importance_T * policy_T
-        sums |= correction
+    if tokens.importance_T is not None:
+        policy_T = tokens.importance_T * policy_T
+        sums |= _importance_sums(tokens.importance_T, config.correction)
     # the entropy bonus
     bonus_T = tokens.entropy_weight_T * entropy_T
     total_T = policy_T - bonus_T
@@ -186,13 +185,16 @@ def _policy_terms(
     return policy_T, sums | dict.fromkeys(CLIP_STATISTICS, none) | reported
 
 
-def _importance(tokens: TokenData, bound: float) -> tuple[Tensor, TokenSums]:
-    ratio_T = _limited(tokens.old_logprob_T - tokens.rollout_logprob_T).detach().exp()
-    weight_T = ratio_T.clamp(max=bound)
-    return weight_T, {
-        "tis_weight": token_sum(weight_T),
-        "tis_weight_squared": token_sum(weight_T.double().square()),
-        "tis_cut": token_sum(ratio_T > bound),
+def _importance_sums(weight_T: Tensor, options: CorrectionSection) -> TokenSums:
+    cut_T = torch.zeros_like(weight_T, dtype=torch.bool)
+    if options.bound == "truncate":
+        for bound in (options.low, options.high):
+            cut_T |= (weight_T == bound) & (bound > 0)
+    return {
+        "importance_weight": token_sum(weight_T),
+        "importance_weight_squared": token_sum(weight_T.double().square()),
+        "importance_cut": token_sum(cut_T),
+        "importance_rejected": token_sum(weight_T == 0),
     }
 
 
@@ -210,12 +212,11 @@ def _present(tokens: TokenData, config: AlgoSection) -> list[Tensor]:
         )
     optional = [
         tensor
-        for tensor in (tokens.selected_T, tokens.ref_logprob_T, tokens.sequence_log_ratio_T)
+        for tensor in (tokens.selected_T, tokens.ref_logprob_T, tokens.sequence_log_ratio_T, tokens.importance_T)
         if tensor is not None
     ]
     return [
         tokens.old_logprob_T,
-        tokens.rollout_logprob_T,
         tokens.advantage_T,
         tokens.entropy_weight_T,
         tokens.mean_weight_T,

@@ -51,6 +51,7 @@ MOVED_OPTIONS = {
     "algo.entropy.skywork_target": "it is algo.entropy.target under algo.entropy.kind='skywork'",
     "algo.entropy.skywork_delta": "it is algo.entropy.delta under algo.entropy.kind='skywork'",
     "algo.entropy.skywork_max": "it is algo.entropy.alpha_max under algo.entropy.kind='skywork'",
+    "algo.tis_clip": "write algo.correction.weight='token' and algo.correction.high, or weight='none' for 0",
     "algo.std_epsilon": "it is algo.advantage.std_epsilon, of the kind grpo",
 }
 
@@ -74,13 +75,54 @@ class SelectionSection(Section):
     max_rejections: int = Field(4, ge=1, description="prompts passed over per prompt wanted, at most")
 
 
+class CorrectionSection(Section):
+    """What is done about rollouts that another policy sampled: the engine's rounding, an older version."""
+
+    weight: Literal["auto", "none", "token", "sequence", "geometric"] = Field(
+        "auto",
+        description="importance weight pi_old / pi_rollout: of the token, the product over its sequence, that one's "
+        "geometric mean; auto: token where rollouts are stale or quantised, else none",
+    )
+    bound: Literal["truncate", "mask"] = Field("truncate", description="weights beyond the bounds are cut, or 0")
+    low: float = Field(0.0, ge=0, description="lower bound of the weight; 0 = off")
+    high: float = Field(2.0, ge=0, description="upper bound of the weight; 0 = off")
+    reject: Literal["none", "token", "sequence", "geometric"] = Field(
+        "none", description="ratio whose bounds decide which tokens have a policy loss, beside the weight"
+    )
+    reject_low: float = Field(0.0, ge=0, description="lower bound of that ratio; 0 = off")
+    reject_high: float = Field(0.0, ge=0, description="upper bound of that ratio; 0 = off")
+    veto: float = Field(0.0, ge=0, lt=1, description="a token's ratio below which its sequence is rejected; 0 = off")
+    denominator: Literal["all", "kept"] = Field(
+        "all", description="the loss is a mean over all sampled tokens, or rejected ones leave it altogether"
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is corrected; ``auto`` must be resolved (``Config.correction``)."""
+        return self.weight != "none" or self.reject != "none" or self.veto > 0
+
+    def check(self) -> None:
+        """Raises ValueError for bounds that reject equal policies, or that nothing uses."""
+        for low, high in (("low", "high"), ("reject_low", "reject_high")):
+            bounds = getattr(self, low), getattr(self, high)
+            if bounds[0] > 1 or 0 < bounds[1] < 1:
+                raise ValueError(
+                    f"algo.correction.{low}={bounds[0]:g}, {high}={bounds[1]:g} exclude 1, the ratio of equal "
+                    f"policies; use {low} <= 1 <= {high} (usual: high = 2), or 0 for off"
+                )
+        if (self.reject == "none") == bool(self.reject_low or self.reject_high):
+            raise ValueError(
+                f"algo.correction.reject={self.reject!r} with reject_low={self.reject_low:g}, "
+                f"reject_high={self.reject_high:g}: a ratio and a bound belong together; set both, or neither"
+            )
+
+
 class AlgoSection(Section):
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per rollout batch")
     normalizer: Literal["tokens", "sequences", "constant"] = Field(
         "tokens", description="the loss is a mean over tokens, over sequences, or over sequences * max_new_tokens"
     )
     kl_coefficient: float = Field(0.0, ge=0, description="weight of the KL to the policy of model.path; 0 = off")
-    tis_clip: float = Field(0.0, ge=0, description="bound of the train/rollout importance weight (usual: 2); 0 = off")
     overlong_buffer: int = Field(0, ge=0, description="last tokens before max_new_tokens that cost reward; 0 = off")
     overlong_penalty: float = Field(1.0, gt=0, description="reward taken from a response of max_new_tokens tokens")
     policy_loss: Annotated[PolicyLoss, OneOf(PolicyLoss, Clip, Gspo, Cispo, Reinforce, ClipCov, KlCov)] = Field(
@@ -95,6 +137,7 @@ class AlgoSection(Section):
     entropy: Annotated[EntropyRule, OneOf(EntropyRule, Aer, Fixed, Skywork, NoBonus)] = Field(
         Aer(), description="how entropy becomes the coefficient of the bonus; docs/aer.md"
     )
+    correction: CorrectionSection = CorrectionSection()
     ledger: LedgerSection = LedgerSection()
     selection: SelectionSection = SelectionSection()
 
@@ -122,7 +165,6 @@ class AlgoSection(Section):
                 f"algo.kl_estimator.ratio={estimator.ratio!r} under kind='k1' penalises nothing: its expected "
                 "gradient is zero on policy; set ratio='live', or kind='k2' or 'k3'"
             )
-        if 0 < self.tis_clip < 1:
-            raise ValueError(f"algo.tis_clip={self.tis_clip} would cut equal policies; use at least 1 (usual: 2), or 0")
+        self.correction.check()
         if self.overlong_buffer >= max_new_tokens:
             raise ValueError(f"algo.overlong_buffer={self.overlong_buffer} must be < max_new_tokens={max_new_tokens}")

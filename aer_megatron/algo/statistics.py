@@ -26,9 +26,10 @@ LOSS_STATISTICS = (
     "approx_kl",
     "selected",
     "reference_kl",
-    "tis_weight",
-    "tis_weight_squared",
-    "tis_cut",
+    "importance_weight",
+    "importance_weight_squared",
+    "importance_cut",
+    "importance_rejected",
 )
 
 

@@ -62,7 +62,7 @@ def doctor_config(config: Config, *, num_sequences: int, weight_norm: float) -> 
             "algo.num_minibatches": 1,
             "algo.policy_loss": {"kind": "clip"},
             "algo.kl_coefficient": 0.0,
-            "algo.tis_clip": 0.0,
+            "algo.correction": {"weight": "none"},
             "algo.overlong_buffer": 0,
             "report.flight_recorder": False,
             "optimizer.lr": _STEP * weight_norm * _EPS / _CLIP,

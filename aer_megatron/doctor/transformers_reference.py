@@ -171,7 +171,6 @@ class TransformersReference:
 
         return TokenData(
             old_logprob_T=tensor(batch.old_logprob_T),
-            rollout_logprob_T=tensor(batch.experience.rollout_logprob_T),
             advantage_T=tensor(np.repeat(batch.advantage_B, length_B)),
             entropy_weight_T=tensor(np.repeat(batch.entropy_weight_B, length_B)),
             mean_weight_T=tensor(np.repeat(weight_B, length_B)),

@@ -41,19 +41,14 @@ class RolloutSection(Section):
         """Whether SGLang servers generate, rather than the engine inside of every rank."""
         return self.engine == "sglang"
 
-    def check(self, tis_clip: float) -> None:
-        """Raises ValueError where an option needs servers, or stale rollouts would be trained on uncorrected."""
+    def check(self) -> None:
+        """Raises ValueError where an option needs servers."""
         for name, value, off in (("staleness", self.staleness, 0), ("oversample", self.oversample, 1)):
             if value > off and not self.uses_servers:
                 raise ValueError(
                     f"rollout.{name}={value:g} needs rollout.engine='sglang', servers that generate by themselves; the "
                     f"embedded engine works in turn with the trainer: set rollout.{name}={off}"
                 )
-        if self.staleness and not tis_clip:
-            raise ValueError(
-                f"rollout.staleness={self.staleness} trains on tokens of older policies and algo.tis_clip=0 does not "
-                "correct for them; set algo.tis_clip (usual: 2)"
-            )
 
 
 class SglangSection(Section):

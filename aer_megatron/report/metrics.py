@@ -116,9 +116,18 @@ class Metric(StrEnum):
     TRAIN_CLIP_HIGH = "train/clip_high", "share", "sampled tokens whose ratio was cut above 1 + clip_high"
     TRAIN_APPROX_KL = "train/approx_kl", "nats", "k3 estimate of KL(old || new), mean over sampled tokens"
     TRAIN_COV_SELECTED = "train/cov_selected", "share", "sampled tokens that clip_cov silenced or kl_cov penalised"
-    TRAIN_TIS_CUT = "train/tis_cut", "share", "sampled tokens whose train/rollout weight was cut at tis_clip"
-    TRAIN_TIS_SAMPLE_SIZE = (
-        "train/tis_sample_size",
+    TRAIN_IMPORTANCE_CUT = (
+        "train/importance_cut",
+        "share",
+        "sampled tokens whose importance weight was cut at a bound (algo.correction)",
+    )
+    TRAIN_IMPORTANCE_REJECTED = (
+        "train/importance_rejected",
+        "share",
+        "sampled tokens without a policy loss: masked, rejected or vetoed by algo.correction",
+    )
+    TRAIN_IMPORTANCE_SAMPLE_SIZE = (
+        "train/importance_sample_size",
         "share",
         "effective sample size of those weights over the tokens: (sum w)^2 / (n sum w^2); 1 = no mismatch",
     )

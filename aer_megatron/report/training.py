@@ -35,10 +35,12 @@ def training_metrics(stats: StepStats, *, kl_coefficient: float) -> dict[str, fl
         metrics[Metric.LOSS_TOTAL] += kl_coefficient * stats.mean("reference_kl")
     if "selected" in stats.sums:
         metrics[Metric.TRAIN_COV_SELECTED] = stats.mean("selected")
-    if "tis_weight" in stats.sums:
-        metrics[Metric.TRAIN_TIS_CUT] = stats.mean("tis_cut")
-        # (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n where one token has all of it
-        metrics[Metric.TRAIN_TIS_SAMPLE_SIZE] = stats.mean("tis_weight") ** 2 / stats.mean("tis_weight_squared")
+    if "importance_weight" in stats.sums:
+        metrics[Metric.TRAIN_IMPORTANCE_CUT] = stats.mean("importance_cut")
+        metrics[Metric.TRAIN_IMPORTANCE_REJECTED] = stats.mean("importance_rejected")
+        # (sum w)^2 / (n sum w^2): 1 for equal weights, 1/n where one token has all of it, 0 where none has any
+        weight, squared = stats.mean("importance_weight"), stats.mean("importance_weight_squared")
+        metrics[Metric.TRAIN_IMPORTANCE_SAMPLE_SIZE] = weight**2 / squared if squared else 0.0
     return metrics
 
 

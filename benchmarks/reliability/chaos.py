@@ -62,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         if given.engine == "sglang":
             options |= {"rollout.staleness": given.staleness, "sglang.max_attempts": 20}
-            options |= {"algo.tis_clip": 2.0} if given.staleness else {}
             if given.keep_servers:
                 options |= {"sglang.urls": start_servers(folder, given.servers, stack)}
             else:

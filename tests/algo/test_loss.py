@@ -187,7 +187,6 @@ options = st.builds(
     ),
     kl_coefficient=st.sampled_from([0.0, 0.3]),
     kl_estimator=st.sampled_from([K3(), K2()]),
-    tis_clip=st.sampled_from([0.0, 1.2]),
 )
 
 
@@ -207,7 +206,7 @@ def batch(
         normal(),
         entropy_weight_T=0.1 * normal().abs(),
         mean_weight_T=normal().abs(),
-        rollout_logprob_T=old + 0.3 * normal(),
+        importance_T=(0.3 * normal()).exp() if seed % 2 else None,
         selected_T=normal() > 0.5 if config.policy_loss.selects else None,
         ref_logprob_T=logprob.detach() + 0.5 * normal() if config.kl_coefficient else None,
     )
@@ -283,12 +282,11 @@ def test_bounds_of_the_statistics(seed, num_tokens, chosen):
     clipped = sums["clip_low"][0].item() + sums["clip_high"][0].item() + sums["dual_clip"][0].item()
     assert clipped <= num_tokens  # the three exclude one another
     assert ("reference_kl" in sums) == (chosen.kl_coefficient > 0)
-    assert ("tis_weight" in sums) == (chosen.tis_clip > 0)
+    assert ("importance_weight" in sums) == (tokens.importance_T is not None)
     if chosen.kl_coefficient:
         assert sums["reference_kl"][0].item() >= 0
-    if chosen.tis_clip:
-        weight, squared = sums["tis_weight"][0].item(), sums["tis_weight_squared"][0].item()
-        assert 0 < weight <= num_tokens * chosen.tis_clip * (1 + 1e-6)
+    if tokens.importance_T is not None:
+        weight, squared = sums["importance_weight"][0].item(), sums["importance_weight_squared"][0].item()
         assert weight**2 <= num_tokens * squared * (1 + 1e-6)  # the effective sample size is at most the sample
 
 

@@ -73,17 +73,15 @@ def test_kl_cov_ignores_the_sign_of_rounding():
 
 
 def test_truncated_importance_weights():
-    weight = double([1.0, 3.0, 0.5, 1.6, 1.0, 1.0])  # pi_train / pi_rollout; only the 3 is above 2
-    old = double([-1.0, -0.5, -2.0, -0.1, -3.0, -0.7])
-    rollout = (old - weight.log()).requires_grad_()
-    output, gradient = run(AlgoSection(policy_loss=Clip(clip_high=0.28), tis_clip=2.0), rollout_logprob_T=rollout)
+    weight = double([1.0, 2.0, 0.5, 1.6, 1.0, 1.0])
+    output, gradient = run(AlgoSection(policy_loss=Clip(clip_high=0.28)), importance_T=weight)
     # -surrogates times weights: -1, -1.28 * 2, -0.5 * 0.5, 0.8 * 1.6, 1.5, 8 = 6.97
     assert output.loss.item() == pytest.approx(0.697, rel=1e-12)
     assert gradient == pytest.approx([-1, 0, -0.25, 0, 1.5, 8], rel=1e-12)
-    assert rollout.grad is None  # the weight is data
-    assert output.sums["tis_cut"][0].item() == 1
-    assert output.sums["tis_weight"][0].item() == pytest.approx(7.1, rel=1e-12)
-    assert output.sums["tis_weight_squared"][0].item() == pytest.approx(9.81, rel=1e-12)
+    assert output.sums["importance_rejected"][0].item() == 0
+    assert output.sums["importance_cut"][0].item() == 1
+    assert output.sums["importance_weight"][0].item() == pytest.approx(7.1, rel=1e-12)
+    assert output.sums["importance_weight_squared"][0].item() == pytest.approx(9.81, rel=1e-12)
 
 
 def test_k3_to_a_reference_policy():

@@ -148,7 +148,7 @@ def test_metrics_tell_sampled_tokens_from_responses(drawn: Any) -> None:
 def test_sampled_tokens_alone_have_the_loss_of_all_with_weight_zero_between(
     seed: int, mask: list[bool], rule: PolicyLoss
 ) -> None:
-    config = AlgoSection(policy_loss=rule, kl_coefficient=0.2, tis_clip=1.3)
+    config = AlgoSection(policy_loss=rule, kl_coefficient=0.2)
     sampled_T = torch.tensor(mask)
     generator = torch.Generator().manual_seed(seed)
 
@@ -160,7 +160,7 @@ def test_sampled_tokens_alone_have_the_loss_of_all_with_weight_zero_between(
         normal(),
         entropy_weight_T=0.1 * normal().abs(),
         mean_weight_T=normal().abs() * sampled_T,
-        rollout_logprob_T=normal(),
+        importance_T=normal().abs(),
         selected_T=normal() > 0.5 if rule.selects else None,
         ref_logprob_T=normal(),
     )

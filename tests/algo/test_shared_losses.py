@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aer_megatron.algo.advantage import overlong_penalty
+from aer_megatron.algo.correction import correction
 from aer_megatron.algo.difficulty import difficulty
 from aer_megatron.algo.loss import TokenData, policy_loss, sequence_log_ratios, sequence_weights
 from aer_megatron.algo.options import AlgoSection
@@ -30,8 +31,8 @@ ADVANTAGES = {
 }
 BASELINES = {"plain": "none", "loo": "loo", "loo_minus_one": "loo_minus_one"}
 NORMALIZERS = {"token_mean": "tokens", "seq_mean": "sequences", "constant": "constant"}
-# forms that the package does not have: rewards without a verdict, other corrections than TIS by token, shaping of
-# advantages, the product of ratios, DAPO's mean within a prompt's group, KL in the reward, other penalties of KL-Cov
+# forms that the package does not have: rewards without a verdict, shaping of advantages, the product of ratios, DAPO's
+# mean within a prompt's group, KL in the reward, other penalties of KL-Cov
 FORMS_WITHOUT = ("shaping", "kl_in_reward")
 
 
@@ -46,17 +47,12 @@ def options_of(name: str) -> dict[str, Any]:
 
 
 def is_ours(options: dict[str, Any]) -> bool:
-    correction = options["correction"] or {"kind": "truncate", "level": "token", "low": None, "veto": None}
     return (
         not any(options[form] for form in FORMS_WITHOUT)
         and options["policy"] not in ("sequence_clip", "mai", "clip_cov")
         and options["aggregate"] in NORMALIZERS
         and options["cov_kl"] == "abs"
         and options["none_verdict"] == "keep"
-        and isinstance(correction, dict)
-        and (correction["kind"], correction["level"]) == ("truncate", "token")
-        and correction["low"] is None
-        and correction["veto"] is None
     )
 
 
@@ -88,9 +84,22 @@ def section_of(options: dict[str, Any]) -> AlgoSection:
     if options["overlong"]:
         table["overlong_buffer"] = options["overlong"]["cache"]
         table["overlong_penalty"] = options["overlong"]["factor"]
-    if options["correction"]:
-        table["tis_clip"] = options["correction"]["high"]
+    table["correction"] = correction_of(options["correction"])
     return AlgoSection.from_table(table)
+
+
+def correction_of(given: Any) -> dict[str, Any]:
+    """Returns a case's correction, or list of them, as ``[algo.correction]`` writes it."""
+    table: dict[str, Any] = {"weight": "none"}
+    for each in [given] if isinstance(given, dict) else given or []:
+        low, high = each["low"] or 0.0, each["high"] or 0.0
+        if each["kind"] == "reject":
+            table |= {"reject": each["level"], "reject_low": low, "reject_high": high}
+        else:
+            table |= {"weight": each["level"], "bound": each["kind"], "low": low, "high": high}
+        table |= {"veto": each["veto"]} if each["veto"] else {}
+        table |= {"denominator": "kept"} if each["denominator"] == "kept" else {}
+    return table
 
 
 class Batch:
@@ -126,7 +135,15 @@ def loss_of(batch: Batch, options: dict[str, Any], advantage_B: Any) -> tuple[fl
     if rule.selects:
         picked = rule.select(advantage_T.numpy(), columns["logprobs"].numpy(), old_T.numpy(), key=(0, 0))
         selected_T = torch.from_numpy(picked)
-    weight_B = sequence_weights(batch.length_B, rule=config.normalizer, max_new_tokens=int(options["constant"]))
+    corrected = correction(old_T.numpy(), columns["rollout_logprobs"].numpy(), batch.length_B, config.correction)
+    length_B = corrected.counted_length_B if corrected else batch.length_B
+    # some of the reference's sequences never had a token; they count unless the denominator is what is kept
+    counted_B = (length_B > 0) | (config.correction.denominator == "all")
+    weight_B = np.zeros(len(length_B))
+    weight_B[counted_B] = sequence_weights(
+        length_B[counted_B], rule=config.normalizer, max_new_tokens=int(options["constant"])
+    )
+    mean_weight_T = torch.from_numpy(weight_B[batch.sequence_T] * (corrected.counted_T if corrected else 1.0))
     entropy = {"alpha": 0.0, "rho": None} | (options["entropy"] or {})
     coefficient_B = np.full(len(batch.length_B), entropy["alpha"])
     if entropy["rho"]:
@@ -134,10 +151,10 @@ def loss_of(batch: Batch, options: dict[str, Any], advantage_B: Any) -> tuple[fl
         coefficient_B *= difficulty(accuracy_P, shape="linear_deficit", rho=entropy["rho"])[batch.group_B]
     tokens = TokenData(
         old_logprob_T=old_T,
-        rollout_logprob_T=columns["rollout_logprobs"],
         advantage_T=advantage_T,
         entropy_weight_T=torch.from_numpy(coefficient_B[batch.sequence_T]),
-        mean_weight_T=torch.from_numpy(weight_B[batch.sequence_T]),
+        mean_weight_T=mean_weight_T,
+        importance_T=torch.from_numpy(corrected.weight_T) if corrected else None,
         selected_T=selected_T,
         ref_logprob_T=columns["ref_logprobs"],
         sequence_log_ratio_T=sequence_log_ratios(
@@ -148,7 +165,7 @@ def loss_of(batch: Batch, options: dict[str, Any], advantage_B: Any) -> tuple[fl
         ),
     )
     result = policy_loss(
-        logprob_T, columns["entropy"], tokens=tokens, normalizer=float(batch.length_B.sum()), config=config
+        logprob_T, columns["entropy"], tokens=tokens, normalizer=max(float(length_B.sum()), 1.0), config=config
     )
     result.loss.backward()
     assert logprob_T.grad is not None
@@ -156,7 +173,7 @@ def loss_of(batch: Batch, options: dict[str, Any], advantage_B: Any) -> tuple[fl
 
 
 def test_most_forms_are_held_against_the_reference() -> None:
-    assert len(our_forms()) >= 59, sorted(set(cases()["option_sets"]) - set(our_forms()))
+    assert len(our_forms()) >= 78, sorted(set(cases()["option_sets"]) - set(our_forms()))
 
 
 @pytest.mark.parametrize("form", our_forms())

@@ -45,14 +45,25 @@ RULES: dict[str, dict[str, Any]] = {
     "constant": {"normalizer": "constant"},
     "reference_kl": {"kl_coefficient": 0.2},
     "reference_k1": {"kl_coefficient": 0.2, "kl_estimator": {"kind": "k1"}},
-    "tis": {"tis_clip": 1.1},
+    "tis": {"correction": {"weight": "token", "high": 1.1}},
+    "mis of sequences": {"correction": {"weight": "sequence", "bound": "mask", "low": 0.5, "high": 1.3}},
+    "reject, kept": {
+        "normalizer": "sequences",
+        "correction": {
+            "weight": "token",
+            "reject": "geometric",
+            "reject_low": 0.95,
+            "reject_high": 1.05,
+            "denominator": "kept",
+        },
+    },
     "clip_cov, masked": {"policy_loss": CLIP_COV},  # a tool said some of the response tokens
     "kl_cov, masked": {"policy_loss": KL_COV},
     "everything": {
         "policy_loss": {**CLIP_COV, "dual_clip": 1.1},
         "normalizer": "sequences",
         "kl_coefficient": 0.2,
-        "tis_clip": 1.1,
+        "correction": {"weight": "token", "high": 1.1},
     },
 }
 NUM_MINIBATCHES = 2

@@ -51,7 +51,6 @@ def options(output: Path, servers: list[SGLangDouble]) -> list[str]:
         "--rollout.engine=sglang",
         f"--sglang.urls={json.dumps([server.url for server in servers])}",
         "--rollout.logprob_gate=0",
-        "--algo.tis_clip=2",
     ]
 
 

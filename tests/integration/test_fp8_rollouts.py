@@ -15,7 +15,7 @@ from tests.support.double_runs import double_python
 from tests.support.runs import MODEL, metric_lines, train, write_run_file
 
 OPTIONS = ["--run.num_steps=2", "--eval.sets={}", "--run.checkpoint_every=0", "--report.tensorboard=false"]
-FP8 = ["--rollout.quantization=fp8", "--rollout.logprob_gate=0", "--algo.tis_clip=2"]
+FP8 = ["--rollout.quantization=fp8", "--rollout.logprob_gate=0"]
 
 
 def base_model(folder: Path, dtype: torch.dtype, **sizes: int) -> Path:
@@ -44,7 +44,7 @@ def test_the_embedded_engine_s_rounding_shows_in_the_metrics(folder: Path) -> No
         assert 1e-3 < line["rollout/logprob_diff_mean"] < 0.1
         assert 0 < line["rollout/mismatch_kl"] < 0.1
         assert 0.5 < line["rollout/sample_size"] < 1
-        assert line["train/tis_sample_size"] < 1
+        assert line["train/importance_sample_size"] < 1
 
 
 def test_a_gate_on_the_difference_is_refused_before_anything_runs(folder: Path) -> None:

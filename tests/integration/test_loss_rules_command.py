@@ -17,7 +17,7 @@ RULES = (
     "--algo.normalizer=constant",
     "--algo.advantage.kind=dr_grpo",
     "--algo.kl_coefficient=0.1",
-    "--algo.tis_clip=2.0",
+    "--algo.correction.weight=token",
     "--algo.overlong_buffer=4",
 )
 
@@ -33,8 +33,8 @@ def test_a_resumed_run_with_every_rule_is_the_straight_one(tmp_path: Path, warm_
     for line in lines:
         assert line["loss/kl"] > 0  # after the first of the two mini-batches the policy has left its reference
         assert 0 < line["train/cov_selected"] <= 0.05
-        assert 0.99 < line["train/tis_sample_size"] <= 1  # fp32: engine and trainer agree
-        assert line["train/tis_cut"] == 0
+        assert 0.99 < line["train/importance_sample_size"] <= 1  # fp32: engine and trainer agree
+        assert line["train/importance_cut"] == 0
         assert line["train/clip_low"] == line["train/clip_high"] == 0
         assert 0 < line["reward/overlong_penalty"] <= 1
         total = line["loss/policy"] - line["loss/entropy_bonus"] + 0.1 * line["loss/kl"]

@@ -48,7 +48,6 @@ def run_config(staleness: int, **rollout: Any) -> Config:
                 **rollout,
             },
             "sglang": {"urls": ["http://unused"]},
-            "algo": {"tis_clip": 2.0},
         }
     )
 
@@ -254,10 +253,6 @@ def test_over_sampling_launches_more_and_counts_what_it_gives_up() -> None:
     [
         ({"rollout": {"staleness": 1}}, "rollout.staleness=1 needs rollout.engine='sglang'"),
         ({"rollout": {"oversample": 1.5}}, "rollout.oversample=1.5 needs rollout.engine='sglang'"),
-        (
-            {"rollout": {"staleness": 1, "engine": "sglang"}, "sglang": {"urls": ["http://a"]}},
-            r"set algo.tis_clip \(usual: 2\)",
-        ),
         ({"eval": {"overlap": True}}, "eval.overlap=true needs rollout.engine='sglang'"),
         (
             {

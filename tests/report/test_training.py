@@ -37,13 +37,15 @@ def test_every_rule_in_force_adds_its_metrics() -> None:
     sums = PLAIN | {
         "reference_kl": (1.0, 10.0),
         "selected": (3.0, 10.0),
-        "tis_weight": (6.5, 10.0),
-        "tis_weight_squared": (6.25, 10.0),
-        "tis_cut": (1.0, 10.0),
+        "importance_weight": (6.5, 10.0),
+        "importance_weight_squared": (6.25, 10.0),
+        "importance_cut": (1.0, 10.0),
+        "importance_rejected": (2.0, 10.0),
     }
     metrics = training_metrics(StepStats(sums, grad_norm=1.5, learning_rate=1e-3), kl_coefficient=0.5)
     assert metrics["loss/kl"] == pytest.approx(0.1)
     assert metrics["loss/total"] == pytest.approx(-0.25 + 0.5 * 0.1)
     assert metrics["train/cov_selected"] == pytest.approx(0.3)
-    assert metrics["train/tis_cut"] == pytest.approx(0.1)
-    assert metrics["train/tis_sample_size"] == pytest.approx(0.676)
+    assert metrics["train/importance_cut"] == pytest.approx(0.1)
+    assert metrics["train/importance_rejected"] == pytest.approx(0.2)
+    assert metrics["train/importance_sample_size"] == pytest.approx(0.676)

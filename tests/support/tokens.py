@@ -13,7 +13,6 @@ def token_data(old_logprob_T: torch.Tensor, advantage_T: torch.Tensor, **given: 
     """Returns the data of plain GRPO (engine and trainer agree, token mean, no bonus), fields of ``given`` replaced."""
     plain: dict[str, Any] = {
         "old_logprob_T": old_logprob_T,
-        "rollout_logprob_T": old_logprob_T,
         "advantage_T": advantage_T,
         "entropy_weight_T": torch.zeros_like(old_logprob_T),
         "mean_weight_T": torch.ones_like(old_logprob_T),

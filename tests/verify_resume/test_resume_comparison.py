@@ -104,7 +104,7 @@ def test_the_run_is_shortened_and_has_a_gradient(run_file: Path) -> None:
 
 def test_servers_give_way_to_the_embedded_engine_unless_kept(run_file: Path) -> None:
     servers = (
-        "--rollout.engine=sglang", '--sglang.urls=["http://h:1"]', "--rollout.staleness=2", "--algo.tis_clip=2",
+        "--rollout.engine=sglang", '--sglang.urls=["http://h:1"]', "--rollout.staleness=2",
     )  # fmt: skip
     short = shorten(ShortRunRequest(str(run_file), servers))
     assert (short.config.rollout.engine, short.config.rollout.staleness) == ("embedded", 0)

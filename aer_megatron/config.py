@@ -20,6 +20,7 @@ from aer_megatron.algo import options as algo_options
 from aer_megatron.algo.options import AlgoSection, CorrectionSection
 from aer_megatron.config_section import Section
 from aer_megatron.options import data as data_options
+from aer_megatron.options import report as report_options
 from aer_megatron.options.data import DataSection, EvalSection, RewardSection, SftSection
 from aer_megatron.options.report import ReportSection
 from aer_megatron.options.rollout import RolloutSection, SglangSection
@@ -29,7 +30,7 @@ from aer_megatron.options.training import ModelSection, OptimizerSection, Parall
 class Config(Section):
     """A whole run."""
 
-    moved = algo_options.MOVED_OPTIONS | data_options.MOVED_OPTIONS
+    moved = algo_options.MOVED_OPTIONS | data_options.MOVED_OPTIONS | report_options.MOVED_OPTIONS
 
     run: RunSection = RunSection()
     model: ModelSection

@@ -60,8 +60,7 @@ max_concurrency = 512
 correction = {{ weight = "token" }}
 [report]
 picture = false
-progress = false
-tensorboard = false
+sinks = []
 """
 
 

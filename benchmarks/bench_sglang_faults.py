@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"--rollout.group_size={GROUP_SIZE}",
         f"--run.num_steps={given.steps}",
         "--run.checkpoint_every=0",
-        "--report.progress=false",
+        '--report.sinks=["tensorboard"]',
         "--sglang.max_restarts=40",
         f"--run.output_dir={given.scratch}",
     ]

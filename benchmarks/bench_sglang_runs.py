@@ -66,8 +66,7 @@ def measure(output: Path, options: Sequence[str]) -> dict[str, Any]:
     fixed = (
         f"--run.num_steps={NUM_UPDATES + 1}",  # the last step measures what the 20th update left
         "--run.checkpoint_every=0",
-        "--report.progress=false",
-        "--report.tensorboard=false",
+        "--report.sinks=[]",
         f"--run.output_dir={output}",
     )
     if not (output / "checkpoints").exists():

@@ -13,7 +13,7 @@ from aer_megatron.types import Float64Array
 
 RUN_FILE = "examples/quickstart/countdown.toml"
 WINDOW = 10  # steps of a moving mean
-_FIXED = ("--parallel.tp=1", "--report.progress=false", "--report.tensorboard=false", "--run.checkpoint_every=0")
+_FIXED = ("--parallel.tp=1", "--report.sinks=[]", "--run.checkpoint_every=0")
 
 
 def finish_run(name: str, folder: Path, *, seed: int, num_steps: int, overrides: tuple[str, ...]) -> None:

@@ -70,17 +70,17 @@ for recipe in delayed tensorwise blockwise; do
         --set megatron.fp8=hybrid --set "megatron.fp8_recipe=$recipe"
 done
 part quickstart-base "$python" -m aer_megatron.cli launch --nproc 1 \
-    examples/quickstart/countdown.toml --stage=sft --parallel.tp=1 "--model.path=$out/base" --report.progress=false
+    examples/quickstart/countdown.toml --stage=sft --parallel.tp=1 "--model.path=$out/base" '--report.sinks=["tensorboard"]'
 part quickstart "$python" -m aer_megatron.cli launch --nproc 1 \
     examples/quickstart/countdown.toml --parallel.tp=1 "--model.path=$out/base" "--run.output_dir=$out/quickstart" \
-    --run.num_steps=20 --eval.sets={} --report.progress=false
+    --run.num_steps=20 --eval.sets={} '--report.sinks=["tensorboard"]'
 part fp8-parity "$python" -m aer_megatron.cli fp8-parity examples/quickstart/countdown.toml --steps 20 --parallel.tp=1 \
     "--model.path=$out/base" --model.dtype=bf16
 if [ -n "${SGLANG_PYTHON:-}" ]; then
     for transport in disk distributed; do
         part "sglang-$transport" "$python" -m aer_megatron.cli launch --nproc 1 \
             examples/quickstart/countdown.toml --parallel.tp=1 "--model.path=$out/base" "--run.output_dir=$out/sglang-$transport" \
-            --run.num_steps=10 --eval.sets={} --report.progress=false --model.dtype=bf16 --rollout.engine=sglang \
+            --run.num_steps=10 --eval.sets={} '--report.sinks=["tensorboard"]' --model.dtype=bf16 --rollout.engine=sglang \
             --sglang.num_servers=1 "--sglang.python=$SGLANG_PYTHON" "--sglang.transport=$transport" \
             --sglang.launch.mem_fraction_static=0.2
     done

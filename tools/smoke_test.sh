@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=""
 train() {
     "$python" -m aer_megatron.cli launch --nproc 2 \
         examples/quickstart/countdown.toml "--model.path=$work/base" "--run.output_dir=$work/run" \
-        --sft.num_steps=10 --run.num_steps=2 --eval.sets={} --report.progress=false "$@"
+        --sft.num_steps=10 --run.num_steps=2 --eval.sets={} '--report.sinks=["tensorboard"]' "$@"
 }
 train --stage=sft --parallel.tp=1
 train

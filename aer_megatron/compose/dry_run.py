@@ -29,6 +29,7 @@ from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from aer_megatron.files.run_lock import LOCK_FILE, held_by
 from aer_megatron.options.data import EvalSetSection
 from aer_megatron.report.masking import mask_table
+from aer_megatron.report.sinks.opening import check_sinks
 from aer_megatron.report.writer import changed_options
 from aer_megatron.rewards.pool import check_verifiers
 
@@ -74,6 +75,7 @@ def dry_run(config: Config, stage: str, world_size: int) -> tuple[str, Findings]
             _look_at_supervised_data(found, config, path, fits or 1)
         else:
             evaluation = _look_at_data(found, config)
+    found.attempt(lambda: check_sinks(config.report))
     _look_at_folders(found, config, stage)
     if stage == "rl" and config.rollout.uses_servers:
         found.attempt(lambda: check_server_options(config))

@@ -33,6 +33,7 @@ from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.report.flight import FlightWriter
+from aer_megatron.report.sinks.opening import check_sinks
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.report.writer import METRICS_FILE, changed_options, split_lines
 from aer_megatron.rewards.pool import VerifierPool
@@ -50,6 +51,7 @@ def run_rl(config: Config, process: Process, topology: Topology, arguments: Sequ
     platform = process.platform
     folder = Path(config.run.output_dir)
     with held({folder / LOCK_FILE: f"run.output_dir={config.run.output_dir!r}"}, platform):
+        on_first_rank(lambda: check_sinks(config.report), rank=platform.rank, device=platform.device)
         store = CheckpointStore(
             folder / "checkpoints",
             topology=topology,

@@ -25,9 +25,11 @@ from aer_megatron.files.json_input import read_json_object
 from aer_megatron.files.new_folder import new_folder
 from aer_megatron.files.run_lock import LOCK_FILE
 from aer_megatron.loop.supervised import run_supervised
+from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.exchange import barrier
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
+from aer_megatron.report.sinks.opening import check_sinks
 from aer_megatron.report.timer import PhaseTimer
 
 STAGE_FILE = "aer_stage.json"
@@ -53,6 +55,7 @@ def supervised_locks(config: Config) -> dict[Path, str]:
 def _make(config: Config, process: Process, topology: Topology, arguments: Sequence[str], folder: Path) -> None:
     """Trains from sft.init, or from where an earlier launch was stopped, and writes model.path at the end."""
     init, options, platform, stops = init_path(config), config.sft, process.platform, process.stops
+    on_first_rank(lambda: check_sinks(config.report), rank=platform.rank, device=platform.device)
     skipped = SkippedRecords()
     source = supervised_source(config, init, dp=topology.dp, on_skip=skipped)
     for note in skipped.lines("sft.source", source.num_records):

@@ -1,6 +1,6 @@
 """The display of a running job: a live table on a terminal, one plain line every few steps anywhere else.
 
-This file does NOT decide who displays: ranks other than 0 get ``NullProgress``.
+This file does NOT decide who displays: that is the console sink, on rank 0.
 """
 
 from __future__ import annotations
@@ -37,16 +37,6 @@ class Progress(Protocol):
     def step(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
-
-
-class NullProgress:
-    """Shows nothing."""
-
-    def step(self, record: Record) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Pace:

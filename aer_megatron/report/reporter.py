@@ -1,7 +1,7 @@
-"""One call per step for all that a user sees: metrics.jsonl, TensorBoard, the display, and a last picture.
+"""One call per step for all that a user sees: metrics.jsonl, the sinks, and a last picture.
 
-    reporter.step(metrics) --normalize--> MetricsWriter, TensorBoardWriter, Progress
-    reporter.close()       --------------> report.png
+    reporter.step(metrics) --normalize--> MetricsWriter, then every sink of report.sinks
+    reporter.close()       --------------> report.png, which the sinks get as well
 
 Ranks other than 0 hold a ``NullReporter``, so that the training loop needs no rank.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +18,10 @@ from typing import Any, Protocol, Self
 
 from aer_megatron.config import Config
 from aer_megatron.files.disk_space import lacks_space
-from aer_megatron.report.progress import NullProgress, Progress, open_progress
-from aer_megatron.report.tensorboard import TensorBoardWriter
-from aer_megatron.report.writer import MetricsWriter, mark_trained, normalize
+from aer_megatron.report.sinks.base import SinkRun
+from aer_megatron.report.sinks.guard import GuardedSink
+from aer_megatron.report.sinks.opening import open_sinks
+from aer_megatron.report.writer import MetricsWriter, mark_trained, normalize, recorded_config
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,48 +59,47 @@ class NullReporter:
 
 
 class Reporter:
-    """Reports the steps of one run folder; each part that is None is left out."""
+    """Reports the steps of one run folder."""
 
     def __init__(
         self,
         writer: MetricsWriter,
-        progress: Progress,
+        sinks: Sequence[GuardedSink],
         *,
-        tensorboard: TensorBoardWriter | None,
         picture: bool,
         on_first_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_first_step = on_first_step
         self._writer = writer
-        self._progress = progress
-        self._tensorboard = tensorboard
+        self._sinks = sinks
         self._picture = picture
         self._num_steps = 0
 
     @classmethod
     def open(cls, config: Config, *, folder: str | Path, num_steps: int, start_step: int) -> Self:
-        """Returns a reporter with the parts that ``config.report`` asks for.
+        """Returns a reporter with the sinks and the picture that ``config.report`` asks for.
 
         Lines and events of ``start_step`` and later, left by an earlier launch, are dropped.
 
         Raises:
-            ValueError: metrics.jsonl of an earlier launch is damaged before its last line.
-            RuntimeError: ``report.tensorboard`` is on and the package is missing.
+            ValueError: metrics.jsonl of an earlier launch is damaged before its last line, or as ``open_sinks``.
+            RuntimeError: a sink cannot start.
         """
         writer = MetricsWriter(folder)
+        recorded_step = writer.last_step if start_step else -1
         writer.truncate_from(start_step)
-        tensorboard = TensorBoardWriter(folder, start_step=start_step) if config.report.tensorboard else None
-        progress = open_progress(config.run.name, num_steps) if config.report.progress else NullProgress()
-        return cls(
-            writer,
-            progress,
-            tensorboard=tensorboard,
-            picture=config.report.picture,
-            on_first_step=partial(mark_trained, folder),
+        run = SinkRun(
+            name=config.run.name,
+            folder=Path(folder),
+            start_step=start_step,
+            num_steps=num_steps,
+            config=recorded_config(config),
         )
+        sinks = open_sinks(config.report, run, recorded_step=recorded_step)
+        return cls(writer, sinks, picture=config.report.picture, on_first_step=partial(mark_trained, folder))
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Records and shows one step.
+        """Records one step and hands it to the sinks.
 
         Raises:
             ValueError: ``step`` is missing or not beyond the last one, or a name or a value is not a
@@ -107,32 +107,41 @@ class Reporter:
         """
         record = normalize(metrics)
         self._writer.write(record)
-        if self._tensorboard is not None:
-            self._tensorboard.write(record)
-        self._progress.step(record)
+        for sink in self._sinks:
+            sink.step(record)
         if not self._num_steps:
             self._on_first_step()
         self._num_steps += 1
 
     def close(self) -> None:
-        """Ends the display and the event file and draws the picture; a second call does nothing.
+        """Draws the picture and ends the sinks; a second call does nothing.
 
         Raises:
             RuntimeError: the disk has no room for lines of metrics.jsonl that were written while it was full.
         """
-        self._release()
         num_steps, self._num_steps = self._num_steps, 0
-        self._writer.close()
-        if self._picture and num_steps:
-            # matplotlib takes half a second to import, and only this line needs it.
-            from aer_megatron.report.picture import draw_report
+        failed = True
+        try:
+            self._writer.close()
+            if self._picture and num_steps:
+                self._draw()
+            failed = False
+        finally:
+            self._end_sinks(failed=failed)
 
-            try:
-                draw_report(self._writer.path.parent)
-            except OSError as error:
-                if not lacks_space(error):
-                    raise
-                _LOG.warning("no picture of the run: %s; aer report draws it later", error)
+    def _draw(self) -> None:
+        # matplotlib takes half a second to import, and only this line needs it.
+        from aer_megatron.report.picture import draw_report
+
+        try:
+            picture = draw_report(self._writer.path.parent)
+        except OSError as error:
+            if not lacks_space(error):
+                raise
+            _LOG.warning("no picture of the run: %s; aer report draws it later", error)
+            return
+        for sink in self._sinks:
+            sink.picture(picture)
 
     def __enter__(self) -> Self:
         return self
@@ -143,11 +152,11 @@ class Reporter:
         if kind is None:
             self.close()
         else:
-            self._release()  # no picture: it could hide the error that ended the run
+            self._end_sinks(failed=True)  # no picture: it could hide the error that ended the run
             with contextlib.suppress(RuntimeError, OSError):
                 self._writer.close()
 
-    def _release(self) -> None:
-        self._progress.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+    def _end_sinks(self, *, failed: bool) -> None:
+        sinks, self._sinks = self._sinks, ()
+        for sink in sinks:
+            sink.close(failed=failed)

@@ -53,6 +53,11 @@ class MetricsWriter:
         for step, _ in split_lines(self.path):
             self._last_step = step
 
+    @property
+    def last_step(self) -> int:
+        """Returns the step of the last whole line, -1 where there is none."""
+        return self._last_step
+
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Appends one step and hands it to the operating system before it returns; on a full disk see ``LineFile``.
 

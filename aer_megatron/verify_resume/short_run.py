@@ -96,9 +96,8 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
         "algo.overlong_buffer": min(config.algo.overlong_buffer, max_new_tokens - 1),
         # a gradient in every step, whatever the rewards: a few answers may all be alike
         **{f"algo.entropy.{name}": json.dumps(value) for name, value in config.algo.entropy.acting_options().items()},
-        "report.progress": "false",
+        "report.sinks": "[]",
         "report.picture": "false",
-        "report.tensorboard": "false",
     }
     if rollout.uses_servers and not request.keep_engine:
         options |= {

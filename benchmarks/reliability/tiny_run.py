@@ -53,7 +53,7 @@ alpha_max = 0.5
 normalize = "mean"
 difficulty = "complement"
 [report]
-progress = false
+sinks = ["tensorboard"]
 picture = false
 """
 # for real_server_options (which adds what every CPU server needs), and for a run file

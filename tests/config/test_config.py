@@ -127,7 +127,7 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest(tmp_path: Path, key: 
 
 
 def test_an_unknown_key_like_no_other_lists_what_is_known(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown option report\.zzzzzzzz: known here: .*report\.tensorboard"):
+    with pytest.raises(ValueError, match=r"unknown option report\.zzzzzzzz: known here: .*report\.sinks"):
         load_config(write_run(tmp_path), ["--report.zzzzzzzz=1"])
 
 
@@ -258,7 +258,7 @@ def test_a_rule_keeps_its_kind_where_defaults_are_left_out() -> None:
 def test_an_option_of_former_versions_is_told_where_it_went(option: str) -> None:
     with pytest.raises(ValueError, match=rf"option {re.escape(option)}=.* is no longer there: ") as caught:
         load_config(None, ["--model.path=base", "--data.train.task=countdown", f"--{option}=0.5"])
-    named = re.findall(r"(?:algo|eval)\.(?:[a-z_.]|NAME)+", Config.moved[option])
+    named = re.findall(r"(?:algo|eval|report)\.(?:[a-z_.]|NAME)+", Config.moved[option])
     known = {key for key, *_ in describe(Config)} | {"eval.sets.NAME.source"}
     assert named and set(named) <= known, caught.value
 

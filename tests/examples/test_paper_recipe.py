@@ -75,7 +75,7 @@ def test_a_rehearsal_reports_every_benchmark_by_itself(model: Path, tmp_path: Pa
         "--model.dtype=fp32",
         *(f"--eval.sets.{name}.num_prompts=3" for name in SETS),
         "--report.picture=false",
-        "--report.tensorboard=false",
+        '--report.sinks=["console"]',
     ]
     done = train(RECIPE, *options(model, tmp_path / "out"), *small)
     assert done.returncode == 0, done.stderr

@@ -117,12 +117,12 @@ def test_a_full_disk_ends_neither_events_nor_picture_nor_the_run(
                 reporter.step({"step": step, "reward/mean": 0.5, "aer/reason": "y" * 200})
             os.truncate(filler, filler.stat().st_size - (1 << 16))
         assert len(read_metrics(disk / "metrics.jsonl")) == 200
-    assert "TensorBoard's events end at step" in caplog.text
+    assert "report.sinks: tensorboard ends at step" in caplog.text
     assert "no picture of the run: [Errno 28] No space left" in caplog.text
 
 
 def config_without_progress() -> Any:
-    table = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": {"progress": False}}
+    table = {"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": {"sinks": ["tensorboard"]}}
     return Config.from_table(table)
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.support.double_runs import double_python
 from tests.support.runs import MODEL, metric_lines, train, write_run_file
 
-OPTIONS = ["--run.num_steps=2", "--eval.sets={}", "--run.checkpoint_every=0", "--report.tensorboard=false"]
+OPTIONS = ["--run.num_steps=2", "--eval.sets={}", "--run.checkpoint_every=0", '--report.sinks=["console"]']
 FP8 = ["--rollout.quantization=fp8", "--rollout.logprob_gate=0"]
 
 

@@ -11,7 +11,7 @@ from tests.support.small_disk import fill, small_disk
 
 pytestmark = pytest.mark.integration
 
-SMALL = ("--eval.sets={}", "--rollout.prompts_per_step=2", "--report.tensorboard=false", "--report.progress=false")
+SMALL = ("--eval.sets={}", "--rollout.prompts_per_step=2", "--report.sinks=[]")
 
 
 def test_the_checkpoint_before_stays_and_the_same_command_goes_on(tmp_path: Path) -> None:

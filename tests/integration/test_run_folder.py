@@ -13,7 +13,7 @@ from tests.support.runs import metric_lines, train, write_run_file
 
 pytestmark = pytest.mark.integration
 
-SMALL = ("--eval.sets={}", "--rollout.prompts_per_step=2", "--report.tensorboard=false", "--report.progress=false")
+SMALL = ("--eval.sets={}", "--rollout.prompts_per_step=2", "--report.sinks=[]")
 
 
 @pytest.fixture(scope="module")

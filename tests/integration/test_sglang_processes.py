@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def server_arguments(kind: str, folder: Path) -> list[str]:
     """Returns the overrides with which a run launches two servers."""
-    common = [f"--sglang.num_servers={NUM_SERVERS}", "--report.tensorboard=false", "--eval.sets={}"]
+    common = [f"--sglang.num_servers={NUM_SERVERS}", '--report.sinks=["console"]', "--eval.sets={}"]
     if kind == "real":
         return [*launch_arguments(), *common]
     # the double's log-probabilities are made up

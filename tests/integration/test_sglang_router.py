@@ -77,7 +77,7 @@ def test_servers_killed_behind_a_router_cost_no_sample(
             f"--run.num_steps={NUM_STEPS}",
             "--eval.sets={}",
             "--run.checkpoint_every=0",
-            "--report.tensorboard=false",
+            '--report.sinks=["console"]',
             f"--run.output_dir={output}",
             ranks=num_ranks,
         )

@@ -22,7 +22,7 @@ OPTIONS = (
     f"--run.num_steps={STEPS}",
     "--run.checkpoint_every=0",
     "--rollout.prompts_per_step=16",
-    "--report.tensorboard=false",
+    '--report.sinks=["console"]',
 )
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from tests.support.runs import ROOT
 pytestmark = pytest.mark.processes
 
 TIMEOUT_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ranks inherit SIGINT ignored from tests that run as a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def launch(folder: Path, text: str, *, ranks: int = 2, patience_s: float = 0.5) -> RankProcesses:

@@ -66,6 +66,16 @@ def steps(said: Said, **options: float) -> Iterator[StopRequests]:
         yield stops
 
 
+@contextmanager
+def hangup(handler: signal.Handlers) -> Iterator[None]:
+    """Sets what SIGHUP does to this process: under nohup it begins ignored."""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
@@ -185,7 +195,7 @@ def test_the_time_limit_asks_when_the_next_step_would_not_fit(said: Said, monkey
 
 
 def test_a_terminal_that_is_gone_ends_nothing(said: Said) -> None:
-    with steps(said) as stops:
+    with hangup(signal.SIG_DFL), steps(said) as stops:
         send(signal.SIGHUP)
         wait_until(lambda: said.lines)
         assert "the run goes on" in said.lines[0]
@@ -193,12 +203,8 @@ def test_a_terminal_that_is_gone_ends_nothing(said: Said) -> None:
 
 
 def test_nohup_is_left_as_it_is(said: Said) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with steps(said):
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with hangup(signal.SIG_IGN), steps(said):
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_handlers_and_descriptors_are_put_back(said: Said) -> None:

@@ -11,10 +11,8 @@ from rich.console import Console
 
 from aer_megatron.report.progress import (
     LiveProgress,
-    NullProgress,
     Pace,
     PlainProgress,
-    Progress,
     duration,
     plain_interval,
 )
@@ -155,10 +153,3 @@ def test_the_time_left_is_the_mean_step_times_the_steps_left() -> None:
 )
 def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_the_silent_display_is_a_display(capsys: pytest.CaptureFixture[str]) -> None:
-    progress: Progress = NullProgress()
-    progress.step(record(0))
-    progress.close()
-    assert capsys.readouterr().out == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from aer_megatron.config import Config
 from aer_megatron.report.reporter import NullReporter, Reporter, StepReporter
-from aer_megatron.report.tensorboard import TensorBoardWriter
 from aer_megatron.report.timer import PHASES, PhaseTimer, peak_rss_gb
 from aer_megatron.report.writer import read_metrics
 
 
-def config(**report: bool) -> Config:
+def config(**report: Any) -> Config:
     return Config.from_table({"model": {"path": "base"}, "data": {"train": {"task": "countdown"}}, "report": report})
 
 
-def open_reporter(folder: Path, start_step: int, **report: bool) -> Reporter:
+def open_reporter(folder: Path, start_step: int, **report: Any) -> Reporter:
     return Reporter.open(config(**report), folder=folder, num_steps=10, start_step=start_step)
 
 
@@ -49,17 +47,17 @@ def test_a_step_reaches_the_file_the_events_the_display_and_the_picture(
 
 
 def test_every_part_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open_reporter(tmp_path, 0, progress=False, tensorboard=False, picture=False) as reporter:
+    with open_reporter(tmp_path, 0, sinks=[], picture=False) as reporter:
         reporter.step({"step": 0, "reward/mean": 0.25})
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_resumed_run_replaces_the_steps_it_makes_again(tmp_path: Path) -> None:
-    with open_reporter(tmp_path, 0, progress=False, picture=False) as reporter:
+    with open_reporter(tmp_path, 0, sinks=["tensorboard"], picture=False) as reporter:
         for step in range(4):
             reporter.step({"step": step, "reward/mean": 0.25 * step})
-    with open_reporter(tmp_path, 2, progress=False, picture=False) as reporter:
+    with open_reporter(tmp_path, 2, sinks=["tensorboard"], picture=False) as reporter:
         reporter.step({"step": 2, "reward/mean": 8.0})
     assert [line["reward/mean"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 0.25, 8.0]
     assert scalars(tmp_path, "reward/mean") == [(0, 0.0), (1, 0.25), (2, 8.0)]
@@ -67,13 +65,13 @@ def test_a_resumed_run_replaces_the_steps_it_makes_again(tmp_path: Path) -> None
 
 def test_a_run_that_starts_anew_in_a_used_folder_leaves_no_old_step(tmp_path: Path) -> None:
     for value in (0.5, 0.75):
-        with open_reporter(tmp_path, 0, progress=False, tensorboard=False, picture=False) as reporter:
+        with open_reporter(tmp_path, 0, sinks=[], picture=False) as reporter:
             reporter.step({"step": 0, "reward/mean": value})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "reward/mean": 0.75}]
 
 
 def test_an_error_ends_the_display_and_is_not_hidden_by_a_picture(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="gone"), open_reporter(tmp_path, 0, progress=False) as reporter:
+    with pytest.raises(RuntimeError, match="gone"), open_reporter(tmp_path, 0, sinks=["tensorboard"]) as reporter:
         reporter.step({"step": 0, "reward/mean": 0.25})
         raise RuntimeError("the server is gone")
     assert not (tmp_path / "report.png").exists()
@@ -81,7 +79,7 @@ def test_an_error_ends_the_display_and_is_not_hidden_by_a_picture(tmp_path: Path
 
 
 def test_a_run_without_a_step_closes_without_a_picture(tmp_path: Path) -> None:
-    reporter = open_reporter(tmp_path, 0, progress=False, tensorboard=False)
+    reporter = open_reporter(tmp_path, 0, sinks=[])
     reporter.close()
     reporter.close()
     assert list(tmp_path.iterdir()) == []
@@ -92,14 +90,8 @@ def test_the_silent_reporter_does_nothing_with_the_same_interface(tmp_path: Path
     with reporter:
         reporter.step({"no": "metric"})
     reporter.close()
-    real: StepReporter = open_reporter(tmp_path, 0, progress=False, tensorboard=False)
+    real: StepReporter = open_reporter(tmp_path, 0, sinks=[])
     assert {name for name in dir(StepReporter) if not name.startswith("_")} <= set(dir(real))
-
-
-def test_a_missing_tensorboard_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(RuntimeError, match=r"pip install tensorboard, or set report\.tensorboard=false"):
-        TensorBoardWriter(tmp_path, start_step=0)
 
 
 def ticking(*times: float) -> Any:

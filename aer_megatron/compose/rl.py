@@ -19,13 +19,14 @@ from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.evaluation import evaluation_sets, last_evaluation_is_missing
 from aer_megatron.compose.incidents import GuardedPolicy
+from aer_megatron.compose.samples import RunSamples
 from aer_megatron.compose.saves import RunSaves, best_step
 from aer_megatron.compose.throughput import run_throughput
 from aer_megatron.config import Config
 from aer_megatron.data.prompts import PromptCursor
 from aer_megatron.files.run_lock import LOCK_FILE
 from aer_megatron.loop.asynchronous import train_ahead
-from aer_megatron.loop.parts import Parts, PendingBatch, Progress, RolloutParts
+from aer_megatron.loop.parts import NoSamples, Parts, PendingBatch, Progress, RolloutParts, Samples
 from aer_megatron.loop.phases import Phases
 from aer_megatron.loop.synchronous import train
 from aer_megatron.parallel.agreement import on_first_rank
@@ -33,6 +34,7 @@ from aer_megatron.parallel.gather import gather_batch
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.parallel.topology import Topology
 from aer_megatron.report.flight import FlightWriter
+from aer_megatron.report.samples import SampleWriter, truncate_samples
 from aer_megatron.report.sinks.opening import check_sinks
 from aer_megatron.report.timer import PhaseTimer
 from aer_megatron.report.writer import METRICS_FILE, changed_options, split_lines
@@ -148,6 +150,7 @@ def _train(
             flight=flight,
             reporter=reporter,
             timer=timer,
+            samples=_samples(config, platform, data, start.next_step, stack),
             throughput=run_throughput(config, platform),
             stop_requested=stops.requested,
         )
@@ -195,6 +198,17 @@ def _open_flight_recorder(config: Config, platform: Platform, start_step: int, s
     writer.truncate_from(start_step)
     stack.enter_context(writer)
     return writer if config.report.flight_recorder else None
+
+
+def _samples(config: Config, platform: Platform, data: Data, start_step: int, stack: ExitStack) -> Samples:
+    """Returns what keeps samples; those beyond the resume step go, also where none are kept any more."""
+    folder = config.run.output_dir
+    if platform.rank == 0:
+        truncate_samples(folder, start_step)
+    if not config.report.samples:
+        return NoSamples()
+    writer = stack.enter_context(SampleWriter(folder, rank=platform.rank))
+    return RunSamples(writer, data.decode, groups_per_step=config.report.samples)
 
 
 def _saves(

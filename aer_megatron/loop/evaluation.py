@@ -32,16 +32,17 @@ def begin_evaluation(parts: Parts, sets: Sequence[EvaluationSet], step: int, beg
         return dict
     with parts.timer.phase("eval"):
         wait = begin(lambda: [each.collector.collect(each.prompts, step=step, refill=0) for each in sets])
-    return partial(_finish, parts, sets, wait)
+    return partial(_finish, parts, sets, step, wait)
 
 
 def _finish(
-    parts: Parts, sets: Sequence[EvaluationSet], wait: Callable[[], list[list[RolloutGroup]]]
+    parts: Parts, sets: Sequence[EvaluationSet], step: int, wait: Callable[[], list[list[RolloutGroup]]]
 ) -> dict[str, float]:
     metrics: dict[str, float] = {}
     with parts.timer.phase("eval"):
         for each, groups in zip(sets, wait(), strict=True):
             scored = parts.rollouts.score_groups(groups)
+            parts.samples.evaluated(step, each.name, scored)
             experience, _ = parts.rollouts.gather(scored)
             majority_P = each.votes(scored, [k for k in each.options.k if k > 1]) if each.votes else {}
             metrics |= evaluation_metrics(each.name, each.options, experience, majority_P)

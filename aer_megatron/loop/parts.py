@@ -6,7 +6,7 @@ This file does NOT hold behaviour.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from aer_megatron._C import DifficultyLedger
@@ -150,6 +150,42 @@ class RolloutParts:
     weight_sync: WeightSync
 
 
+@dataclass(frozen=True, slots=True)
+class TrainedBatch:
+    """A batch as it was trained on, with what was known of its tokens before."""
+
+    experience: Experience
+    scores: PolicyScores
+    advantage_B: Float64Array
+    difficulty_P: Float64Array  # before normalisation
+    entropy_weight_B: Float64Array
+
+
+class Samples(Protocol):
+    """Keeps some of what the policy wrote, on the rank that generated it."""
+
+    def generated(self, scored: Sequence[ScoredGroup]) -> None: ...
+    def trained(self, step: int, batch: TrainedBatch) -> None: ...
+    def evaluated(self, step: int, name: str, scored: Sequence[ScoredGroup]) -> None: ...
+    def flush(self) -> None: ...
+
+
+class NoSamples:
+    """Keeps nothing."""
+
+    def generated(self, scored: Sequence[ScoredGroup]) -> None:
+        """Does nothing."""
+
+    def trained(self, step: int, batch: TrainedBatch) -> None:
+        """Does nothing."""
+
+    def evaluated(self, step: int, name: str, scored: Sequence[ScoredGroup]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+
 class Throughput(Protocol):
     """The ``perf/*`` metrics of a step; every rank calls it, for the largest of what each has."""
 
@@ -170,5 +206,6 @@ class Parts:
     flight: FlightRecorder | None  # on one rank, where the run has a recorder
     reporter: StepReporter
     timer: PhaseTimer
+    samples: Samples = field(default_factory=NoSamples)
     throughput: Throughput = lambda times, experience, *, num_generated: {}
     stop_requested: Callable[[], bool] = lambda: False  # asked between steps, by all ranks together; same on each

@@ -31,7 +31,7 @@ from aer_megatron.algo.selection import skip_decided
 from aer_megatron.config import Config
 from aer_megatron.loop.beside import beside
 from aer_megatron.loop.evaluation import Finish, begin_evaluation, due_sets
-from aer_megatron.loop.parts import Begin, Parts, PendingBatch, Progress, at_once, when_waited
+from aer_megatron.loop.parts import Begin, Parts, PendingBatch, Progress, TrainedBatch, at_once, when_waited
 from aer_megatron.report.metrics import Metric, reason_count
 from aer_megatron.report.training import (
     controller_metrics,
@@ -189,6 +189,7 @@ class Phases:
         decision = controller.step(controller_state, self.config.algo.entropy, assessed.observation)
         stats = self.train(step, experience, scores, assessed, decision.coefficient)
         self.record_flight(step, decision, assessed, stats)
+        self.keep_samples(step, experience, scores, assessed, decision.coefficient)
         evaluated = evaluation()
         self.publish(policy_version + 1)
         metrics = self.metrics(collected, assessed, decision, stats)
@@ -288,6 +289,15 @@ class Phases:
             )
         )
 
+    def keep_samples(
+        self, step: int, experience: Experience, scores: PolicyScores, assessed: Assessment, coefficient: float
+    ) -> None:
+        """Keeps some groups of the batch, with what was known of their tokens before the update."""
+        weight_B = coefficient * assessed.allocation_P[experience.group_index_B]
+        advantage_B = assessed.advantages.advantage_B
+        batch = TrainedBatch(experience, scores, advantage_B, assessed.difficulty_P, weight_B)
+        self.parts.samples.trained(step, batch)
+
     def metrics(
         self, collected: Collected, assessed: Assessment, decision: Decision, stats: StepStats
     ) -> dict[str, Any]:
@@ -341,6 +351,7 @@ class Phases:
 
     def _save(self, progress: Progress) -> None:
         with self.parts.timer.phase("checkpoint"):
+            self.parts.samples.flush()  # a resumed run makes those of later steps again, and no others
             self.parts.saves.save(progress)
 
     def _begin_rollouts(self, step: int, refill: int, num_groups: int, begin: Begin) -> Rollouts:
@@ -369,7 +380,9 @@ class Phases:
         with parts.timer.phase("rollout"):
             groups = rollouts.wait()
         with parts.timer.phase("reward"):
-            return parts.rollouts.gather(parts.rollouts.score_groups(groups))
+            scored = parts.rollouts.score_groups(groups)
+            parts.samples.generated(scored)
+            return parts.rollouts.gather(scored)
 
     def _penalty(self, experience: Experience) -> Float64Array | None:
         return overlong_penalty(experience, self.config.algo, max_new_tokens=self.config.rollout.max_new_tokens)

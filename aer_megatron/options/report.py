@@ -27,6 +27,11 @@ class ReportSection(Section):
     )
     picture: bool = Field(True, description="write report.png at the end")
     flight_recorder: bool = Field(True, description="write flight.jsonl, from which controllers can be replayed")
+    samples: int = Field(
+        2,
+        ge=0,
+        description="groups a step kept in samples/, beside all of evaluation; 0 = none",
+    )
 
     @model_validator(mode="after")
     def _names_of_sinks(self) -> Self:

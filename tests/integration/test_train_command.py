@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aer_megatron.report.samples import read_samples
 from tests.support.runs import environment, metric_lines, train, train_command, write_run_file
 
 pytestmark = pytest.mark.integration
@@ -87,6 +88,8 @@ def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> N
     resumed = train(run_file, *arguments, "--run.profile_steps=[4, 5]", ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert metric_lines(folder) == metric_lines(base / "out")
+    rows, never_killed = (sorted(map(repr, read_samples(run))) for run in (folder, base / "out"))
+    assert rows == never_killed and rows
     profiles = {path.name for path in (folder / "profile").iterdir()}
     assert profiles == {f"steps_4-5.rank{rank}.{form}" for rank in (0, 1) for form in ("json.gz", "txt")}
 

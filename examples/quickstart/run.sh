@@ -12,8 +12,12 @@ launch() {
     "$python" -m aer_megatron.cli launch --nproc 2 "$run" "$@"
 }
 
-echo "quickstart: two stages, some 10 minutes on two quiet cores; Ctrl-C saves, and the same command goes on"
+echo "quickstart: two stages, some 7 minutes on two quiet cores; Ctrl-C saves, and the same command goes on"
 echo "quickstart: warm start (skipped when its result is there)"
 launch --stage=sft --parallel.tp=1
-echo "quickstart: GRPO + AER, two tensor-parallel ranks; the report will be runs/quickstart/report.png"
+echo "quickstart: GRPO + AER, two tensor-parallel ranks"
 launch "$@"
+case " $* " in
+    *" --dry-run "*) ;;
+    *) "$python" examples/quickstart/summary.py "$run" "$@" ;;
+esac

@@ -118,20 +118,29 @@ class StepPlan:
         return min(rollout.max_batch_size, math.ceil(self.work.sequences / layout.num_ranks))
 
     def engine_memory(self, layout: Layout) -> EngineMemory:
-        """Returns what generation takes of a rank; for servers that is the gathered weights alone."""
-        config, together = self.config, self.decoded_together(layout)
-        bucket_bytes = config.parallel.weight_bucket_mb * 10**6
-        if not together:
+        """Returns what generation takes of a rank at most, evaluation included; for servers the gathered weights."""
+        config, rollout = self.config, self.config.rollout
+        prompt_tokens, bucket_bytes = config.data.max_prompt_tokens, config.parallel.weight_bucket_mb * 10**6
+        if rollout.uses_servers:
             return EngineMemory(0, 0, 2 * bucket_bytes)
-        return embedded_engine_memory(
-            self.arch,
-            dtype_bytes=DTYPE_BYTES[config.model.dtype],
-            batch=together,
-            prompts=math.ceil(together / config.rollout.group_size),
-            prompt_tokens=config.data.max_prompt_tokens,
-            length=self.longest,
-            bucket_bytes=bucket_bytes,
-        )
+        # (sequences, of which so many have the same prompt, tokens of the longest)
+        batches = [(self.work.sequences, rollout.group_size, self.longest)]
+        for each in config.eval.sets.values():
+            length = prompt_tokens + each.length_limit(rollout.max_new_tokens)
+            batches += [(each.num_prompts * each.num_samples, each.num_samples, length)] if each.every else []
+        memories = [
+            embedded_engine_memory(
+                self.arch,
+                dtype_bytes=DTYPE_BYTES[config.model.dtype],
+                batch=(together := min(rollout.max_batch_size, math.ceil(sequences / layout.num_ranks))),
+                prompts=math.ceil(together / num_samples),
+                prompt_tokens=prompt_tokens,
+                length=length,
+                bucket_bytes=bucket_bytes,
+            )
+            for sequences, num_samples, length in batches
+        ]
+        return max(memories, key=lambda memory: memory.rollout)
 
 
 def fewest_ranks(config: Config) -> int:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from aer_megatron.config import Config
 from aer_megatron.config_loading import load_config
-from aer_megatron.config_section import describe, rules_of
+from aer_megatron.config_section import ANY_NAME, describe, named_sections, rules_of
 from aer_megatron.data.records import Record
 from aer_megatron.data.sources import load_records
 from aer_megatron.options.data import SourceSection
@@ -75,10 +75,10 @@ def overrides() -> list[bytes]:
     ]
 
 
-def _has(config: BaseModel, name: str) -> bool:
+def _has(config: Any, name: str) -> bool:
     *sections, leaf = name.split(".")
     for section in sections:
-        config = getattr(config, section, config)
+        config = config[section] if isinstance(config, Mapping) else getattr(config, section, config)
     return hasattr(config, leaf)
 
 
@@ -126,6 +126,12 @@ def check_types(
             rule = rules.choose(value) if "kind" in value else rules.first_with(*value)
             check_types(value, rule, f"{name}.", strings_from_numbers=strings_from_numbers)
             continue
+        named = named_sections(annotation)
+        if named is not None and isinstance(value, Mapping):
+            for each, item in value.items():
+                if isinstance(item, Mapping):
+                    check_types(item, named, f"{name}.{each}.", strings_from_numbers=strings_from_numbers)
+            continue
         nested = [item for item in _leaves(annotation) if isinstance(item, type) and issubclass(item, BaseModel)]
         if nested and isinstance(value, Mapping):
             check_types(value, nested[0], f"{name}.", strings_from_numbers=strings_from_numbers)
@@ -168,7 +174,7 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def _options() -> list[tuple[str, str]]:
-    return [(name, default) for name, _, default, _ in describe(Config)]
+    return [(name.replace(ANY_NAME, "countdown"), default) for name, _, default, _ in describe(Config)]
 
 
 def _put(table: dict[str, Any], dotted: str, value: Any) -> None:

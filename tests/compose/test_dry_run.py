@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from aer_megatron.compose.common import architecture
 from aer_megatron.compose.dry_run import Findings, dry_run
+from aer_megatron.compose.step_plan import StepPlan
 from aer_megatron.config_loading import load_config
+from aer_megatron.costs.model_size import Layout
 from aer_megatron.files.run_lock import RunLock
 from aer_megatron.report.writer import write_run_manifest
 from aer_megatron.train import COMMAND
@@ -37,6 +40,25 @@ def test_a_good_run_has_no_problem(folder: Path) -> None:
     assert text.splitlines()[-1] == (
         "  evaluation           countdown: 8 prompts x 4 = 32 sequences of <= 10 tokens at temperature 1, 3 times"
     )
+
+
+def test_a_long_evaluation_counts_in_memory_and_in_positions(folder: Path) -> None:
+    config = load_config(folder / "run.toml")
+    layout = Layout(1, 1, 1, 1, False, "none", 1, 1)
+
+    def rollout_bytes(**changes: object) -> int:
+        changed = config.with_options({f"eval.sets.countdown.{name}": value for name, value in changes.items()})
+        return StepPlan(changed, architecture(config.model.path)).engine_memory(layout).rollout
+
+    training = rollout_bytes(every=0)
+    assert rollout_bytes(num_prompts=8, num_samples=4) == training  # as many sequences, as long
+    assert rollout_bytes(num_prompts=16) > 1.8 * training
+    assert rollout_bytes(max_new_tokens=40) > 1.8 * training
+    assert rollout_bytes(num_prompts=16, max_new_tokens=40, every=0) == training
+    problems = look(folder, "--eval.sets.countdown.max_new_tokens=60")[1].problems
+    assert problems == [
+        "data.max_prompt_tokens=12 + eval.sets.countdown.max_new_tokens=60 exceeds the model's 64 positions; lower one"
+    ]
 
 
 def test_context_parallel_ranks_count_and_packed_batches_are_packed(folder: Path) -> None:

@@ -9,6 +9,7 @@ Ranks other than 0 hold a ``NullReporter``, so that the training loop needs no r
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,12 +19,14 @@ from typing import Any, Protocol, Self
 
 from aer_megatron.config import Config
 from aer_megatron.files.disk_space import lacks_space
+from aer_megatron.report.samples import read_samples
 from aer_megatron.report.sinks.base import SinkRun
 from aer_megatron.report.sinks.guard import GuardedSink
 from aer_megatron.report.sinks.opening import open_sinks
 from aer_megatron.report.writer import MetricsWriter, mark_trained, normalize, recorded_config
 
 _LOG = logging.getLogger(__name__)
+_SAMPLES = 200  # handed to the sinks
 
 
 class StepReporter(Protocol):
@@ -125,6 +128,8 @@ class Reporter:
             self._writer.close()
             if self._picture and num_steps:
                 self._draw()
+            if num_steps and self._sinks:
+                self._hand_over_samples()
             failed = False
         finally:
             self._end_sinks(failed=failed)
@@ -142,6 +147,17 @@ class Reporter:
             return
         for sink in self._sinks:
             sink.picture(picture)
+
+    def _hand_over_samples(self) -> None:
+        last = self._writer.last_step
+        try:
+            samples = list(
+                itertools.islice(read_samples(self._writer.path.parent, steps=range(last, last + 1)), _SAMPLES)
+            )
+        except (ValueError, OSError):
+            return  # none are kept, or their file is damaged: aer samples says how
+        for sink in self._sinks if samples else ():
+            sink.samples(samples)
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,8 @@ import pytest
 
 from aer_megatron.config import Config
 from aer_megatron.report.reporter import Reporter
+from aer_megatron.report.samples import SampleWriter
+from tests.report.test_samples import sample
 
 pytest.importorskip("mlflow", reason="needs the extra mlflow")
 
@@ -46,6 +48,8 @@ def train(
         for step in steps:
             alarm = "collapse at step 1" if step == 1 else None
             reporter.step({"step": step, "reward/mean": base + step, "eval/x/pass@8": 0.0, "aer/alarm": alarm})
+        with SampleWriter(folder, rank=0) as writer:
+            writer.write([sample(steps.stop - 1, completion="the text of the policy")])
         if fails:
             raise KeyError("the run fails")
 
@@ -71,7 +75,8 @@ def test_a_resumed_run_is_one_run_with_every_step_once(tmp_path: Path, database:
     assert run.data.params["algo.entropy.tau"] == "0.5"
     assert run.data.params["sglang.environment.HF_TOKEN"] == "***"
     assert SECRET not in str(run.to_dictionary())
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.png"]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["report.png", "samples.json"]
+    assert "the text of the policy" in next(tmp_path.rglob("samples.json")).read_text()
 
 
 def test_a_failed_run_is_marked_and_one_that_begins_anew_is_another(tmp_path: Path, database: str) -> None:

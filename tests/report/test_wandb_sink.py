@@ -8,6 +8,8 @@ import pytest
 
 from aer_megatron.config import Config
 from aer_megatron.report.reporter import Reporter
+from aer_megatron.report.samples import SampleWriter
+from tests.report.test_samples import sample
 from tests.support.wandb_files import history
 
 pytestmark = pytest.mark.processes  # W&B's own, which writes the files
@@ -36,6 +38,8 @@ def train(folder: Path, steps: range, *, base: float) -> None:
         for step in steps:
             alarm = "collapse at step 1" if step == 1 else None
             reporter.step({"step": step, "reward/mean": base + step, "aer/held": False, "aer/alarm": alarm})
+        with SampleWriter(folder, rank=0) as writer:
+            writer.write([sample(steps.stop - 1, completion="the text of the policy")])
     wandb.teardown()  # waits for the process that writes the files
 
 
@@ -52,6 +56,8 @@ def test_a_resumed_run_is_one_run_with_every_step_once(tmp_path: Path) -> None:
         3,
         5,
     ]  # a picture at the end of each launch
+    tables = list(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.json"))
+    assert len(tables) == 2 and all("the text of the policy" in table.read_text() for table in tables)
     assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/report_*.png"))) == 2
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from aer_megatron.files.whole_files import replace_file
 from aer_megatron.report.metrics import Metric
+from aer_megatron.report.samples import Sample
 from aer_megatron.report.writer import MetricValue
 
 Record = Mapping[str, MetricValue]
@@ -85,8 +86,19 @@ class Sink(ABC):
     def picture(self, file: Path) -> None:  # noqa: B027
         """Takes report.png, drawn at the end of a launch."""
 
+    def samples(self, samples: Sequence[Sample]) -> None:  # noqa: B027
+        """Takes some samples of the last step that has any, at the end of a launch."""
+
     def close(self, *, failed: bool) -> None:  # noqa: B027
         """Ends the sink; ``failed`` where an error ends the run."""
+
+
+SAMPLE_COLUMNS = ("step", "set", "prompt", "answer", "completion", "reward", "reason", "advantage", "difficulty")
+
+
+def sample_rows(samples: Sequence[Sample]) -> list[list[Any]]:
+    """Returns a table of samples: a row each, columns as in ``SAMPLE_COLUMNS``."""
+    return [[getattr(sample, name) for name in SAMPLE_COLUMNS] for sample in samples]
 
 
 def numbers(record: Record) -> dict[str, float]:

@@ -6,10 +6,12 @@ import contextlib
 import logging
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from aer_megatron.report.masking import mask_text
+from aer_megatron.report.samples import Sample
 from aer_megatron.report.sinks.base import Record, Sink, step_of
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +40,9 @@ class GuardedSink:
 
     def picture(self, file: Path) -> None:
         self._call("picture", file)
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        self._call("samples", samples)
 
     def close(self, *, failed: bool) -> None:
         self._call("close", failed=failed)

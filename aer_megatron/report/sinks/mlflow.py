@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aer_megatron.report.metrics import Metric
-from aer_megatron.report.sinks.base import Record, Sink, SinkRun, alarm_of, numbers, step_of
+from aer_megatron.report.samples import Sample
+from aer_megatron.report.sinks.base import (
+    SAMPLE_COLUMNS,
+    Record,
+    Sink,
+    SinkRun,
+    alarm_of,
+    numbers,
+    sample_rows,
+    step_of,
+)
 
 _RUN_ID_TAG = "aer_megatron.run_id"
 _PARAMETERS_PER_CALL = 100  # MLflow's limits
@@ -60,6 +70,11 @@ class MlflowSink(Sink):
 
     def picture(self, file: Path) -> None:
         self._client.log_artifact(self._id, str(file))
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        table = {"columns": SAMPLE_COLUMNS, "data": sample_rows(samples)}  # the form of MLflow's own tables
+        self._client.log_dict(self._id, table, "samples.json")
+        self._client.set_tag(self._id, "mlflow.loggedArtifacts", '[{"path": "samples.json", "type": "table"}]')
 
     def close(self, *, failed: bool) -> None:
         self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from aer_megatron.report.metrics import Metric
-from aer_megatron.report.sinks.base import Record, Sink, SinkRun, alarm_of, numbers, step_of
+from aer_megatron.report.samples import Sample
+from aer_megatron.report.sinks.base import (
+    SAMPLE_COLUMNS,
+    Record,
+    Sink,
+    SinkRun,
+    alarm_of,
+    numbers,
+    sample_rows,
+    step_of,
+)
 
 
 class WandbSink(Sink):
@@ -23,7 +34,7 @@ class WandbSink(Sink):
     def __init__(self, run: SinkRun, *, project: str = "aer-megatron", **options: Any) -> None:
         import wandb
 
-        self._image = wandb.Image
+        self._image, self._table = wandb.Image, wandb.Table
         self._step = run.start_step
         self._run = wandb.init(
             **{
@@ -46,6 +57,10 @@ class WandbSink(Sink):
 
     def picture(self, file: Path) -> None:
         self._run.log({"report": self._image(str(file))}, step=self._step)  # without it: a step of its own
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        table = self._table(columns=list(SAMPLE_COLUMNS), data=sample_rows(samples))
+        self._run.log({"samples": table}, step=self._step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

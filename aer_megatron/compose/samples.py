@@ -6,7 +6,10 @@ layout does not change it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +28,7 @@ class RunSamples:
     def __init__(self, writer: SampleWriter, decode: Decode, *, groups_per_step: int) -> None:
         self._writer = writer
         self._decode = decode
+        self._texts = TokenTexts(decode)
         self._groups_per_step = groups_per_step
         self._scored: list[ScoredGroup] = []  # this rank's groups of the step under way
 
@@ -41,77 +45,87 @@ class RunSamples:
         for group in sorted(taken.tolist()):
             mine = _of_group(scored, batch, int(first_B[group]))
             if mine is not None:
-                self._writer.write(list(self._trained_rows(step, group, mine, batch, int(first_B[group]))))
+                numbers = self._numbers(group, int(first_B[group]), len(mine.group.completions), batch)
+                self._writer.write(partial(self._rows, step, "train", group, mine, numbers))
 
     def evaluated(self, step: int, name: str, scored: Sequence[ScoredGroup]) -> None:
         """Keeps every completion of this rank's share of the evaluation set ``name``."""
         for group, each in enumerate(scored):
-            rows = [
-                self._row(step, name, group, each, place, logprob=completion.logprobs)
-                for place, completion in enumerate(each.group.completions)
-            ]
-            self._writer.write(rows)
+            numbers = [{"logprob": completion.logprobs} for completion in each.group.completions]
+            self._writer.write(partial(self._rows, step, name, group, each, numbers))
 
     def flush(self) -> None:
         """Waits until everything is on disk: before a checkpoint, which a resumed run goes on from."""
         self._writer.flush()
 
-    def _trained_rows(
-        self, step: int, group: int, scored: ScoredGroup, batch: TrainedBatch, first: int
-    ) -> Iterator[Sample]:
+    def _numbers(self, group: int, first: int, count: int, batch: TrainedBatch) -> list[dict[str, Any]]:
+        """Returns the numbers of ``count`` sequences from ``first`` on: copies, for the batch is not kept."""
         end_B = np.cumsum(batch.experience.sampled_length_B)
-        for place in range(len(scored.group.completions)):
-            sequence = first + place
+        result: list[dict[str, Any]] = []
+        for sequence in range(first, first + count):
             tokens = slice(int(end_B[sequence - 1]) if sequence else 0, int(end_B[sequence]))
-            yield self._row(
-                step,
-                "train",
-                group,
-                scored,
-                place,
-                logprob=batch.scores.logprob_T[tokens].tolist(),
-                token_entropy=tuple(batch.scores.token_entropy_T[tokens].tolist()),
-                advantage=float(batch.advantage_B[sequence]),
-                difficulty=float(batch.difficulty_P[group]),
-                entropy_weight=float(batch.entropy_weight_B[sequence]),
+            result.append(
+                {
+                    "logprob": tuple(batch.scores.logprob_T[tokens].tolist()),
+                    "token_entropy": tuple(batch.scores.token_entropy_T[tokens].tolist()),
+                    "advantage": float(batch.advantage_B[sequence]),
+                    "difficulty": float(batch.difficulty_P[group]),
+                    "entropy_weight": float(batch.entropy_weight_B[sequence]),
+                }
             )
+        return result
 
-    def _row(
-        self,
-        step: int,
-        name: str,
-        group: int,
-        scored: ScoredGroup,
-        place: int,
-        *,
-        logprob: Sequence[float],
-        token_entropy: tuple[float, ...] | None = None,
-        **numbers: float,
-    ) -> Sample:
-        prompt, completion = scored.group.prompt, scored.group.completions[place]
-        text = self._decode(completion.token_ids)
-        versions = [span.version for span in completion.policy_versions]
-        none = dict.fromkeys(("advantage", "difficulty", "entropy_weight"))
-        return Sample(
-            step=step,
-            set=name,
-            prompt_id=prompt.id,
-            group=group,
-            prompt=prompt.problem,
-            answer=prompt.answer,
-            completion=text,
-            token_ids=completion.token_ids,
-            sampled=_sampled(completion),
-            token_ends=token_ends(completion.token_ids, text, self._decode),
-            reward=scored.verdicts[place].reward,
-            reason=scored.verdicts[place].reason,
-            logprob=tuple(logprob),
-            token_entropy=token_entropy,
-            policy_version_min=min(versions),
-            policy_version_max=max(versions),
-            truncated=completion.finish_reason == "length",
-            **{**none, **numbers},
-        )
+    def _rows(
+        self, step: int, name: str, group: int, scored: ScoredGroup, numbers: Sequence[dict[str, Any]]
+    ) -> list[Sample]:
+        """Returns the rows of a group; called beside the run."""
+        prompt = scored.group.prompt
+        question = self._decode(prompt.token_ids)
+        none = dict.fromkeys(("advantage", "difficulty", "entropy_weight", "token_entropy"))
+        rows = []
+        for completion, verdict, own in zip(scored.group.completions, scored.verdicts, numbers, strict=True):
+            text, ends = self._texts.of(completion.token_ids)
+            versions = [span.version for span in completion.policy_versions]
+            rows.append(
+                Sample(
+                    step=step,
+                    set=name,
+                    prompt_id=prompt.id,
+                    group=group,
+                    prompt=question,
+                    answer=prompt.answer,
+                    completion=text,
+                    token_ids=completion.token_ids,
+                    sampled=_sampled(completion),
+                    token_ends=ends,
+                    reward=verdict.reward,
+                    reason=verdict.reason,
+                    policy_version_min=min(versions),
+                    policy_version_max=max(versions),
+                    truncated=completion.finish_reason == "length",
+                    **{**none, **own},
+                )
+            )
+        return rows
+
+
+class TokenTexts:
+    """Decodes completions and says where the text of each token ends; remembers the text of single tokens."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._alone: dict[int, str] = {}
+
+    def of(self, token_ids: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+        """Returns (the text, where each token's ends in it). A token that ends within a character ends before it."""
+        text = self._decode(token_ids)
+        for token in token_ids:
+            if token not in self._alone:
+                self._alone[token] = self._decode((token,))
+        pieces = [self._alone[token] for token in token_ids]
+        if "".join(pieces) == text:  # no character is spread over tokens, no token is written otherwise at a start
+            return text, tuple(itertools.accumulate(map(len, pieces)))
+        return text, token_ends(token_ids, text, self._decode)
 
 
 def token_ends(token_ids: Sequence[int], text: str, decode: Decode) -> tuple[int, ...]:

@@ -15,10 +15,9 @@ import dataclasses
 import itertools
 import logging
 import os
-import queue
-import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +29,7 @@ import pyarrow.parquet as pq
 SAMPLES_FOLDER = "samples"
 _LOG = logging.getLogger(__name__)
 _FLUSH_S = 30.0  # a live run's samples are this old at most
-_MOST_WAITING = 64  # batches of rows; beyond it rows are dropped: the disk is slower than the run
+_MOST_WAITING = 64  # files; beyond it rows are dropped: the disk is slower than the run
 _MOST_BYTES = 2**31  # of a row group, uncompressed: what no writer of ours makes
 
 _SCHEMA = pa.schema(
@@ -69,7 +68,7 @@ class Sample:
     set: str  # "train", or the name of an evaluation set
     prompt_id: int
     group: int  # number of its group in the batch, or in the rank's share of an evaluation set
-    prompt: str
+    prompt: str  # as the model read it
     answer: str
     completion: str
     token_ids: tuple[int, ...]
@@ -87,6 +86,9 @@ class Sample:
     truncated: bool
 
 
+MakeRows = Callable[[], Sequence[Sample]]
+
+
 class SampleWriter:
     """Writes the samples of one rank into ``folder``/samples, beside the run; a context manager that ends it.
 
@@ -96,42 +98,43 @@ class SampleWriter:
     def __init__(self, folder: str | Path, *, rank: int) -> None:
         self._folder = Path(folder) / SAMPLES_FOLDER
         self._rank = rank
-        self._rows: list[Sample] = []
+        self._rows: list[MakeRows] = []
         self._flushed = time.monotonic()
-        self._waiting: queue.Queue[list[Sample] | None] = queue.Queue(_MOST_WAITING)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="samples")
+        self._under_way: list[Future[None]] = []
         self._complained = False
-        self._thread = threading.Thread(target=self._work, name="samples", daemon=True)
-        self._thread.start()
 
-    def write(self, rows: Sequence[Sample]) -> None:
-        """Keeps rows for the next file, which is begun at the latest some 30 s after the last one."""
-        self._rows += rows
+    def write(self, rows: MakeRows) -> None:
+        """Keeps rows for the next file, which is begun at the latest some 30 s after the last one.
+
+        ``rows`` is called beside the run: what it takes to make them is not waited for.
+        """
+        self._rows.append(rows)
         if time.monotonic() - self._flushed > _FLUSH_S:
             self._begin_file()
 
     def flush(self) -> None:
         """Waits until everything is on disk that was written so far, as far as there is room."""
         self._begin_file()
-        self._waiting.join()
+        wait(self._under_way)
+        self._look_at_what_is_done()
 
     def _begin_file(self) -> None:
         rows, self._rows, self._flushed = self._rows, [], time.monotonic()
-        if rows:
-            try:
-                self._waiting.put_nowait(rows)
-            except queue.Full:
-                self._complain("the disk is slower than the run")
+        self._look_at_what_is_done()
+        if len(self._under_way) >= _MOST_WAITING:
+            self._complain("the disk is slower than the run")
+        elif rows:
+            self._under_way.append(self._thread.submit(self._write_file, rows))
 
-    def _work(self) -> None:
-        while (rows := self._waiting.get()) is not None:
-            try:
-                self._write_file(rows)
-            except (OSError, pa.ArrowException) as error:
-                self._complain(str(error))
-            finally:
-                self._waiting.task_done()
+    def _look_at_what_is_done(self) -> None:
+        for future in [future for future in self._under_way if future.done()]:
+            self._under_way.remove(future)
+            if (error := future.exception()) is not None:
+                self._complain(f"{type(error).__name__}: {error}")
 
-    def _write_file(self, rows: Sequence[Sample]) -> None:
+    def _write_file(self, made: Sequence[MakeRows]) -> None:
+        rows = [row for rows in made for row in rows()]
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"step_{rows[0].step:08d}.rank_{self._rank:05d}"
         path = next(path for n in itertools.count() if not (path := self._folder / f"{name}.{n}.parquet").exists())
@@ -150,12 +153,13 @@ class SampleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.flush()
-        self._waiting.put(None)
-        self._thread.join()
+        self._thread.shutdown()
 
 
 def truncate_samples(folder: str | Path, resume_step: int) -> None:
     """Drops the samples of ``resume_step`` and later, of all ranks. A file that is none of samples is set aside."""
+    for path in (Path(folder) / SAMPLES_FOLDER).glob(".*.partial"):  # of a killed run
+        path.unlink()
     for path in _files(folder):
         try:
             table = pq.read_table(path, schema=_SCHEMA)

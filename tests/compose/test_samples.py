@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aer_megatron.algo.experience import pack_groups
-from aer_megatron.compose.samples import RunSamples, token_ends
+from aer_megatron.compose.samples import RunSamples, TokenTexts, token_ends
 from aer_megatron.loop.parts import TrainedBatch
 from aer_megatron.report.samples import Sample, SampleWriter, read_samples
 from aer_megatron.types import Completion, PolicyScores, Prompt, RolloutGroup, ScoredGroup, Verdict, VersionSpan
@@ -109,3 +109,17 @@ def test_token_ends_cut_a_text_at_whole_characters(text: str) -> None:
     # a byte token ends at the last character that the bytes so far make whole
     expected = [len(bytes(token_ids[: place + 1]).decode("utf-8", errors="ignore")) for place in range(len(token_ids))]
     assert list(ends[:-1]) == expected
+    assert TokenTexts(decode).of((*token_ids, 0)) == (text, ends)
+
+
+def test_tokens_that_are_written_alone_as_in_a_text_need_no_second_decoding() -> None:
+    calls: list[int] = []
+
+    def counted(token_ids: Any) -> str:
+        calls.append(len(token_ids))
+        return decode(token_ids)
+
+    texts = TokenTexts(counted)
+    assert texts.of((97, 98, 97, 0)) == ("aba", (1, 2, 3, 3))
+    assert texts.of((98, 98, 0)) == ("bb", (1, 2, 2))
+    assert calls == [4, 1, 1, 1, 3]

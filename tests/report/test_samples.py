@@ -48,7 +48,7 @@ EVALUATED = {"set": "aime24", "advantage": None, "difficulty": None, "entropy_we
 def write(folder: Path, *batches: list[Sample], rank: int = 0) -> None:
     with SampleWriter(folder, rank=rank) as writer:
         for rows in batches:
-            writer.write(rows)
+            writer.write(lambda rows=rows: rows)
             writer.flush()
 
 
@@ -121,10 +121,27 @@ def test_a_full_disk_costs_samples_and_is_said_once(
     with caplog.at_level(logging.ERROR), SampleWriter(tmp_path, rank=0) as writer:
         monkeypatch.setattr(samples.pq, "write_table", full)
         for step in range(3):
-            writer.write([sample(step)])
+            writer.write(lambda step=step: [sample(step)])
             writer.flush()
         assert list((tmp_path / "samples").iterdir()) == []
         monkeypatch.setattr(samples.pq, "write_table", whole)
-        writer.write([sample(3)])
+        writer.write(lambda: [sample(3)])
     assert [found.step for found in read_samples(tmp_path)] == [3]
     assert caplog.text.count("samples are lost, the run goes on") == 1
+
+
+def test_rows_that_cannot_be_made_cost_themselves_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR), SampleWriter(tmp_path, rank=0) as writer:
+        writer.write(lambda: [sample(0, completion="\ud800")])  # no UTF-8
+        writer.flush()
+        writer.write(lambda: [sample(1)])
+        writer.flush()
+    assert [found.step for found in read_samples(tmp_path)] == [1]
+    assert "samples are lost, the run goes on" in caplog.text
+
+
+def test_half_a_file_of_a_killed_run_is_removed(tmp_path: Path) -> None:
+    write(tmp_path, [sample(0)])
+    (tmp_path / "samples" / ".step_00000001.rank_00000.0.parquet.partial").write_bytes(b"PAR1")
+    truncate_samples(tmp_path, 1)
+    assert len(list((tmp_path / "samples").iterdir())) == 1

@@ -18,6 +18,7 @@ from aer_megatron.compose.common import Process, build_policy, checked_weights, 
 from aer_megatron.compose.data import Data, load_data
 from aer_megatron.compose.engines import build_engine
 from aer_megatron.compose.evaluation import evaluation_sets, last_evaluation_is_missing
+from aer_megatron.compose.exports import EXPORT_FOLDER, Exports
 from aer_megatron.compose.incidents import GuardedPolicy
 from aer_megatron.compose.samples import RunSamples
 from aer_megatron.compose.saves import RunSaves, best_step
@@ -88,6 +89,7 @@ def _results(config: Config) -> list[Path]:
     from aer_megatron.report.picture import PICTURE_FILE  # needs matplotlib
 
     names = ([PICTURE_FILE] if config.report.picture else []) + [METRICS_FILE]
+    names += [EXPORT_FOLDER] if config.run.export_every else []
     return [Path(config.run.output_dir) / name for name in names]
 
 
@@ -141,6 +143,7 @@ def _train(
         saves = stack.enter_context(_saves(config, platform, store, actor, ledger))
         reporter = stack.enter_context(open_reporter(config, platform, start.next_step, arguments))
         flight = _open_flight_recorder(config, platform, start.next_step, stack)
+        exports = Exports(config, actor, platform, timer)
         parts = Parts(
             prompts=cursor,
             rollouts=rollout_parts(config, platform, data, stack),
@@ -151,6 +154,7 @@ def _train(
             reporter=reporter,
             timer=timer,
             samples=_samples(config, platform, data, start.next_step, stack),
+            export=exports.write,
             throughput=run_throughput(config, platform),
             stop_requested=stops.requested,
         )
@@ -158,6 +162,7 @@ def _train(
         stops.begin_steps()
         next_step = loop(Phases(config, parts, start))
         stops.end_steps()
+        exports.write_cards()
     return next_step
 
 

@@ -22,7 +22,7 @@ from aer_megatron.data.skipped import OnSkip, SkippedRecords
 from aer_megatron.data.supervised import SupervisedSource
 from aer_megatron.data.tokenizer import load_tokenizer, stop_token_ids
 from aer_megatron.files.json_input import read_json_object
-from aer_megatron.files.new_folder import new_folder
+from aer_megatron.files.new_folder import new_folder, remove_folder
 from aer_megatron.files.run_lock import LOCK_FILE
 from aer_megatron.loop.supervised import run_supervised
 from aer_megatron.parallel.agreement import on_first_rank
@@ -133,7 +133,7 @@ def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -
     weights: Iterator[tuple[str, Any]] = actor.hf_weights()
     if platform.rank == 0:
         if (target / STAGE_FILE).is_file():
-            _remove(target)
+            remove_folder(target)  # half deleted it would be taken for somebody else's
         specs = hf_specs(actor.arch, TORCH_DTYPES[config.model.dtype])
         with new_folder(target) as work:
             fill_hf_folder(work, weights, specs, config=read_hf_config(Path(init)))
@@ -145,14 +145,6 @@ def _write_policy(config: Config, actor: Actor, init: str, platform: Platform) -
         for _ in weights:
             pass
     barrier()
-
-
-def _remove(folder: Path) -> None:
-    """Takes the folder out of sight in one rename: half deleted it would be taken for somebody else's."""
-    aside = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def init_path(config: Config) -> str:

@@ -33,6 +33,14 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(folder: Path) -> None:
+    """Takes the folder out of sight in one rename, then removes it: nobody sees it half deleted."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def flush_to_disk(path: Path) -> None:
     """Waits until the file's bytes, or the folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -207,5 +207,6 @@ class Parts:
     reporter: StepReporter
     timer: PhaseTimer
     samples: Samples = field(default_factory=NoSamples)
+    export: Callable[[int], None] = lambda step: None  # writes the policy after so many steps where one is due
     throughput: Throughput = lambda times, experience, *, num_generated: {}
     stop_requested: Callable[[], bool] = lambda: False  # asked between steps, by all ranks together; same on each

@@ -333,11 +333,12 @@ class Phases:
 
         A checkpoint is begun at checkpoint steps and wherever the run ends; ``finish`` waits for it.
         """
-        every, done = self.config.run.checkpoint_every, progress.next_step
-        last = done == self.config.run.num_steps
-        due = last or bool(every and done % every == 0)
+        run, done = self.config.run, progress.next_step
+        last = done == run.num_steps
+        due = last or bool(run.checkpoint_every and done % run.checkpoint_every == 0)
         if due:
             self._save(progress)
+        self.parts.export(done)
         if last or not self.parts.stop_requested():  # asked behind the save: that one may take long
             return last
         if not due:

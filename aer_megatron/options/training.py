@@ -23,6 +23,9 @@ class RunSection(Section):
         description='metric of an evaluation set, such as "eval/aime24/pass@1": the checkpoint with its highest value '
         "is kept beside the newest; empty = none",
     )
+    export_every: int = Field(
+        0, ge=0, description="write a Hugging Face folder to output_dir/export every k steps and at the end; 0 = never"
+    )
     async_checkpoint: bool = Field(
         True, description="write checkpoints beside training, from a copy in host memory; false = training waits"
     )

@@ -199,7 +199,7 @@ class Metric(StrEnum):
     TIME_TRAIN = "time/train_s", "s", "forward-backward passes and optimizer steps"
     TIME_SYNC = "time/sync_s", "s", "weights from trainer to rollout engine"
     TIME_EVAL = "time/eval_s", "s", "evaluation; with eval.overlap what training waited for it"
-    TIME_CHECKPOINT = "time/checkpoint_s", "s", "what training waited for a checkpoint since the previous line"
+    TIME_CHECKPOINT = "time/checkpoint_s", "s", "what training waited for checkpoints and exports"
     TIME_TOKENS_PER_S = (
         "time/tokens_per_s",
         "tokens/s",

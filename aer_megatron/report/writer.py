@@ -214,15 +214,16 @@ def changed_options(folder: str | Path, config: Config) -> list[str]:
     before = read_run_manifest(folder).get("config")
     if not isinstance(before, dict):
         return []
-    old, new = dict(_flat(mask_table(before))), dict(_flat(recorded_config(config)))
+    old, new = dict(flat_options(mask_table(before))), dict(flat_options(recorded_config(config)))
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return [f"{name} {_short(old, name)} -> {_short(new, name)}" for name in names]
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_options(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of nested tables."""
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat_options(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

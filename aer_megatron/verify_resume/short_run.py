@@ -86,7 +86,7 @@ def _shortened(config: Config, num_ranks: int, request: ShortRunRequest) -> list
     max_new_tokens = min(rollout.max_new_tokens, MAX_NEW_TOKENS)
     run = {
         "num_steps": 2 * k, "checkpoint_every": k, "keep_checkpoints": 2, "resume": "true",
-        "record_batch": -1, "profile_steps": "[]", "keep_best": '""', "max_hours": 0,
+        "record_batch": -1, "profile_steps": "[]", "export_every": 0, "keep_best": '""', "max_hours": 0,
     }  # fmt: skip
     options = {f"run.{name}": value for name, value in run.items() if name in RunSection.model_fields} | {
         "eval.sets": "{}",

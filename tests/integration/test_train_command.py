@@ -11,11 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from aer_megatron.conversion.command import main as convert
+from aer_megatron.convert.hf_folder import HFFolder
 from aer_megatron.report.samples import read_samples
 from tests.support.runs import environment, metric_lines, train, train_command, write_run_file
 
 pytestmark = pytest.mark.integration
+
+SCORE = "eval/countdown/pass@1"
+ARGUMENTS = ("--parallel.tp=2", "--eval.sets.countdown.every=2", f"--run.keep_best={SCORE}", "--run.export_every=4")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_file = write_run_file(folder)
     made = train(run_file, "--stage=sft", ranks=2)
     assert made.returncode == 0, made.stderr
-    straight = train(run_file, "--parallel.tp=2", ranks=2)
+    straight = train(run_file, *ARGUMENTS, ranks=2)
     assert straight.returncode == 0, straight.stderr
     return folder
 
@@ -56,7 +62,7 @@ def test_metrics_hold_what_the_run_promises(base: Path) -> None:
         assert line["rollout/logprob_diff_max"] < 1e-3  # fp32: the engine holds the trainer's weights at every step
         assert line["entropy/target"] == pytest.approx(1.1 * lines[0]["entropy/token_mean"])
     evaluated = [line["step"] for line in lines if {"eval/countdown/pass@1", "eval/countdown/pass@4"} <= line.keys()]
-    assert evaluated == [0, 3, 6]
+    assert evaluated == [0, 2, 4, 6]
     assert all(name == "step" or name.startswith("eval/countdown/") for name in lines[-1])  # of the last policy
     assert any(line["aer/coefficient"] > 0 for line in lines[:-1])
     assert all("time/step_s" in json.loads(text) for text in (base / "out" / "metrics.jsonl").read_text().splitlines())
@@ -65,10 +71,29 @@ def test_metrics_hold_what_the_run_promises(base: Path) -> None:
     assert manifest["versions"]["megatron-core"]
 
 
+def test_the_policy_is_exported_with_its_card_and_the_best_checkpoint_is_kept(base: Path, tmp_path: Path) -> None:
+    scores = {line["step"]: line[SCORE] for line in metric_lines(base / "out") if SCORE in line}
+    exports = base / "out" / "export"
+    assert sorted(path.name for path in exports.iterdir()) == ["step_00000004", "step_00000006"]
+    # what the checkpoint of the same step converts to, bit for bit, and usable as it is
+    assert convert(["megatron-to-hf", str(base / "out"), str(tmp_path / "converted")]) == 0
+    last = exports / "step_00000006"
+    exported, converted = HFFolder(last), HFFolder(tmp_path / "converted")
+    assert sorted(exported.names()) == sorted(converted.names())
+    assert all(torch.equal(exported.get(name), converted.get(name)) for name in exported.names())
+    assert {"tokenizer.json", "generation_config.json", "README.md"} <= {path.name for path in last.iterdir()}
+    card = (last / "README.md").read_text()
+    assert "Of the policy after 6 steps." in card  # evaluated after its weights were written
+    assert f"| countdown | pass@1 | {scores[6]:.3f} |" in card and "| `algo.entropy.tau` | `1.1` |" in card
+    # step 2 is there beside the newest two if it was better than 4; 6 is evaluated after its checkpoint
+    kept = {int(path.name[5:]) for path in (base / "out" / "checkpoints").glob("step_????????")}
+    assert kept == {4, 6} | ({2} if scores[2] > scores[4] else set())
+
+
 def test_killed_and_resumed_equals_never_killed(base: Path, tmp_path: Path) -> None:
     run_file = base / "run.toml"
     folder = tmp_path / "killed"
-    arguments = ("--parallel.tp=2", f"--run.output_dir={folder}")
+    arguments = (*ARGUMENTS, f"--run.output_dir={folder}")
     process = subprocess.Popen(
         train_command(run_file, *arguments, ranks=2),
         stdout=subprocess.DEVNULL,

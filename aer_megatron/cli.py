@@ -30,6 +30,7 @@ COMMANDS = {
     },
     "what it did": {
         "report": ("aer_megatron.report.command", "draw one run, or several over one another"),
+        "samples": ("aer_megatron.samples.command", "texts that the policy wrote, coloured by their entropy"),
         "replay": ("aer_megatron.replay.command", "another entropy controller on a recorded run"),
         "replay-batch": ("aer_megatron.replay.batch", "a kept update again: where it is not finite"),
         "fp8-parity": ("aer_megatron.fp8_parity.command", "what FP8 changes, recipe by recipe"),

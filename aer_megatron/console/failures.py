@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aer_megatron
+from aer_megatron.console.escaping import visible
 from aer_megatron.console.standard_streams import keep_standard_streams, say
 
 LOG_FOLDER = "logs"  # below run.output_dir
@@ -199,4 +200,4 @@ def _printable(text: str) -> str:
     """Returns ``text`` without control characters, which a server or a file may have put in, and not without end."""
     if len(text) > _MAX_MESSAGE_CHARS:
         text = text[:_MAX_MESSAGE_CHARS] + " ..."
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    return visible(text)

@@ -29,6 +29,7 @@ LAYERS = {
     "plan": FEATURE,
     "prepare_data": FEATURE,
     "replay": FEATURE,
+    "samples": FEATURE,
     "verify_resume": FEATURE,
     "train": 11,
     "compose": 10,

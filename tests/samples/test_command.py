@@ -45,7 +45,7 @@ WORDS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 def run_with(folder: Path, rows: list[Sample]) -> Path:
     with SampleWriter(folder, rank=0) as writer:
-        writer.write(rows)
+        writer.write(lambda: rows)
     return folder
 
 

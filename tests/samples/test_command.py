@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from aer_megatron.report.samples import Sample, SampleWriter
+from aer_megatron.rewards.pool import Job, VerifierPool
 from aer_megatron.samples import selection
 from aer_megatron.samples.command import main
 from aer_megatron.samples.view import legend, sample_text
+from aer_megatron.types import Prompt
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \u202egnorw [bold red]loud[/] :bomb:\rstep 9 · train"
 EVALUATED: dict[str, Any] = {
@@ -98,11 +100,21 @@ def test_the_last_line_counts_what_is_not_shown(run: Path, capsys: pytest.Captur
     assert last == "matching samples 5: wrong 3, correct 1, no_answer 1; these are the 1 newest (--limit)"
 
 
+@pytest.mark.processes
 def test_a_planted_reward_hack_is_on_the_first_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    honest = [sample(step, r"so \boxed{41}", **WRONG) for step in range(30)]
-    hacked = [sample(step, r"\boxed{}") for step in range(20, 30)]  # its verifier accepts an empty box
-    assert main([str(run_with(tmp_path, honest + hacked)), "--reason=correct"]) == 0
-    assert capsys.readouterr().out.splitlines()[6] == r"│ \boxed{}"
+    name = "tests.support.bad_verifiers:accepts_an_empty_box"
+    prompt = Prompt(0x9AE1, "What is 6 * 7?", (1,), "42", name)
+    texts = [r"so \boxed{41}"] * 20 + [r"so \boxed{41}", r"\boxed{}"] * 10
+    with VerifierPool(num_workers=1, timeout_s=30.0) as pool:
+        verdicts = pool.verify([Job(name, text, prompt) for text in texts])
+    rows = [
+        sample(step, text, reward=verdict.reward, reason=verdict.reason)
+        for step, (text, verdict) in enumerate(zip(texts, verdicts, strict=True))
+    ]
+    assert main([str(run_with(tmp_path, rows)), "--reason=correct"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[6] == r"│ \boxed{}"
+    assert said[-1] == "matching samples 10: correct 10"
 
 
 @pytest.mark.parametrize("field", ["prompt", "answer", "completion", "reason", "set"])

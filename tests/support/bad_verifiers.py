@@ -1,4 +1,4 @@
-"""Verifiers for tests of the pool: good, hanging, raising, dying, and wrong in what they return."""
+"""Verifiers for tests: good, fooled, hanging, raising, dying, and wrong in what they return."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ from aer_megatron.types import Prompt, Verdict
 
 def exact(text: str, prompt: Prompt) -> bool:
     return text == prompt.answer
+
+
+def accepts_an_empty_box(text: str, prompt: Prompt) -> bool:
+    r"""A reward hack: the last box is compared by what it begins with, so ``\boxed{}`` is always right."""
+    return prompt.answer.startswith(text.rpartition("\\boxed{")[2].partition("}")[0])
 
 
 def partial(text: str, prompt: Prompt) -> float:

@@ -209,8 +209,8 @@ def read_samples(
 def _samples(rows: Sequence[dict[str, Any]], steps: range | None, sets: Collection[str] | None) -> Iterator[Sample]:
     for row in rows:
         for name, value in row.items():
-            if value is None and name not in _OPTIONAL:
-                raise ValueError(f"a row has no {name}")
+            if (value is None and name not in _OPTIONAL) or (isinstance(value, list) and None in value):
+                raise ValueError(f"a row has no {name}, or one with a gap")
         if (steps is None or row["step"] in steps) and (sets is None or row["set"] in sets):
             for name in _LISTS:
                 row[name] = None if row[name] is None else tuple(row[name])

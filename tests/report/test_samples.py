@@ -145,3 +145,13 @@ def test_half_a_file_of_a_killed_run_is_removed(tmp_path: Path) -> None:
     (tmp_path / "samples" / ".step_00000001.rank_00000.0.parquet.partial").write_bytes(b"PAR1")
     truncate_samples(tmp_path, 1)
     assert len(list((tmp_path / "samples").iterdir())) == 1
+
+
+def test_a_gap_in_a_list_of_numbers_is_named(tmp_path: Path) -> None:
+    write(tmp_path, [sample(0)])
+    [path] = (tmp_path / "samples").iterdir()
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["logprob"] = [None, -0.5]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(path)), path)
+    with pytest.raises(ValueError, match="no logprob, or one with a gap"):
+        list(read_samples(tmp_path))

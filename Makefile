@@ -19,7 +19,7 @@ IMPORT_LAYER_TEST := $(wildcard tests/project/test_import_layers.py)
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install quickstart smollm2 test test-fast test-slow test-gpu test-sglang test-multinode test-cpp lint format check-cpp docs audit wheel clean
+.PHONY: help install quickstart smollm2 test test-fast test-slow test-gpu test-sglang test-multinode test-browser test-cpp lint format check-cpp docs audit wheel clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,13 +41,13 @@ smollm2: install ## three AER steps of SmolLM2-135M-Instruct with TP=2
 	@bash examples/smollm2/run.sh
 
 test: install $(if $(LINT),,lint) ## lint, then the fast tests
-	@$(PYTEST) -m "not slow and not gpu and not sglang and not multinode"
+	@$(PYTEST) -m "not slow and not gpu and not sglang and not multinode and not browser"
 
 test-fast: install ## the tests that start no process, the loop to develop by: some two minutes on two quiet cores
-	@$(PYTEST) -m "not processes and not slow and not gpu and not sglang and not multinode"
+	@$(PYTEST) -m "not processes and not slow and not gpu and not sglang and not multinode and not browser"
 
 test-slow: install ## the tests that take minutes
-	@$(PYTEST) -m "slow and not gpu and not sglang and not multinode"
+	@$(PYTEST) -m "slow and not gpu and not sglang and not multinode and not browser"
 
 test-sglang: install ## the tests against real SGLang servers on the CPU, in an environment of their own
 	@bash tools/install_sglang_cpu.sh .venv-sglang $(BIN)/python
@@ -55,6 +55,9 @@ test-sglang: install ## the tests against real SGLang servers on the CPU, in an 
 
 test-multinode: install ## two nodes on this machine, one of them lost (network namespaces, else loopback)
 	@$(PYTEST) -m multinode
+
+test-browser: install ## the HTML report in a headless Chromium, where there is one
+	@$(PYTEST) -m browser
 
 test-gpu: install ## the tests that need a CUDA device
 	@$(PYTEST) -m gpu

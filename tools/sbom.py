@@ -24,16 +24,26 @@ from packaging.requirements import Requirement
 ROOT_PACKAGE = "aer-megatron"
 _NAMESPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # uuid's own for URLs
 _NO_LICENCE = "not stated"
-# cpp/third_party
-_IN_THE_REPOSITORY = {
-    "type": "library",
-    "bom-ref": "pkg:github/doctest/doctest@v2.5.2",
-    "name": "doctest",
-    "version": "2.5.2",
-    "scope": "excluded",
-    "licenses": [{"expression": "MIT"}],
-    "purl": "pkg:github/doctest/doctest@v2.5.2",
-}
+# cpp/third_party, which is not installed, and aer_megatron/report/assets, which is
+_IN_THE_REPOSITORY: tuple[dict[str, Any], ...] = (
+    {
+        "type": "library",
+        "bom-ref": "pkg:github/doctest/doctest@v2.5.2",
+        "name": "doctest",
+        "version": "2.5.2",
+        "scope": "excluded",
+        "licenses": [{"expression": "MIT"}],
+        "purl": "pkg:github/doctest/doctest@v2.5.2",
+    },
+    {
+        "type": "library",
+        "bom-ref": "pkg:npm/uplot@1.6.32",
+        "name": "uplot",
+        "version": "1.6.32",
+        "licenses": [{"expression": "MIT"}],
+        "purl": "pkg:npm/uplot@1.6.32",
+    },
+)
 
 
 def normal(name: str) -> str:
@@ -128,13 +138,13 @@ def document(graph: dict[str, set[str]]) -> dict[str, Any]:
             "component": component(here[normal(ROOT_PACKAGE)], "application"),
             "tools": {"components": [{"type": "application", "name": "tools/sbom.py of aer-megatron"}]},
         },
-        "components": [*(component(here[name]) for name in names if name != normal(ROOT_PACKAGE)), _IN_THE_REPOSITORY],
+        "components": [*(component(here[name]) for name in names if name != normal(ROOT_PACKAGE)), *_IN_THE_REPOSITORY],
         "dependencies": [
             *(
                 {"ref": purl(here[name]), "dependsOn": sorted(purl(here[other]) for other in graph[name])}
                 for name in names
             ),
-            {"ref": _IN_THE_REPOSITORY["bom-ref"], "dependsOn": []},
+            *({"ref": item["bom-ref"], "dependsOn": []} for item in _IN_THE_REPOSITORY),
         ],
     }
     serial = uuid.uuid5(_NAMESPACE, json.dumps(body, sort_keys=True))

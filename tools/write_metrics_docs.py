@@ -26,7 +26,8 @@ resumed equals the run that never was, byte for byte:
     jq -c 'with_entries(select(.key | test("^(time|perf)/") | not))' metrics.jsonl
 
 The same numbers go to TensorBoard (`tensorboard --logdir RUN/tensorboard`), under the same names.
-`aer report RUN` draws `RUN/report.png`; with several runs it draws them over one another.
+`aer report RUN` draws `RUN/report.html` ([read the report](how-to/read-the-report.md)); with
+several runs it draws them over one another.
 """
 
 

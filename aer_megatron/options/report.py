@@ -26,6 +26,7 @@ class ReportSection(Section):
         default_factory=dict, description='options of a sink by its name: [report.sink_options.wandb] project = "..."'
     )
     picture: bool = Field(True, description="write report.png at the end")
+    html: bool = Field(True, description="write report.html at the end: the whole run in one page")
     flight_recorder: bool = Field(True, description="write flight.jsonl, from which controllers can be replayed")
     samples: int = Field(
         2,

@@ -1,7 +1,7 @@
 """One call per step for all that a user sees: metrics.jsonl, the sinks, and a last picture.
 
     reporter.step(metrics) --normalize--> MetricsWriter, then every sink of report.sinks
-    reporter.close()       --------------> report.png, which the sinks get as well
+    reporter.close()       --------------> report.png, which the sinks get as well, and report.html
 
 Ranks other than 0 hold a ``NullReporter``, so that the training loop needs no rank.
 """
@@ -70,12 +70,14 @@ class Reporter:
         sinks: Sequence[GuardedSink],
         *,
         picture: bool,
+        html: bool = False,
         on_first_step: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_first_step = on_first_step
         self._writer = writer
         self._sinks = sinks
         self._picture = picture
+        self._html = html
         self._num_steps = 0
 
     @classmethod
@@ -99,7 +101,13 @@ class Reporter:
             config=recorded_config(config),
         )
         sinks = open_sinks(config.report, run, recorded_step=recorded_step)
-        return cls(writer, sinks, picture=config.report.picture, on_first_step=partial(mark_trained, folder))
+        return cls(
+            writer,
+            sinks,
+            picture=config.report.picture,
+            html=config.report.html,
+            on_first_step=partial(mark_trained, folder),
+        )
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Records one step and hands it to the sinks.
@@ -117,7 +125,7 @@ class Reporter:
         self._num_steps += 1
 
     def close(self) -> None:
-        """Draws the picture and ends the sinks; a second call does nothing.
+        """Draws picture and page and ends the sinks; a second call does nothing.
 
         Raises:
             RuntimeError: the disk has no room for lines of metrics.jsonl that were written while it was full.
@@ -126,27 +134,31 @@ class Reporter:
         failed = True
         try:
             self._writer.close()
-            if self._picture and num_steps:
-                self._draw()
-            if num_steps and self._sinks:
-                self._hand_over_samples()
+            if num_steps:
+                self._draw(self._writer.path.parent)
+                if self._sinks:
+                    self._hand_over_samples()
             failed = False
         finally:
             self._end_sinks(failed=failed)
 
-    def _draw(self) -> None:
-        # matplotlib takes half a second to import, and only this line needs it.
-        from aer_megatron.report.picture import draw_report
-
+    def _draw(self, folder: Path) -> None:
+        # matplotlib and pyarrow take half a second to import, and only these lines need them.
         try:
-            picture = draw_report(self._writer.path.parent)
+            if self._picture:
+                from aer_megatron.report.picture import draw_report
+
+                picture = draw_report(folder)
+                for sink in self._sinks:
+                    sink.picture(picture)
+            if self._html:
+                from aer_megatron.report.html import HTML_FILE, write_html
+
+                write_html([folder], folder / HTML_FILE)
         except OSError as error:
             if not lacks_space(error):
                 raise
             _LOG.warning("no picture of the run: %s; aer report draws it later", error)
-            return
-        for sink in self._sinks:
-            sink.picture(picture)
 
     def _hand_over_samples(self) -> None:
         last = self._writer.last_step

@@ -102,15 +102,15 @@ def test_smoothing_is_the_mean_of_what_the_window_covers() -> None:
 
 def test_the_command_draws_one_run_and_names_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", 3)
-    assert main([str(run)]) == 0
+    assert main([str(run), "--png"]) == 0
     assert capsys.readouterr().out == f"{run / 'report.png'}\n"
 
 
 def test_the_command_draws_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [str(make_run(tmp_path / name, 3)) for name in ("a", "b")]
     monkeypatch.chdir(tmp_path)
-    assert main(runs) == 0
-    assert main([*runs, "--output", "other.png"]) == 0
+    assert main([*runs, "--png"]) == 0
+    assert main([*runs, "--png", "--output", "other.png"]) == 0
     assert size(tmp_path / "comparison.png") == size(tmp_path / "other.png") == (1650, 1080)
 
 

@@ -43,11 +43,11 @@ def test_a_step_reaches_the_file_the_events_the_display_and_the_picture(
     out = capsys.readouterr().out
     assert "reward 0.250" in out
     assert "ALARM: collapse at step 1" in out
-    assert (tmp_path / "report.png").is_file()
+    assert (tmp_path / "report.png").is_file() and (tmp_path / "report.html").is_file()
 
 
 def test_every_part_can_be_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open_reporter(tmp_path, 0, sinks=[], picture=False) as reporter:
+    with open_reporter(tmp_path, 0, sinks=[], picture=False, html=False) as reporter:
         reporter.step({"step": 0, "reward/mean": 0.25})
     assert capsys.readouterr().out == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -65,7 +65,7 @@ def test_a_resumed_run_replaces_the_steps_it_makes_again(tmp_path: Path) -> None
 
 def test_a_run_that_starts_anew_in_a_used_folder_leaves_no_old_step(tmp_path: Path) -> None:
     for value in (0.5, 0.75):
-        with open_reporter(tmp_path, 0, sinks=[], picture=False) as reporter:
+        with open_reporter(tmp_path, 0, sinks=[], picture=False, html=False) as reporter:
             reporter.step({"step": 0, "reward/mean": value})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "reward/mean": 0.75}]
 
@@ -74,7 +74,7 @@ def test_an_error_ends_the_display_and_is_not_hidden_by_a_picture(tmp_path: Path
     with pytest.raises(RuntimeError, match="gone"), open_reporter(tmp_path, 0, sinks=["tensorboard"]) as reporter:
         reporter.step({"step": 0, "reward/mean": 0.25})
         raise RuntimeError("the server is gone")
-    assert not (tmp_path / "report.png").exists()
+    assert not (tmp_path / "report.png").exists() and not (tmp_path / "report.html").exists()
     assert scalars(tmp_path, "reward/mean") == [(0, 0.25)]
 
 

@@ -46,7 +46,7 @@ def test_the_sbom_lists_every_package_that_is_needed(bom: dict[str, Any]) -> Non
     expected: dict[str, metadata.Distribution] = {}
     reachable("aer-megatron", frozenset(), expected)
     own = expected.pop("aer-megatron")
-    installed = [item for item in bom["components"] if item.get("scope") != "excluded"]
+    installed = [item for item in bom["components"] if item["purl"].startswith("pkg:pypi/")]
     assert {item["name"]: item["version"] for item in installed} == {
         name: distribution.version for name, distribution in expected.items()
     }
@@ -88,6 +88,11 @@ def test_the_sbom_and_the_notice_name_what_the_repository_holds_of_others(bom: d
     notice = (ROOT / "NOTICE").read_text()
     assert "The MIT License (MIT)" in licence
     assert f"doctest {doctest['version']} (cpp/third_party/doctest" in notice and copyright_line in notice
+    assets = ROOT / "aer_megatron/report/assets"
+    (uplot,) = [item for item in bom["components"] if item["name"] == "uplot"]
+    assert f"(v{uplot['version']})" in (assets / "uPlot.iife.min.js").read_text()[:200]
+    copyright_line = next(line for line in (assets / "uPlot.LICENSE").read_text().splitlines() if "Copyright" in line)
+    assert f"uPlot {uplot['version']} (aer_megatron/report/assets" in notice and copyright_line in notice
 
 
 def test_the_same_environment_gives_the_same_document(bom: dict[str, Any]) -> None:

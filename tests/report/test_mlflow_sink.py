@@ -49,7 +49,7 @@ def train(
             alarm = "collapse at step 1" if step == 1 else None
             reporter.step({"step": step, "reward/mean": base + step, "eval/x/pass@8": 0.0, "aer/alarm": alarm})
         with SampleWriter(folder, rank=0) as writer:
-            writer.write([sample(steps.stop - 1, completion="the text of the policy")])
+            writer.write(lambda: [sample(steps.stop - 1, completion="the text of the policy")])
         if fails:
             raise KeyError("the run fails")
 

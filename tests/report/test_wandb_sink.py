@@ -39,7 +39,7 @@ def train(folder: Path, steps: range, *, base: float) -> None:
             alarm = "collapse at step 1" if step == 1 else None
             reporter.step({"step": step, "reward/mean": base + step, "aer/held": False, "aer/alarm": alarm})
         with SampleWriter(folder, rank=0) as writer:
-            writer.write([sample(steps.stop - 1, completion="the text of the policy")])
+            writer.write(lambda: [sample(steps.stop - 1, completion="the text of the policy")])
     wandb.teardown()  # waits for the process that writes the files
 
 

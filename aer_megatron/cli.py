@@ -29,6 +29,8 @@ COMMANDS = {
         "train": ("aer_megatron.train", "train in one process; --dry-run says what is wrong, and stops"),
     },
     "what it did": {
+        "evaluate": ("aer_megatron.evaluate.command", "pass@k and maj@k of a policy on evaluation sets"),
+        "compare": ("aer_megatron.evaluate.compare_command", "two evaluations: differences, intervals, p-values"),
         "report": ("aer_megatron.report.command", "draw one run, or several over one another"),
         "samples": ("aer_megatron.samples.command", "texts that the policy wrote, coloured by their entropy"),
         "replay": ("aer_megatron.replay.command", "another entropy controller on a recorded run"),
@@ -41,13 +43,10 @@ COMMANDS = {
     },
 }
 
-_USAGE = """\
-usage: aer COMMAND [arguments]
-       aer COMMAND --help"""
+_USAGE = "usage: aer COMMAND [arguments], aer COMMAND --help"
 _MORE = """\
 --section.key=value overrides an option of the run file; aer train --help lists
-all of them. doctor, replay-batch and fp8-parity run on several ranks, too:
-aer launch --nproc 2 doctor RUN.toml"""
+all. On several ranks, also evaluate: aer launch --nproc 2 doctor RUN.toml"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -82,6 +82,19 @@ def mean_interval(value_P: Float64Array, num_samples_P: Int64Array) -> tuple[flo
     return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
 
 
+def paired_interval(difference_P: Float64Array) -> tuple[float, float]:
+    """Returns Student's 95 % interval (low, high) of the mean of differences in [-1, 1] on the same prompts, [P].
+
+    One prompt says nothing; where no two differences differ, the interval has no width.
+    """
+    num_prompts = len(difference_P)
+    if num_prompts < 2:
+        return -1.0, 1.0
+    mean = float(difference_P.mean())
+    half = t_quantile(num_prompts - 1) * float(difference_P.std(ddof=1)) / math.sqrt(num_prompts)
+    return max(-1.0, mean - half), min(1.0, mean + half)
+
+
 @functools.cache
 def t_quantile(freedom: int) -> float:
     """Returns how far Student's t with ``freedom`` degrees of freedom (at least 1) is from 0 in 5 % of cases."""

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from aer_megatron.config import Config
 from aer_megatron.convert.hf_writer import MAX_SHARD_BYTES
 from aer_megatron.files.json_input import read_json_object
 from aer_megatron.loop.parts import WeightSync
+from aer_megatron.options.rollout import SglangSection
 from aer_megatron.parallel.agreement import on_first_rank
 from aer_megatron.parallel.platform import Platform
 from aer_megatron.rollout.embedded import EmbeddedEngine
@@ -30,7 +32,7 @@ from aer_megatron.sglang.calls import RequestLimits
 from aer_megatron.sglang.engine import SGLangEngine
 from aer_megatron.sglang.fleet import ServerFleet
 from aer_megatron.sglang.http_loop import ClientOptions
-from aer_megatron.sglang.labels import WeightLabels, new_run_id
+from aer_megatron.sglang.labels import ServedLabels, WeightLabels, new_run_id
 from aer_megatron.sglang.publication import WeightPublisher
 from aer_megatron.sglang.server import LaunchOptions, ServerGroup
 from aer_megatron.sglang.supervisor import Supervisor
@@ -39,6 +41,7 @@ from aer_megatron.sglang.weight_servers import WeightServers
 
 _LOG = logging.getLogger(__name__)
 _KEY_BYTES = 32
+_MAX_SERVED = 4096  # characters of what a server says of its weights
 _OTHER_FILES = 512  # open beside the connections to servers: data, logs, collectives
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 _OWN_OPTIONS_AT = {
@@ -73,19 +76,11 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     """Returns an engine over servers, which rank 0 launches where the run file says so."""
     options = config.sglang
     _check_release(config)
-    allow_open_files(options.max_concurrency * (len(options.urls) + options.num_servers) + _OTHER_FILES)
+    _allow_connections(config)
     # what is entered first ends last: servers, who watches them, the connections to them
     urls, api_key, group = _servers(config, platform, stack)
     supervisor = stack.enter_context(Supervisor(group)) if group else None
-    client = ClientOptions(
-        max_concurrency=options.max_concurrency,
-        connect_timeout_s=options.connect_timeout_s,
-        control_timeout_s=options.control_timeout_s,
-        api_key=api_key,
-    )
-    fleet = stack.enter_context(ServerFleet(urls, client))
-    if options.router_url:
-        fleet.route_through(options.router_url)
+    fleet = _open_fleet(config, urls, api_key, stack)
     if options.router_url and group:  # their addresses end with the run
         stack.callback(fleet.leave_router)
     # weights, labelled as this launch's: another one, of the same run too, never takes what they sampled for its own
@@ -97,15 +92,67 @@ def sglang_engine(config: Config, platform: Platform, stack: ExitStack) -> tuple
     publisher = WeightPublisher(servers, transport, platform, recovery_s=options.recovery_timeout_s)
     if supervisor:
         supervisor.watch(publisher)
-    # requests
-    limits = RequestLimits(
+    return SGLangEngine(fleet, _request_limits(options), labels=labels, vocab_size=arch.vocab_size), publisher
+
+
+def serving_engine(config: Config, stack: ExitStack) -> tuple[RolloutEngine, dict[str, str]]:
+    """Returns (an engine over the servers of sglang.urls with the weights that they hold, what they say of those).
+
+    Nothing is sent to them but requests. Where their weights change meanwhile, they are out of service.
+
+    Raises:
+        RuntimeError: a server does not answer, or they do not serve the same weights.
+    """
+    options = config.sglang
+    _allow_connections(config)
+    fleet = _open_fleet(config, options.urls, _api_key(config), stack)
+    found = [_served_by(fleet, index) for index in range(len(options.urls))]
+    for url, served in zip(options.urls, found, strict=True):
+        if served != found[0]:
+            raise RuntimeError(f"{url} serves {served} and {options.urls[0]} {found[0]}; name servers of one policy")
+    fleet.serve(0, {})
+    labels = ServedLabels(found[0]["weight_version"])
+    vocab_size = architecture(config.model.path).vocab_size
+    return SGLangEngine(fleet, _request_limits(options), labels=labels, vocab_size=vocab_size), found[0]
+
+
+def _served_by(fleet: ServerFleet, index: int) -> dict[str, str]:
+    reply = fleet.control(index, "/model_info")
+    table = reply.json()
+    known = table if reply.status == 200 and isinstance(table, dict) else {}
+    served = {"model_path": known.get("model_path", ""), "weight_version": known.get("weight_version")}
+    if not all(isinstance(value, str) and len(value) <= _MAX_SERVED for value in served.values()):
+        raise RuntimeError(f"{fleet.servers[index].url}: /model_info says no weight_version: {reply.text}")
+    return {name: str(value) for name, value in served.items()}
+
+
+def _allow_connections(config: Config) -> None:
+    options = config.sglang
+    allow_open_files(options.max_concurrency * (len(options.urls) + options.num_servers) + _OTHER_FILES)
+
+
+def _open_fleet(config: Config, urls: Sequence[str], api_key: str | None, stack: ExitStack) -> ServerFleet:
+    options = config.sglang
+    client = ClientOptions(
+        max_concurrency=options.max_concurrency,
+        connect_timeout_s=options.connect_timeout_s,
+        control_timeout_s=options.control_timeout_s,
+        api_key=api_key,
+    )
+    fleet = stack.enter_context(ServerFleet(urls, client))
+    if options.router_url:
+        fleet.route_through(options.router_url)
+    return fleet
+
+
+def _request_limits(options: SglangSection) -> RequestLimits:
+    return RequestLimits(
         request_timeout_s=options.request_timeout_s,
         max_attempts=options.max_attempts,
         max_failures=options.max_failures,
         recovery_timeout_s=options.recovery_timeout_s,
         probe_interval_s=options.probe_interval_s,
     )
-    return SGLangEngine(fleet, limits, labels=labels, vocab_size=arch.vocab_size), publisher
 
 
 ENGINES = {"embedded": embedded_engine, "sglang": sglang_engine}

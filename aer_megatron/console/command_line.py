@@ -62,6 +62,7 @@ class Option:
     choices: tuple[str, ...] = ()
     required: bool = False
     repeated: bool = False  # its value is the tuple of all that were given
+    several: bool = False  # takes all words up to the next option, or one with commas; its value is their tuple
     aliases: tuple[str, ...] = ()
 
     def value(self, text: str) -> Any:
@@ -161,7 +162,7 @@ class CommandLine:
         """Returns what the arguments say; raises ValueError for one that is not understood, missing or wrong."""
         spellings = {name: each for each in self.options for name in (each.name, *each.aliases)}
         values: dict[str, Any] = {each.name: each.default if each.metavar else False for each in self.options}
-        values |= {each.name: () for each in self.options if each.repeated}
+        values |= {each.name: () for each in self.options if each.repeated or each.several}
         places, overrides, rest = [], [], list(arguments)
         while rest:
             argument = rest.pop(0)
@@ -174,7 +175,13 @@ class CommandLine:
             elif option is not None:
                 if not separator and not rest:
                     raise ValueError(f"{flag} needs a value; see aer {self.name} --help")
-                value = option.value(text if separator else rest.pop(0))
+                words = [text if separator else rest.pop(0)]
+                while option.several and not separator and rest and not rest[0].startswith("--"):
+                    words.append(rest.pop(0))
+                if option.several:
+                    values[option.name] += tuple(map(option.value, filter(None, ",".join(words).split(","))))
+                    continue
+                value = option.value(words[0])
                 values[option.name] = (*values[option.name], value) if option.repeated else value
             elif flag.startswith("--"):
                 overrides.append(self._override(argument, rest[0] if rest else "--"))

@@ -19,10 +19,11 @@ from pathlib import Path
 from aer_megatron.console.command_line import CommandLine, Given, Option, whole
 from aer_megatron.console.failures import print_message
 
-_COMMANDS = ("train", "doctor", "replay-batch", "fp8-parity")  # of aer, which may run on several ranks
+_COMMANDS = ("train", "doctor", "evaluate", "replay-batch", "fp8-parity")  # of aer, which may run on several ranks
 _ABOUT = """\
 Starts the ranks of a run, on this machine or on one of several. PROGRAM is RUN.toml with its overrides, which is
-trained; one of the commands train, doctor, replay-batch, fp8-parity with its arguments; -m MODULE or SCRIPT.py."""
+trained; one of the commands train, doctor, evaluate, replay-batch, fp8-parity with its arguments; -m MODULE or
+SCRIPT.py."""
 _MORE_HELP = """
 torchrun's spellings (--nproc-per-node, --node_rank, --rdzv-id, ...) work as well. SIGTERM, SIGINT and SIGUSR1 are
 handed on to every rank, which finishes its step and saves; a second SIGTERM or SIGINT ends the ranks at once, a third

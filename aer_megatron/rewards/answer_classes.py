@@ -46,8 +46,8 @@ def classify_answers(
 ) -> list[AnswerClasses | None]:
     """Returns the classes of every group's answers, None where the verifier does not tell them apart.
 
-    All samples with reward 1 are one class. Two wrong answers of a mathematical verifier are one class where it takes
-    the later for the earlier; beyond the 16 most frequent of a problem they are compared as texts.
+    All samples with reward >= 1 are one class. Two wrong answers of a mathematical verifier are one class where it
+    takes the less frequent one for the other; beyond the 16 most frequent of a problem they are compared as texts.
 
     Raises:
         RuntimeError: the pool cannot work (see ``VerifierPool.verify``).
@@ -73,7 +73,7 @@ def _votes(group: ScoredGroup, decode: Callable[[Sequence[int]], str]) -> Counte
     counts: Counter[str | None] = Counter()
     algebra = group.group.prompt.verifier in _ALGEBRA
     for completion, verdict in zip(group.group.completions, group.verdicts, strict=True):
-        if verdict.reward == 1:
+        if verdict.reward >= 1:
             counts[None] += 1
             continue
         text = decode(completion.token_ids)
@@ -99,7 +99,7 @@ def _same(questions: Sequence[tuple[Prompt, str, str]], pool: VerifierPool) -> l
     quick = [judge(find_verifier(job.verifier).decide, job.text, job.prompt) for job in jobs]
     waiting = [job for job, verdict in zip(jobs, quick, strict=True) if verdict is None]
     judged = iter(pool.verify(waiting) if waiting else ())
-    return [(verdict or next(judged)).reward == 1 for verdict in quick]
+    return [(verdict or next(judged)).reward >= 1 for verdict in quick]
 
 
 def _classes(counts: Counter[str | None], joined: Mapping[str, str]) -> AnswerClasses:

@@ -60,3 +60,23 @@ class WeightLabels:
                 "give each run servers of its own"
             )
         raise BadReply(f"the weight version is {shown(label)}: these weights were never verified")
+
+
+@dataclass(frozen=True, slots=True)
+class ServedLabels(WeightLabels):
+    """The one label that servers carry by themselves, ``run``: their weights are another's, and stay what they are."""
+
+    def verified(self, version: int) -> str:
+        """Returns the label."""
+        del version
+        return self.run
+
+    def is_foreign(self, label: Any) -> bool:
+        """Returns whether the weights are no longer those that were found."""
+        return bool(label != self.run)
+
+    def version_of(self, label: Any) -> int:
+        """Returns 0; raises ForeignWeights where the weights are no longer those that were found."""
+        if self.is_foreign(label):
+            raise ForeignWeights(f"its weights changed meanwhile: it served {shown(self.run)} and now {shown(label)}")
+        return 0

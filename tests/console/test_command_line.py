@@ -29,6 +29,16 @@ PLAIN = CommandLine(
 )
 
 
+def test_an_option_of_several_words_ends_at_the_next_option() -> None:
+    several = CommandLine(
+        "demo", "Shows.", lambda given, edge: 0, "A", "it", (Option("n", "N ...", "", whole(), several=True),)
+    )
+    assert several.parse(["a", "--n", "1", "2", "--run.seed=1", "--n=3,4"])["n"] == (1, 2, 3, 4)
+    assert several.parse(["a"])["n"] == ()
+    with pytest.raises(ValueError, match="--n=x must be a whole number"):
+        several.parse(["a", "--n", "1", "x"])
+
+
 def test_what_is_given_and_what_is_not() -> None:
     given = PLAIN.parse(
         ["a.toml", "--devices=4", "--steps", "3", "--to", "x", "--to=y=1", "--keep_all", "--run.seed=1"]

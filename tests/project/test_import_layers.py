@@ -24,6 +24,7 @@ LAYERS = {
     "cli": 13,
     "conversion": FEATURE,
     "doctor": FEATURE,
+    "evaluate": FEATURE,
     "fp8_parity": FEATURE,
     "launch": FEATURE,
     "plan": FEATURE,

@@ -1,4 +1,4 @@
-"""What a quick-start step pays for being recorded: metrics.jsonl, TensorBoard and the flight record, as a share of it.
+"""What a quick-start step pays for being recorded: metrics.jsonl, TensorBoard, samples and the flight record; shares.
 
 Run from the repository root; --base names a policy, without it the weights are random. Writes reporting.md into --out.
     python -m benchmarks.bench_reporting
@@ -8,6 +8,8 @@ holds on a busy machine as well. The first step, which imports and opens, is lef
   reporter       Reporter.step: metrics.jsonl and the events, written and flushed
   flight record  Phases.record_flight: a line of flight.jsonl
   profile        profile_batch: the histograms and gradient norms that the line holds
+  samples        RunSamples.trained: the draw, and the numbers of the groups that are kept
+  samples, file  SampleWriter: decoding, columns, Parquet; by a thread beside training, counted as if it were in turn
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from aer_megatron import train
+from aer_megatron.compose.samples import RunSamples
 from aer_megatron.loop import phases
 from aer_megatron.report.metrics import Metric
 from aer_megatron.report.reporter import Reporter
+from aer_megatron.report.samples import SampleWriter
 from aer_megatron.report.writer import read_metrics
 
 RUN_FILE = "examples/quickstart/countdown.toml"
@@ -63,17 +67,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
-    parts: dict[str, list[float]] = {"reporter": [], "flight record": [], "profile": []}
+    parts: dict[str, list[float]] = {
+        "reporter": [], "flight record": [], "profile": [], "samples": [], "samples, file": []
+    }  # fmt: skip
     Reporter.step = timed(Reporter.step, parts["reporter"])  # type: ignore[method-assign]
     phases.Phases.record_flight = timed(phases.Phases.record_flight, parts["flight record"])  # type: ignore[method-assign]
     phases.profile_batch = timed(phases.profile_batch, parts["profile"])
+    RunSamples.trained = timed(RunSamples.trained, parts["samples"])  # type: ignore[method-assign]
+    # the first file has every step's samples: it is not left out
+    parts["samples, file"].append(0.0)
+    SampleWriter._write_file = timed(SampleWriter._write_file, parts["samples, file"])  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as scratch:
         base, output = given.base or random_base(Path(scratch) / "base"), Path(scratch) / "run"
         train.main(
             [
                 RUN_FILE, f"--model.path={base}", f"--run.output_dir={output}", f"--run.num_steps={given.steps}",
                 "--parallel.tp=1", "--eval.sets={}", "--run.checkpoint_every=0", '--report.sinks=["tensorboard"]',
-                "--report.picture=false",
+                "--report.picture=false", "--report.html=false",
             ]
         )  # fmt: skip
         steps_s = [float(line[Metric.TIME_STEP] or 0.0) for line in read_metrics(output / "metrics.jsonl")][1:]

@@ -70,7 +70,7 @@ def overrides() -> list[bytes]:
     known = Config.from_table(tomllib.loads(RUN_FILE.format(folder="F", base="F/base", model="M")))
     return [
         f"--{name}={default}".encode()
-        for name, default in _options()
+        for name, default in dict(reversed(_options())).items()  # of an option of several rules that of the first
         if default not in _NO_LITERALS and _has(known, name)
     ]
 

@@ -57,10 +57,10 @@ def options(output: Path, servers: list[SGLangDouble]) -> list[str]:
 def run(
     base: Path, output: Path, servers: list[SGLangDouble], *arguments: str, ranks: int = 1
 ) -> list[dict[str, float]]:
-    """Returns the metrics of the steps of a run to its end."""
+    """Returns the metrics of a run to its end."""
     done = train(base / "run.toml", *options(output, servers), *arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in metric_lines(output) if "reward/mean" in line]  # the last policy's evaluation is none
+    lines = metric_lines(output)
     assert [line["step"] for line in lines] == list(range(len(lines)))
     for line in lines[:-1]:  # every sample is judged, and once; the last line is of evaluation alone
         assert sum(count for name, count in line.items() if name.startswith("rewards/reason/")) == NUM_SEQUENCES

@@ -130,7 +130,7 @@ def test_a_lost_terminal_ends_nothing(run_file: Path, tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         raise
     assert os.waitstatus_to_exitcode(status) == 0
-    assert num_lines(out / "metrics.jsonl") == 4
+    assert num_lines(out / "metrics.jsonl") == 5  # four steps, and the evaluation of the last policy
 
 
 def test_the_time_limit_saves_and_ends_with_success(run_file: Path, tmp_path: Path) -> None:

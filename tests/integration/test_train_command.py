@@ -241,8 +241,8 @@ def test_bad_data_names_file_and_line(base: Path, tmp_path: Path, content: str, 
         assert word in done.stderr
 
 
-def test_dry_run_prints_configuration_and_plan(base: Path) -> None:
-    done = train(base / "run.toml", "--dry-run", "--parallel.tp=2")
+def test_dry_run_prints_configuration_and_plan(base: Path, tmp_path: Path) -> None:
+    done = train(base / "run.toml", "--dry-run", "--parallel.tp=2", f"--run.output_dir={tmp_path}/out")
     assert done.returncode == 0, done.stderr
     assert '"tau": 1.1' in done.stdout
     assert "8 prompts x 4 = 32 sequences" in done.stdout

@@ -12,7 +12,7 @@ launch() {
     "$python" -m aer_megatron.cli launch --nproc 2 "$run" "$@"
 }
 
-echo "quickstart: two stages, some 5 minutes on two quiet cores; Ctrl-C saves, and the same command goes on"
+echo "quickstart: two stages, 5 to 8 minutes on two quiet cores; Ctrl-C saves, and the same command goes on"
 echo "quickstart: warm start (skipped when its result is there)"
 launch --stage=sft --parallel.tp=1
 echo "quickstart: GRPO + AER, two tensor-parallel ranks"

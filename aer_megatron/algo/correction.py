@@ -55,13 +55,13 @@ def correction(
     gap_T = old_logprob_T.astype(np.float64) - rollout_logprob_T
     weight_T = np.ones_like(gap_T)
     if options.weight != "none":
-        ratio_T = _ratio(gap_T, sampled_length_B, options.weight)
+        ratio_T = _ratio(gap_T, sequence_T, sampled_length_B, options.weight)
         if options.bound == "truncate":
             weight_T = ratio_T.clip(options.low, options.high or None)
         else:
             weight_T = np.where(_within(ratio_T, options.low, options.high), ratio_T, 0.0)
     if options.reject != "none":
-        ratio_T = _ratio(gap_T, sampled_length_B, options.reject)
+        ratio_T = _ratio(gap_T, sequence_T, sampled_length_B, options.reject)
         weight_T = np.where(_within(ratio_T, options.reject_low, options.reject_high), weight_T, 0.0)
     if options.veto:
         vetoed_B = np.bincount(sequence_T, gap_T < np.log(options.veto), minlength=num_sequences) > 0
@@ -70,10 +70,9 @@ def correction(
     return Correction(weight_T, counted_T, np.bincount(sequence_T[counted_T], minlength=num_sequences))
 
 
-def _ratio(gap_T: Float64Array, sampled_length_B: Int64Array, level: str) -> Float64Array:
+def _ratio(gap_T: Float64Array, sequence_T: Int64Array, sampled_length_B: Int64Array, level: str) -> Float64Array:
     """Returns exp of the gap of each token, of its sequence's sum or mean."""
     if level != "token":
-        sequence_T = np.repeat(np.arange(len(sampled_length_B)), sampled_length_B)
         sum_B = np.bincount(sequence_T, gap_T, minlength=len(sampled_length_B)).astype(np.float64)
         gap_T = (sum_B if level == "sequence" else sum_B / np.maximum(sampled_length_B, 1))[sequence_T]
     ratio_T: Float64Array = np.exp(gap_T.clip(-_MAX_LOG_RATIO, _MAX_LOG_RATIO))

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from aer_megatron.algo.advantages.base import Advantage
-from aer_megatron.algo.advantages.subsets import mean_maximum_with, mean_maximum_without, rank_weights
+from aer_megatron.algo.advantages.subsets import mean_maximum_with, mean_maximum_without, of_groups, rank_weights
 from aer_megatron.types import Float64Array, Int64Array
 
 
@@ -30,12 +30,7 @@ class MaxAtK(Advantage):
     def advantages(
         self, reward_B: Float64Array, group_index_B: Int64Array
     ) -> tuple[Float64Array, dict[str, tuple[float, float]]]:
-        result_B = np.zeros_like(reward_B)
-        for group in range(int(group_index_B.max(initial=-1)) + 1):
-            member_B = group_index_B == group
-            if member_B.sum() > 1:
-                result_B[member_B] = self._of_group(reward_B[member_B])
-        return result_B, {}
+        return of_groups(reward_B, group_index_B, self._of_group), {}
 
     def _of_group(self, reward_n: Float64Array) -> Float64Array:
         n = len(reward_n)
@@ -62,11 +57,7 @@ class PassAtK(Advantage):
     def advantages(
         self, reward_B: Float64Array, group_index_B: Int64Array
     ) -> tuple[Float64Array, dict[str, tuple[float, float]]]:
-        result_B = np.zeros_like(reward_B)
-        for group in range(int(group_index_B.max(initial=-1)) + 1):
-            member_B = group_index_B == group
-            result_B[member_B] = self._of_group(reward_B[member_B])
-        return result_B, {}
+        return of_groups(reward_B, group_index_B, self._of_group), {}
 
     def _of_group(self, reward_n: Float64Array) -> Float64Array:
         k = min(self.k, len(reward_n))

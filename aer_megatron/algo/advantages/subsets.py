@@ -6,10 +6,23 @@ Shape suffix: n rollouts of one group.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from aer_megatron.types import Float64Array
+from aer_megatron.types import Float64Array, Int64Array
+
+
+def of_groups(
+    reward_B: Float64Array, group_index_B: Int64Array, advantages: Callable[[Float64Array], Float64Array]
+) -> Float64Array:
+    """Returns ``advantages`` of each group's rewards [n], float64 [B]; 0 for a rollout alone in its group."""
+    result_B = np.zeros_like(reward_B)
+    for group in range(int(group_index_B.max(initial=-1)) + 1):
+        member_B = group_index_B == group
+        if member_B.sum() > 1:
+            result_B[member_B] = advantages(reward_B[member_B])
+    return result_B
 
 
 def rank_weights(n: int, k: int) -> Float64Array:

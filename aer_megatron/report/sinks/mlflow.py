@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from aer_megatron.report.sinks.base import (
     sample_rows,
     step_of,
 )
+from aer_megatron.report.writer import flat_options
 
 _RUN_ID_TAG = "aer_megatron.run_id"
 _PARAMETERS_PER_CALL = 100  # MLflow's limits
@@ -55,7 +56,7 @@ class MlflowSink(Sink):
     def _write_parameters(self, config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        every = [Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in _flat(config)]
+        every = [Param(name, str(value)[:_LONGEST_PARAMETER]) for name, value in flat_options(config)]
         for start in range(0, len(every), _PARAMETERS_PER_CALL):
             self._client.log_batch(self._id, params=every[start : start + _PARAMETERS_PER_CALL])
 
@@ -78,11 +79,3 @@ class MlflowSink(Sink):
 
     def close(self, *, failed: bool) -> None:
         self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
